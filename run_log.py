@@ -1,0 +1,165 @@
+"""What a run leaves behind: lines on the console, metrics.jsonl, a tracked dashboard, curves, and its verdict.
+
+Imports nothing of this project.
+"""
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+TRACKERS = ("wandb", "trackio", "none")
+Row = dict[str, Any]  # one line of metrics.jsonl: `step`, and names such as train/loss or eval/wer with their values
+
+
+class RunLog:
+    """The one place that numbers and lines go to. On ranks above 0 it does nothing, so no caller asks for the rank."""
+
+    CONSOLE = ("loss", "wer", "cer", "wer_raw", "empty_predictions", "grad_norm", "epoch", "audio_seconds_per_second")
+
+    def __init__(self, folder: Path, rank: int):
+        self.folder, self.is_main = folder, rank == 0
+        self.hides_progress = True if rank else None  # None: tqdm shows itself on a terminal only
+        self.rows: list[Row] = []
+        self.bar: tqdm | None = None
+        self.on_bar: dict[str, str] = {}
+        self.tracker: Any = None  # the tracker's run
+        self.library: Any = None  # wandb or trackio
+
+    def start_tracker(self, name: str, project: str, run_name: str, settings: dict[str, Any], tags: list[str]) -> None:
+        """Opens the dashboard: wandb (offline without an account), trackio (local), or none."""
+        if not self.is_main or name == "none":
+            return
+        library = importlib.import_module(name)
+        options: dict[str, Any] = {"project": project, "name": run_name, "config": settings | {"tags": tags}}
+        if name == "wandb":
+            options |= {"tags": tags, "dir": str(self.folder)}
+            if "WANDB_MODE" not in os.environ and not library.login(prompt=False):
+                options["mode"] = "offline"
+        with silenced_stdout():
+            self.library, self.tracker = library, library.init(**options)
+
+    def dashboard(self) -> str:
+        """How to look at what was tracked, as one line."""
+        name = self.library.__name__ if self.library else "none"
+        if name == "trackio":
+            return f"dashboard: uv run trackio show --project {self.tracker.project}"
+        if name == "wandb" and self.tracker.offline:
+            return f"W&B was offline; to sync: uv run wandb sync {Path(self.tracker.dir).parent}"
+        return f"dashboard: {self.tracker.url}" if name == "wandb" else f"metrics: {self.folder / 'metrics.jsonl'}"
+
+    def finish(self) -> None:
+        if self.tracker:
+            with silenced_stdout():
+                self.library.finish()
+
+    def say(self, line: str) -> None:
+        if self.is_main:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def log(self, numbers: dict[str, Any], step: int) -> None:
+        """Writes numbers under their names to metrics.jsonl and the dashboard, and the main ones as one line."""
+        if not self.is_main:
+            return
+        numbers = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in numbers.items()}
+        self.rows.append({"step": step} | numbers)
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(self.rows[-1]) + "\n")
+        if self.tracker:
+            self.tracker.log(numbers, step=step)
+        shown = {
+            name.removeprefix("train/"): f"{value:.4g}"
+            for name, value in numbers.items()
+            if value is not None and (name.split("/")[-1] in self.CONSOLE or "learning_rate" in name)
+        }
+        self.say(f"step {step} | " + " | ".join(f"{name} {value}" for name, value in shown.items()))
+        self.on_bar |= {name: value for name, value in shown.items() if name in ("loss", "eval/wer")}
+        if self.bar is not None:
+            self.bar.set_postfix(self.on_bar, refresh=False)
+
+    def log_predictions(self, name: str, pairs: list[tuple[str, str]], step: int) -> None:
+        for reference, hypothesis in pairs:
+            self.say(f"  reference  {reference}\n  hypothesis {hypothesis}")
+        if self.tracker:
+            table = self.library.Table(columns=["reference", "hypothesis"], data=[list(pair) for pair in pairs])
+            self.tracker.log({name: table}, step=step)
+
+    def open_progress(self, steps: int) -> None:
+        self.bar = tqdm(total=steps, desc="training", unit="step", disable=self.hides_progress)
+
+
+@contextlib.contextmanager
+def silenced_stdout():
+    """The trackers announce themselves on stdout; what a user must know of it is `RunLog.dashboard`."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def curve(rows: list[Row], name: str) -> list[tuple[int, float]]:
+    """(step, value) of one metric, in the order of logging."""
+    return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+
+
+def draw_curves(rows: list[Row], stage_ends: dict[int, str], file: Path) -> None:
+    """Draws loss, WER and CER, and each component's rate over the steps, with the end of each stage marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True)
+    rates = sorted({name for row in rows for name in row if name.startswith("train/learning_rate_")})
+    for axes, names, label in (
+        (panels[0], ["train/loss", "eval/loss"], "nats per token"),
+        (panels[1], ["eval/wer", "eval/cer"], "percent"),
+        (panels[2], rates, "learning rate"),
+    ):
+        for name in names:
+            if points := curve(rows, name):
+                axes.plot(*zip(*points, strict=True), label=name, marker="o" if name.startswith("eval") else None)
+        for step, stage in stage_ends.items():
+            axes.axvline(step, color="grey", linestyle=":")
+            top = axes.get_xaxis_transform()
+            axes.text(step, 0.99, f"end of {stage} ", ha="right", va="top", transform=top, color="grey")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="upper right")
+    panels[2].set_xlabel("optimizer step")
+    figure.savefig(file, dpi=110)
+
+
+def wer_summary(rows: list[Row], stage_ends: dict[int, str], last_stage: str) -> list[str]:
+    """WER before training, at the end of each stage and of the reloaded final model, a line each."""
+    wers = dict(curve(rows, "eval/wer"))
+    names = {0: "before training"} | {step: f"after {stage}" for step, stage in stage_ends.items()}
+    names = {max(wers): f"after {last_stage}, at the end"} | names
+    lines = [f"WER {wers[step]:6.2f} %  {name}" for step, name in sorted(names.items()) if step in wers]
+    return lines + [f"WER {value:6.2f} %  final model, reloaded from disk" for _, value in curve(rows, "final/wer")]
+
+
+def success_criteria(rows: list[Row], target_loss: float, target_wer: float, vocab_size: int) -> list[str]:
+    """Round 2's success criteria, each as a line that says whether it is met and by which figures.
+
+    There is a plateau when the mean loss of the run's last fifth is not at least 5 % below that of its first, or lies
+    within half a nat of ln(vocab_size), where a model guesses.
+    """
+    losses = [loss for _, loss in curve(rows, "train/loss")]
+    wers = [wer for _, wer in curve(rows, "eval/wer")]
+    ((_, final_wer),) = curve(rows, "final/wer")
+    fifth = max(1, len(losses) // 5)
+    first, last, guessing = np.mean(losses[:fifth]), np.mean(losses[-fifth:]), math.log(vocab_size)
+    checks = {
+        f"loss {last:.3f} nats per token, target below {target_loss:g}": last < target_loss,
+        f"no plateau: loss from {first:.3f} to {last:.3f}, guessing is {guessing:.2f}": (
+            last < 0.95 * first and abs(last - guessing) > 0.5
+        ),
+        f"WER {final_wer:.2f} %, target below {target_wer:g} %": final_wer < target_wer,
+        f"metrics work: eval/wer from {wers[0]:.2f} to {wers[-1]:.2f} over {len(wers)} evaluations": len(set(wers)) > 1,
+    }
+    return [f"{'met' if is_met else 'NOT met'}: {line}" for line, is_met in checks.items()]

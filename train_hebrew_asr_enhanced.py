@@ -1,0 +1,1197 @@
+"""Fine-tunes Qwen3-ASR to Hebrew speech recognition, unfreezing it in stages.
+
+    uv run torchrun --nproc_per_node=8 train_round2_gradual.py            the Round 2 recipe: Strategy B, then A
+    uv run torchrun --nproc_per_node=8 train_hebrew_asr_enhanced.py       the plain defaults of TrainingConfig below
+    uv run train_hebrew_asr_enhanced.py --help                            every setting
+
+Every setting is a field of TrainingConfig: edit it here, or override it on the command line (`--num_epochs 3`).
+The run's folder (`--output_dir`) gets config.yaml, metrics.jsonl, curves.png and final_model/.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import huggingface_hub
+import jsonargparse
+import numpy as np
+import soundfile
+import torch
+import torch.distributed
+import transformers
+from accelerate.utils import broadcast_object_list, gather_object
+from tqdm.auto import tqdm
+from transformers import Qwen3ASRForConditionalGeneration, Qwen3ASRProcessor, Trainer, TrainerCallback
+
+from hebrew_corpora import SAMPLE_RATE, DataConfig, InputError, SpeechRows, decode_audio, load_train_and_eval
+from hebrew_scoring import score
+from run_log import TRACKERS, RunLog, draw_curves, success_criteria, wer_summary
+
+MEL_BINS = 128
+FRAMES_PER_CHUNK = 100  # the encoder's convolutions see the mel axis in chunks of 1 s, padded to a whole number of them
+TOKENS_PER_CHUNK = 13
+AUDIO_TOKEN = "<|audio_pad|>"
+END_OF_TURN = "<|im_end|>"
+IGNORED_LABEL = -100  # torch's cross_entropy does not count these positions
+COMPONENTS = ("projector", "audio_top", "llm_top", "lm_head")
+
+
+# ----------------------------------------------------------------------------------------------------------- Settings
+
+
+@dataclass
+class Stage:
+    """What trains, and how fast, until the end of `last_epoch`."""
+
+    name: str
+    last_epoch: int
+    """Epochs are counted from 1; this one still belongs to the stage."""
+    learning_rates: dict[str, float]
+    """Peak rate of each component that trains (projector, audio_top, llm_top, lm_head); the others are frozen."""
+    audio_top_layers: int = 8
+    """How many of the encoder's last layers `audio_top` means (of 24 in the 1.7B)."""
+    llm_top_layers: int = 12
+    """How many of the language model's last layers `llm_top` means (of 28 in the 1.7B)."""
+
+
+@dataclass
+class TrainingConfig(DataConfig):
+    # Model
+    model_name_or_path: str = "Qwen/Qwen3-ASR-1.7B-hf"
+    """A Qwen3-ASR checkpoint in transformers' own layout (the ids that end in -hf), or a local folder of one."""
+    language: str = "Hebrew"
+    """The name the model writes before the transcript: `language Hebrew<asr_text>…`."""
+    bf16: bool | None = None
+    """bf16 autocast and bf16 frozen weights (what trains is kept in fp32); None: where the GPU has it."""
+    final_dtype: str = "bfloat16"
+    """The one type of the final model's weights on disk."""
+
+    # Data: the sources and filters are fields of DataConfig, in hebrew_corpora.py
+    dataloader_num_workers: int = 4
+    """Processes that decode and extract features, for each rank; 0: the training process itself."""
+
+    # SpecAugment (Park et al. 2019, arXiv:1904.08779), on training batches only
+    use_specaugment: bool = True
+    time_mask_param: int = 80
+    """Widest time mask in mel frames of 10 ms."""
+    freq_mask_param: int = 27
+    """Widest frequency mask in mel bins (of 128)."""
+    num_time_masks: int = 2
+    num_freq_masks: int = 2
+    mask_value: float = 0.0
+    max_time_mask_share: float = 0.2
+    """All time masks of an utterance together cover at most this share of its frames."""
+
+    # Schedule: one warmup and one decay over the whole run; each stage's rates are multiplied by it
+    num_epochs: int = 5
+    max_steps: int | None = None
+    """Optimizer steps of the run; overrides num_epochs."""
+    stages: list[Stage] = field(
+        default_factory=lambda: [
+            Stage("A", 5, {"projector": 1e-4, "audio_top": 3e-5, "llm_top": 3e-5, "lm_head": 1e-4}),
+        ]
+    )
+    lr_scheduler_type: str = "cosine"
+    """A schedule of transformers.get_scheduler: cosine, linear, constant_with_warmup, constant, …"""
+    warmup_ratio: float = 0.1
+    """Share of the run's steps; 0: warmup_steps is used instead."""
+    warmup_steps: int = 500
+    layerwise_lr_decay_rate: float = 1.0
+    """Each layer of llm_top and audio_top trains this much slower than the one above it; 1.0: all alike."""
+
+    # Batch
+    target_effective_batch: int = 64
+    """Utterances of one optimizer step, over all processes."""
+    batch_size: int = 2
+    """Utterances of one forward pass of one process."""
+
+    # Optimizer: AdamW
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+
+    # Evaluation
+    eval_steps: int = 500
+    """Also before the first step, at the end of each stage, and at the end."""
+    eval_batch_size: int = 16
+    eval_prefill_language: bool = False
+    """Give the model `language Hebrew<asr_text>` instead of letting it name the language itself."""
+    generation_max_new_tokens: int = 256
+    num_logged_predictions: int = 5
+
+    # Tracking
+    tracker: str = "wandb"
+    """wandb, trackio (a local dashboard, no account), or none; metrics.jsonl is written in any case."""
+    wandb_project: str = field(default_factory=lambda: os.environ.get("WANDB_PROJECT", "qwen3-asr-hebrew"))
+    wandb_run_name: str | None = field(default_factory=lambda: os.environ.get("WANDB_RUN_NAME"))
+    logging_steps: int = 10
+
+    # What the run is held to at its end
+    target_loss: float = 11.0
+    """Nats per target token. The figure is Round 2's; a run whose prompt and labels are right starts below 2."""
+    target_wer: float = 11.0
+    """Percent."""
+
+    # Upload
+    hf_repo_id: str | None = field(default_factory=lambda: os.environ.get("HF_REPO_ID"))
+    """owner/name on the Hub; None: the model stays on this disk."""
+    skip_hf_upload: bool = field(default_factory=lambda: os.environ.get("SKIP_HF_UPLOAD", "").lower() in ("1", "true"))
+    hf_private: bool = True
+
+    # Run
+    output_dir: str | None = None
+    """None: a new folder under runs/."""
+    seed: int = 42
+
+    def gradient_accumulation_steps(self, processes: int) -> int:
+        return self.target_effective_batch // (self.batch_size * processes)
+
+    @property
+    def uploads(self) -> bool:
+        return self.hf_repo_id is not None and not self.skip_hf_upload
+
+    @property
+    def tags(self) -> list[str]:
+        """Tags of the tracked run: what is switched on."""
+        on = {
+            "sota-2025": True,
+            "specaugment": self.use_specaugment,
+            "cosine-lr": self.lr_scheduler_type.startswith("cosine"),
+            "gradual-unfreezing": len(self.stages) > 1,
+        }
+        return [tag for tag, is_on in on.items() if is_on]
+
+    def stage_of_epoch(self, epoch: int) -> Stage:
+        """The stage that `epoch` (from 1) belongs to; the last one goes on for ever."""
+        return next((stage for stage in self.stages if epoch <= stage.last_epoch), self.stages[-1])
+
+    def first_epoch_of(self, stage: Stage) -> int:
+        index = self.stages.index(stage)
+        return self.stages[index - 1].last_epoch + 1 if index else 1
+
+    def check(self, processes: int) -> None:
+        """Raises InputError for settings that cannot mean what they say, before anything is loaded."""
+        if not self.stages:
+            raise InputError("stages is empty: name at least one stage")
+        last_epochs = [stage.last_epoch for stage in self.stages]
+        if last_epochs != sorted(set(last_epochs)) or last_epochs[0] < 1:
+            raise InputError(
+                f"the stages' last_epoch must grow from one stage to the next, starting at 1: {last_epochs}"
+            )
+        if self.max_steps is None and self.num_epochs > last_epochs[-1]:
+            raise InputError(
+                f"num_epochs is {self.num_epochs}, but the last stage ({self.stages[-1].name}) ends at epoch"
+                f" {last_epochs[-1]}: raise its last_epoch, or lower num_epochs"
+            )
+        if (self.num_epochs if self.max_steps is None else self.max_steps) < 1:
+            raise InputError(f"nothing to train: num_epochs is {self.num_epochs}, max_steps {self.max_steps}")
+        for stage in self.stages:
+            if unknown := set(stage.learning_rates) - set(COMPONENTS):
+                raise InputError(f"stage {stage.name}: unknown component {sorted(unknown)}, known: {list(COMPONENTS)}")
+            if not stage.learning_rates or not all(rate > 0 for rate in stage.learning_rates.values()):
+                raise InputError(f"stage {stage.name} trains nothing: give at least one component a rate above 0")
+        self._check_batch(processes)
+        choices = {
+            "quote_style": ("ascii", "keep"),
+            "tracker": TRACKERS,
+            "final_dtype": ("bfloat16", "float32"),
+            "lr_scheduler_type": ("cosine", "linear", "constant", "constant_with_warmup"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(known)}")
+        if not self.train_sources:
+            raise InputError("train_sources is empty: name at least one dataset")
+        if self.uploads and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.hf_repo_id):
+            raise InputError(f"hf_repo_id must be owner/name, got {self.hf_repo_id!r} (from HF_REPO_ID?)")
+
+    def _check_batch(self, processes: int) -> None:
+        if self.batch_size < 1 or self.target_effective_batch < 1:
+            raise InputError("batch_size and target_effective_batch must be at least 1")
+        target, at_once = self.target_effective_batch, self.batch_size * processes
+        if target % at_once == 0:
+            return
+        sizes = [size for size in range(1, target + 1) if target % (size * processes) == 0]
+        nearest_sizes = sorted(sorted(sizes, key=lambda size: abs(size - self.batch_size))[:2])
+        targets = sorted({max(1, target // at_once) * at_once, (target // at_once + 1) * at_once})
+        raise InputError(
+            f"target_effective_batch ({target}) is not a multiple of batch_size × processes"
+            f" ({self.batch_size} × {processes} = {at_once}). Nearest that divide: batch_size"
+            f" {' or '.join(map(str, nearest_sizes)) or '(none)'}, or target_effective_batch"
+            f" {' or '.join(map(str, targets))}"
+        )
+
+
+def parse_config(argv: list[str], defaults: TrainingConfig) -> TrainingConfig:
+    """Reads `--field value` over `defaults`; raises InputError that names the nearest field for an unknown one."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.add_class_arguments(TrainingConfig, as_group=False)
+    parser.add_argument("--config", action="config", help="a config.yaml of an earlier run")
+    parser.set_defaults(dataclasses.asdict(defaults))
+    try:
+        values = parser.instantiate(parser.parse_args(argv))
+    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        names = [f"--{f.name}" for f in dataclasses.fields(TrainingConfig)]
+        unknown = [a.split("=")[0] for a in argv if a.startswith("--") and a.split("=")[0].split(".")[0] not in names]
+        near = [match for a in unknown for match in difflib.get_close_matches(a, names, n=1)]
+        raise InputError(str(error) + (f" (did you mean {', '.join(near)}?)" if near else "")) from error
+    return TrainingConfig(**{f.name: values[f.name] for f in dataclasses.fields(TrainingConfig)})
+
+
+# ------------------------------------------------------------------------------------------------ Features and collator
+
+
+class SpeechDataset(torch.utils.data.Dataset):
+    """Utterances with log-mel features, addressed by (epoch, row): what is drawn for one depends on nothing else.
+
+    Features are taken of each clip alone: in a batch the extractor gives most clips one more valid frame.
+    """
+
+    def __init__(self, rows: SpeechRows, processor: Qwen3ASRProcessor):
+        self.rows = rows
+        self.feature_extractor = processor.feature_extractor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = draw
+        audio = self.rows.audio[int(index)]["audio"]
+        try:
+            waveform = decode_audio(audio, self.rows.ends_at[index])
+        except soundfile.LibsndfileError as error:
+            raise RuntimeError(f"{audio['path']} (row {index}) does not decode: {error}") from error
+        extracted = self.feature_extractor(
+            waveform, sampling_rate=SAMPLE_RATE, padding=True, return_attention_mask=True, return_tensors="np"
+        )
+        frames = int(extracted["attention_mask"].sum())
+        return {
+            "features": extracted["input_features"][0, :, :frames],  # (mel, frames)
+            "text": self.rows.texts[index],
+            "epoch": int(epoch),
+            "index": int(index),
+        }
+
+    def __getitems__(self, micro_batches: list[list[tuple[int, int]]]) -> list[list[dict[str, Any]]]:
+        """One step's share of one process, as torch's loader asks for it: a list of micro-batches."""
+        return [[self[draw] for draw in micro_batch] for micro_batch in micro_batches]
+
+
+class GlobalBatchSampler(torch.utils.data.Sampler):
+    """Yields, for each optimizer step, this process's micro-batches of (epoch, row).
+
+    An epoch is one permutation, cut into steps of `target_effective_batch` utterances over all processes. The last
+    step holds what is left, shared as evenly as can be, and repeats nobody: a process may get an empty micro-batch.
+    """
+
+    def __init__(self, rows: int, config: TrainingConfig, rank: int, processes: int):
+        self.rows, self.seed, self.rank, self.processes = rows, config.seed, rank, processes
+        self.effective_batch, self.batch_size = config.target_effective_batch, config.batch_size
+        self.epoch = 1
+
+    def __len__(self) -> int:
+        return math.ceil(self.rows / self.effective_batch)
+
+    def __iter__(self) -> Iterator[list[list[tuple[int, int]]]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
+        for start in range(0, self.rows, self.effective_batch):
+            step = order[start : start + self.effective_batch]
+            slots = self.processes * math.ceil(len(step) / (self.processes * self.batch_size))
+            mine = np.array_split(step, slots)[self.rank :: self.processes]
+            yield [[(self.epoch, int(row)) for row in micro_batch] for micro_batch in mine]
+
+
+def audio_token_count(frames: int) -> int:
+    """Placeholders for `frames` mel frames: three convolutions of stride 2 on each chunk of 100 frames."""
+    whole, rest = divmod(frames, FRAMES_PER_CHUNK)
+    for _ in range(3):
+        rest = (rest + 1) // 2
+    return whole * TOKENS_PER_CHUNK + rest
+
+
+class DataCollatorSpeechSeq2SeqWithPadding:
+    """Turns utterances into the tensors of one forward pass.
+
+    The prompt is the base model's chat template; the target `language Hebrew<asr_text>…<|im_end|>` follows it. What
+    is supervised is decided by position: everything after the prompt, up to and with <|im_end|> (which is also the
+    padding token, so that a mask by token id would never teach the model to stop).
+    """
+
+    def __init__(self, processor: Qwen3ASRProcessor, config: TrainingConfig):
+        self.tokenizer, self.config = processor.tokenizer, config
+        prompt = processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "audio", "audio": ""}]}], add_generation_prompt=True, tokenize=False
+        )
+        before, after = prompt.split(AUDIO_TOKEN)
+        self.before_audio, self.after_audio = self.tokens(before), self.tokens(after)
+        self.language_prefix = self.tokens(f"language {config.language}<asr_text>")
+        self.audio_token_id = self.tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
+        self.end_of_turn_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
+
+    def tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def __call__(self, utterances: list[dict[str, Any]], training: bool) -> dict[str, torch.Tensor]:
+        """Collates utterances of SpeechDataset.
+
+        Args:
+            utterances: at least one, or none for a process without work in a step: then one second of silence without
+                supervised tokens, so that its gradients are zero and the processes stay in step.
+            training: whether SpecAugment is applied; otherwise the prompts alone are added, padded on the left.
+
+        Returns:
+            input_features (batch, mel, frames), input_features_mask (batch, frames), input_ids, attention_mask, labels
+            (batch, tokens), padded on the right; prompt_input_ids, prompt_attention_mask if not training.
+        """
+        frames = [u["features"].shape[1] for u in utterances] or [FRAMES_PER_CHUNK]
+        width = math.ceil(max(frames) / FRAMES_PER_CHUNK) * FRAMES_PER_CHUNK
+        features = torch.zeros(len(frames), MEL_BINS, width)
+        for i, utterance in enumerate(utterances):
+            features[i, :, : frames[i]] = torch.from_numpy(utterance["features"])
+        if training and self.config.use_specaugment:
+            draws = [(u["epoch"], u["index"]) for u in utterances]
+            features = self.apply_specaugment(features, frames, draws)
+        prompts = [
+            self.before_audio + [self.audio_token_id] * audio_token_count(count) + self.after_audio for count in frames
+        ]
+        targets = [self.language_prefix + self.tokens(u["text"]) + [self.end_of_turn_id] for u in utterances] or [[]]
+        batch = {
+            "input_features": features,
+            "input_features_mask": (torch.arange(width) < torch.tensor(frames)[:, None]).long(),
+            "input_ids": self.pad([p + t for p, t in zip(prompts, targets, strict=True)], self.end_of_turn_id),
+            "attention_mask": self.pad([[1] * len(p + t) for p, t in zip(prompts, targets, strict=True)], 0),
+            "labels": self.pad(
+                [[IGNORED_LABEL] * len(p) + t for p, t in zip(prompts, targets, strict=True)], IGNORED_LABEL
+            ),
+        }
+        if not training:
+            if self.config.eval_prefill_language:
+                prompts = [p + self.language_prefix for p in prompts]
+            batch["prompt_input_ids"] = self.pad(prompts, self.end_of_turn_id, left=True)
+            batch["prompt_attention_mask"] = self.pad([[1] * len(p) for p in prompts], 0, left=True)
+        return batch
+
+    @staticmethod
+    def pad(rows: list[list[int]], value: int, left: bool = False) -> torch.Tensor:
+        width = max(map(len, rows))
+        padding = [[value] * (width - len(row)) for row in rows]
+        return torch.tensor([p + row if left else row + p for row, p in zip(rows, padding, strict=True)])
+
+    def apply_specaugment(
+        self, features: torch.Tensor, frames: list[int], draws: list[tuple[int, int]]
+    ) -> torch.Tensor:
+        """Masks time and frequency stripes inside each utterance's valid frames.
+
+        Args:
+            features: (batch, mel, time) log-mel features.
+            frames: valid frames of each utterance.
+            draws: (epoch, row) of each utterance, the only source of randomness beside the seed.
+
+        Returns:
+            A masked copy of `features`. Widths are uniform on 0 … parameter as in Park et al.; time masks together
+            cover at most `max_time_mask_share` of an utterance.
+        """
+        features, config = features.clone(), self.config
+        for feature, count, draw in zip(features, frames, draws, strict=False):
+            random = np.random.default_rng([config.seed, *draw])
+            widest = int(config.max_time_mask_share * count / max(1, config.num_time_masks))
+            for _ in range(config.num_time_masks):
+                width = random.integers(0, min(config.time_mask_param, widest) + 1)
+                start = random.integers(0, count - width + 1)
+                feature[:, start : start + width] = config.mask_value
+            for _ in range(config.num_freq_masks):
+                width = random.integers(0, config.freq_mask_param + 1)
+                start = random.integers(0, MEL_BINS - width + 1)
+                feature[start : start + width, :count] = config.mask_value
+        return features
+
+
+# ------------------------------------------------------------------------------------------------ Components, freezing
+
+LAYER = re.compile(r"(audio_tower|language_model)\.layers\.(\d+)\.")
+
+
+def layer_depth(name: str, model_config: transformers.Qwen3ASRConfig) -> int:
+    """How many layers lie above a parameter in its tower, or 0 for one outside of the layers."""
+    if not (match := LAYER.search(name)):
+        return 0
+    tower = model_config.audio_config if match[1] == "audio_tower" else model_config.text_config
+    return tower.num_hidden_layers - 1 - int(match[2])
+
+
+def component_of(name: str, stage: Stage, model_config: transformers.Qwen3ASRConfig) -> str | None:
+    """Which component a parameter belongs to in a stage, or None for what no component covers.
+
+    The one place that knows: freezing, parameter groups, logging and checks all ask here.
+    """
+    if "multi_modal_projector." in name or "audio_tower.ln_post." in name:
+        return "projector"
+    if name == "lm_head.weight" or (name.endswith("embed_tokens.weight") and model_config.tie_word_embeddings):
+        return "lm_head"
+    if match := LAYER.search(name):
+        component, top = (
+            ("audio_top", stage.audio_top_layers) if match[1] == "audio_tower" else ("llm_top", stage.llm_top_layers)
+        )
+        return component if layer_depth(name, model_config) < top else None
+    return None
+
+
+def trains_in(name: str, stage: Stage, model_config: transformers.Qwen3ASRConfig) -> bool:
+    return component_of(name, stage, model_config) in stage.learning_rates
+
+
+def check_stages(model: torch.nn.Module, stages: list[Stage]) -> None:
+    """Raises InputError for a stage that asks for layers the model has not, or for a component without parameters."""
+    for stage in stages:
+        towers = (
+            ("audio_top", stage.audio_top_layers, model.config.audio_config.num_hidden_layers),
+            ("llm_top", stage.llm_top_layers, model.config.text_config.num_hidden_layers),
+        )
+        for component, wanted, there in towers:
+            if component in stage.learning_rates and not 1 <= wanted <= there:
+                raise InputError(
+                    f"stage {stage.name}: {component}_layers is {wanted}, but the model has {there} such layers"
+                )
+        found = {component_of(name, stage, model.config) for name, _ in model.named_parameters()}
+        if missing := set(stage.learning_rates) - found:
+            raise InputError(f"stage {stage.name}: the model has no parameter of {sorted(missing)}")
+
+
+def load_model(config: TrainingConfig, use_bf16: bool) -> Qwen3ASRForConditionalGeneration:
+    """Loads the checkpoint: fp32 for every parameter that some stage trains, bf16 for the others under bf16.
+
+    AdamW on bf16 weights loses most updates to rounding at these rates, so trained weights are never bf16.
+    """
+    with checkpoint_problems(config.model_name_or_path):
+        model_config = transformers.AutoConfig.from_pretrained(config.model_name_or_path)
+        if model_config.model_type != "qwen3_asr" or "thinker_config" in model_config.to_dict():
+            raise InputError(
+                f"{config.model_name_or_path} is not a Qwen3-ASR checkpoint in transformers' layout"
+                f" (model_type {model_config.model_type}): use Qwen/Qwen3-ASR-1.7B-hf or Qwen/Qwen3-ASR-0.6B-hf"
+            )
+        model = Qwen3ASRForConditionalGeneration.from_pretrained(
+            config.model_name_or_path, dtype=torch.bfloat16 if use_bf16 else torch.float32
+        )
+    check_stages(model, config.stages)
+    for name, parameter in model.named_parameters():
+        if any(trains_in(name, stage, model.config) for stage in config.stages):
+            parameter.data = parameter.data.float()
+    return model
+
+
+@contextlib.contextmanager
+def checkpoint_problems(name: str):
+    """Turns what transformers raises for a checkpoint that is not there or not whole into one message."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- Trainer
+
+
+class GradualUnfreezeTrainer(Trainer):
+    """Trainer that changes what trains at stage boundaries and evaluates by transcribing.
+
+    What it relies on in Trainer 5.23: `_run_epoch` gets the wrapped model as an argument, one item of the loader is
+    one optimizer step when `gradient_accumulation_steps` is 1, and `create_optimizer` and `create_scheduler` are hooks.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        args: transformers.TrainingArguments,
+        model: Qwen3ASRForConditionalGeneration,
+        processor: Qwen3ASRProcessor,
+        train_rows: SpeechRows,
+        eval_rows: SpeechRows,
+        run_log: RunLog,
+        use_bf16: bool,
+    ):
+        self.config, self.run_log, self.use_bf16 = config, run_log, use_bf16
+        self.processor = processor
+        self.collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
+        self.stage = config.stage_of_epoch(1)
+        freeze_for(model, self.stage)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=SpeechDataset(train_rows, processor),
+            eval_dataset=SpeechDataset(eval_rows, processor),
+        )
+        self.sampler = GlobalBatchSampler(len(train_rows), config, args.process_index, args.world_size)
+        self.total_steps = config.max_steps or config.num_epochs * len(self.sampler)
+        ends = {stage.last_epoch * len(self.sampler): stage.name for stage in config.stages}
+        self.stage_ends = {step: name for step, name in ends.items() if step < self.total_steps}
+        self.add_callback(StepEvents(run_log, config.eval_steps, {*self.stage_ends, self.total_steps}))
+        self.best_wer, self.best_step = float("inf"), 0
+        self.window_started = time.perf_counter()
+        self.window_audio_seconds = 0.0
+        self.last_train_loss = float("nan")
+
+    # Data
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """One item is this process's share of one optimizer step: a list of micro-batches. Already sharded by rank."""
+        return self._loader(self.train_dataset, self.sampler, functools.partial(collate_step, self.collator))
+
+    def get_eval_dataloader(self, eval_dataset: SpeechDataset | None = None) -> torch.utils.data.DataLoader:
+        """This process's batches of the evaluation set, longest first; the batches are the same for any rank count."""
+        dataset = eval_dataset or self.eval_dataset
+        order = np.argsort(-dataset.rows.seconds, kind="stable").tolist()
+        size = self.config.eval_batch_size
+        batches = [[[(0, row) for row in order[i : i + size]]] for i in range(0, len(order), size)]
+        mine = batches[self.args.process_index :: self.args.world_size]
+        return self._loader(dataset, mine, functools.partial(collate_evaluation, self.collator))
+
+    def _loader(self, dataset: SpeechDataset, batch_sampler: Any, collate: Callable) -> torch.utils.data.DataLoader:
+        workers = self.config.dataloader_num_workers
+        return torch.utils.data.DataLoader(
+            dataset,
+            batch_sampler=batch_sampler,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            prefetch_factor=2 if workers else None,
+        )
+
+    # Stages
+
+    def _run_epoch(self, model: torch.nn.Module, epoch: int, **kwargs: Any) -> None:
+        """Enters the stage of this epoch first (Trainer counts epochs from 0), then trains on the current wrapper."""
+        self.sampler.epoch = epoch + 1
+        stage = self.config.stage_of_epoch(epoch + 1)
+        if stage is not self.stage:
+            self.enter_stage(stage)
+        super()._run_epoch(model=self.model_wrapped, epoch=epoch, **kwargs)
+
+    def enter_stage(self, stage: Stage) -> None:
+        """Changes what trains, and builds DistributedDataParallel again.
+
+        DDP reduces the gradients of those parameters that needed one when it was built: without a new wrapper the
+        ranks would drift apart in silence. The optimizer holds the parameters of every stage from the start, so that
+        the moments of what was training go on.
+        """
+        self.stage = stage
+        freeze_for(self.model, stage)
+        if self.model_wrapped is not self.model:
+            self.model_wrapped._remove_autograd_hooks()
+            self.accelerator._models.clear()  # prepare_model appends; the model would be listed twice
+            self.model_wrapped = self.accelerator.prepare_model(self.model)
+        self.run_log.say(f"{stage_line(self.model, stage)} | from step {self.state.global_step + 1}")
+
+    # Optimizer and schedule
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over every parameter that some stage trains, one group for each component, layer and decay.
+
+        Frozen ones have no gradient, and AdamW leaves a parameter without gradient, and its moments, alone.
+        """
+        if self.optimizer is None:
+            groups: dict[tuple, dict[str, Any]] = {}
+            decayed = set(self.get_decay_parameter_names(self.model))
+            for name, parameter in self.model.named_parameters():
+                components = {
+                    component_of(name, stage, self.model.config)
+                    for stage in self.config.stages
+                    if trains_in(name, stage, self.model.config)
+                }
+                if not components:
+                    continue
+                (component,) = components
+                key = (component, layer_depth(name, self.model.config), name in decayed)
+                weight_decay = self.config.weight_decay if name in decayed else 0.0
+                group = groups.setdefault(
+                    key, {"component": component, "depth": key[1], "weight_decay": weight_decay, "params": []}
+                )
+                group["params"].append(parameter)
+            # The schedule's factor is the rate itself, so every group starts from a rate of 1.
+            self.optimizer = torch.optim.AdamW(list(groups.values()), lr=1.0, fused=torch.cuda.is_available() or None)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """A schedule whose rate is a pure function of (group, step): see `learning_rate`."""
+        optimizer = optimizer or self.optimizer
+        self.factor = schedule_factor(self.config, num_training_steps)
+        rates = [functools.partial(self.learning_rate, g["component"], g["depth"]) for g in optimizer.param_groups]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def learning_rate(self, component: str, depth: int, step: int) -> float:
+        """The rate of the step after `step` steps, for a component's layer `depth` layers below the top one."""
+        stage = self.config.stage_of_epoch(step // len(self.sampler) + 1)
+        peak = stage.learning_rates.get(component, 0.0)
+        return peak * self.config.layerwise_lr_decay_rate**depth * self.factor(step)
+
+    # Step
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.use_bf16)
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: list[dict[str, torch.Tensor]],
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Accumulates the gradient of one optimizer step.
+
+        Args:
+            inputs: this process's micro-batches of the step.
+
+        Returns:
+            The step's nats per target token over all processes, times the share that fell to this one, times the
+            number of processes: their mean is the loss.
+        """
+        model.train()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # target tokens, audio frames
+        for batch in inputs:
+            supervised = batch["labels"] != IGNORED_LABEL
+            totals[0] += supervised.sum()
+            totals[1] += batch["input_features_mask"][supervised.any(dim=1)].sum()
+        totals = self.accelerator.reduce(totals, reduction="sum")
+        self.window_audio_seconds += totals[1].item() / FRAMES_PER_CHUNK
+        loss = torch.zeros((), device=self.args.device)
+        for i, batch in enumerate(inputs):
+            is_last = i == len(inputs) - 1
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                # DDP averages gradients over the processes; the loss is a sum over tokens.
+                share = self.negative_log_likelihood(model, batch) * self.args.world_size / totals[0].float()
+                self.accelerator.backward(share)
+            loss += share.detach()
+        return loss
+
+    def negative_log_likelihood(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Summed nats of the supervised tokens of one micro-batch (the model's own loss divides by what it is told)."""
+        with self.autocast():
+            return model(**self._prepare_inputs(batch), num_items_in_batch=1).loss
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        norm = super()._clip_grad_norm(model)
+        if not torch.isfinite(norm):  # the same on every rank: gradients are reduced by now
+            raise InputError(
+                f"the gradient norm of step {self.state.global_step + 1} is {norm.item()}: a broken recording or too"
+                " high a learning rate. Nothing of this step was applied; the best model so far is on disk"
+            )
+        return norm
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # Trainer's estimate reads one batch of text tokens; a step here is several, with audio
+
+    # Evaluation
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Loss and transcription of one evaluation batch, for weights in fp32, in bf16, or in both.
+
+        Features are cast to the type of the encoder's first convolution, and everything runs under autocast when any
+        weight is bf16: "Input type (float) and bias type (c10::BFloat16) should be the same" cannot happen. The
+        transcription starts from the prompts alone, never from the reference.
+
+        Returns:
+            mean nats per target token, generated tokens without the prompt (batch, new tokens), labels.
+        """
+        module = self.accelerator.unwrap_model(model)
+        inputs = self._prepare_inputs(dict(inputs))
+        prompts = {"input_ids": inputs.pop("prompt_input_ids"), "attention_mask": inputs.pop("prompt_attention_mask")}
+        inputs["input_features"] = inputs["input_features"].to(module.model.audio_tower.conv2d1.weight.dtype)
+        any_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
+        with torch.no_grad(), torch.autocast(self.args.device.type, torch.bfloat16, enabled=any_bf16):
+            loss = module(**inputs).loss.float()
+            if prediction_loss_only:
+                return loss, None, None
+            generated = module.generate(
+                **prompts,
+                input_features=inputs["input_features"],
+                input_features_mask=inputs["input_features_mask"],
+                max_new_tokens=self.config.generation_max_new_tokens,
+            )
+        return loss, generated[:, prompts["input_ids"].shape[1] :], inputs["labels"]
+
+    def evaluate(
+        self,
+        eval_dataset: SpeechDataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        model: torch.nn.Module | None = None,
+    ) -> dict[str, float]:
+        """Transcribes the evaluation set, every utterance once, and pools edits, words and nats over the processes.
+
+        Args:
+            model: another model than the one in training; its result is logged but never becomes the best checkpoint.
+
+        Returns:
+            `eval/wer`, `eval/cer`, `eval/loss` and the other numbers of `hebrew_scoring.score`, under the prefix.
+        """
+        started = time.perf_counter()
+        module = model or self.model
+        dataset = eval_dataset or self.eval_dataset
+        module.eval()
+        found = []  # (row, hypothesis, language, mean nats of its batch, target tokens)
+        loader = self.get_eval_dataloader(dataset)
+        for rows, batch in tqdm(loader, "evaluating", leave=False, disable=self.run_log.hides_progress):
+            loss, generated, labels = self.prediction_step(module, batch, prediction_loss_only=False)
+            tokens = (labels != IGNORED_LABEL).sum(dim=1).tolist()
+            outputs = self.processor.decode(generated, return_format="parsed")
+            found += [
+                (row, output["transcription"], output["language"], loss.item(), count)
+                for row, output, count in zip(rows, outputs, tokens, strict=True)
+            ]
+        found = sorted(gather_object(found))
+        references = [dataset.rows.texts[row] for row, *_ in found]
+        hypotheses = [hypothesis for _, hypothesis, *_ in found]
+        metrics = {"loss": sum(loss * count for *_, loss, count in found) / sum(count for *_, count in found)}
+        metrics |= score(references, hypotheses)
+        if not self.config.eval_prefill_language:
+            metrics["other_language"] = sum(language != self.config.language for _, _, language, *_ in found)
+        if model is None:
+            metrics["loss_minus_train_loss"] = metrics["loss"] - self.last_train_loss
+        metrics = {f"{metric_key_prefix}/{name}": value for name, value in metrics.items()}
+        self.run_log.log(metrics, self.state.global_step)
+        shown = np.linspace(0, len(found) - 1, min(self.config.num_logged_predictions, len(found))).astype(int)
+        self.run_log.log_predictions(
+            f"{metric_key_prefix}/predictions", [(references[i], hypotheses[i]) for i in shown], self.state.global_step
+        )
+        if model is None:
+            self.keep_if_best(metrics["eval/wer"])
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.window_started += time.perf_counter() - started
+        return metrics
+
+    def keep_if_best(self, wer: float) -> None:
+        """Writes the model for use, in its one final type, when it is the best since training began."""
+        if self.state.global_step > 0 and wer < self.best_wer:
+            self.best_wer, self.best_step = wer, self.state.global_step
+            if self.args.process_index == 0:
+                save_for_use(self.model, self.processor, self.final_folder, getattr(torch, self.config.final_dtype))
+
+    @property
+    def final_folder(self) -> Path:
+        return Path(self.args.output_dir) / "final_model"
+
+    # Logging
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Renames what Trainer logs to the project's names and adds each component's rate, stage and speed."""
+        if "loss" not in logs:
+            return
+        now = time.perf_counter()
+        step = self.state.global_step
+        numbers = {"train/loss": logs["loss"], "train/grad_norm": logs["grad_norm"], "train/epoch": self.state.epoch}
+        for component in self.stage.learning_rates:
+            numbers[f"train/learning_rate_{component}"] = self.learning_rate(component, 0, step - 1)
+        numbers["train/stage"] = self.config.stages.index(self.stage) + 1
+        numbers["train/trainable_parameters"] = trainable_parameters(self.model)
+        numbers["train/audio_seconds_per_second"] = self.window_audio_seconds / (now - self.window_started)
+        self.window_started, self.window_audio_seconds = now, 0.0
+        if math.isnan(self.last_train_loss):
+            self.warn_of_a_wrong_start(logs["loss"])
+        self.last_train_loss = logs["loss"]
+        self.run_log.log(numbers, step)
+
+    def warn_of_a_wrong_start(self, loss: float) -> None:
+        guessing = math.log(self.model.config.text_config.vocab_size)
+        if loss > 8 or abs(loss - guessing) < 0.5:
+            self.run_log.say(
+                f"warning: the loss starts at {loss:.2f} nats per token (ln of the vocabulary is {guessing:.2f}): the"
+                " model is guessing, so the prompt or the labels are wrong, or the checkpoint is untrained"
+            )
+
+
+class StepEvents(TrainerCallback):
+    """Has Trainer log and evaluate by interval, at the end of each stage and at the end; moves the progress bar."""
+
+    def __init__(self, run_log: RunLog, eval_steps: int, ends: set[int]):
+        self.run_log, self.eval_steps, self.ends = run_log, eval_steps, ends
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run_log.open_progress(state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run_log.bar.update()
+        if state.global_step in self.ends or state.global_step % self.eval_steps == 0:
+            control.should_evaluate = control.should_log = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run_log.bar.close()
+
+
+def collate_step(collator: DataCollatorSpeechSeq2SeqWithPadding, micro_batches: list) -> list[dict[str, torch.Tensor]]:
+    return [collator(utterances, training=True) for utterances in micro_batches]
+
+
+def collate_evaluation(collator: DataCollatorSpeechSeq2SeqWithPadding, batches: list) -> tuple[list[int], dict]:
+    (utterances,) = batches
+    return [u["index"] for u in utterances], collator(utterances, training=False)
+
+
+def freeze_for(model: torch.nn.Module, stage: Stage) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trains_in(name, stage, model.config))
+        if not parameter.requires_grad:
+            parameter.grad = None
+
+
+def trainable_parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def stage_line(model: torch.nn.Module, stage: Stage) -> str:
+    """One line for the log: what trains in a stage, with parameters and peak rates."""
+    sizes: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            sizes[component_of(name, stage, model.config)] += parameter.numel()
+    parts = [f"{name} {sizes[name] / 1e6:.2f} M at {rate:g}" for name, rate in stage.learning_rates.items()]
+    tied = " (lm_head is tied to the embedding, which trains with it)" if "lm_head" in stage.learning_rates else ""
+    return f"stage {stage.name}, to epoch {stage.last_epoch}: {', '.join(parts)}{tied}"
+
+
+def schedule_factor(config: TrainingConfig, total_steps: int) -> Callable[[int], float]:
+    """The schedule of transformers.get_scheduler as a function from steps done to a factor between 0 and 1."""
+    warmup = math.ceil(config.warmup_ratio * total_steps) if config.warmup_ratio > 0 else config.warmup_steps
+    nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    return transformers.get_scheduler(config.lr_scheduler_type, nothing, warmup, total_steps).lr_lambdas[0]
+
+
+def save_for_use(model: torch.nn.Module, processor: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Writes weights in one type (safetensors) with the processor; `folder` is replaced once all of it is written."""
+    with torch.device("meta"):
+        copy = type(model)(type(model.config).from_dict(model.config.to_dict()))
+    weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
+    copy.load_state_dict(weights, assign=True)
+    copy.tie_weights()
+    copy.generation_config = model.generation_config
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    copy.save_pretrained(unfinished)
+    processor.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+# -------------------------------------------------------------------------------------------------------------- Upload
+
+SNIPPET = """\
+import soundfile
+from transformers import AutoProcessor, Qwen3ASRForConditionalGeneration
+
+model_id = "{model_id}"
+processor = AutoProcessor.from_pretrained(model_id)
+model = Qwen3ASRForConditionalGeneration.from_pretrained(model_id, dtype="auto")
+
+audio, rate = soundfile.read("speech.wav", dtype="float32")  # mono, 16 kHz
+inputs = processor.apply_transcription_request(audio=audio, sampling_rate=rate).to(model.device, model.dtype)
+tokens = model.generate(**inputs, max_new_tokens=256)[:, inputs["input_ids"].shape[1] :]
+print(processor.decode(tokens[0], return_format="transcription_only"))
+"""
+
+
+def write_model_card(folder: Path, config: TrainingConfig, final: dict[str, float], best_step: int) -> None:
+    """Writes README.md into the model's folder: metadata in the Hub's format, results, how to transcribe, settings."""
+    base = config.model_name_or_path
+    model_id = config.hf_repo_id or str(folder)
+    eval_names = ", ".join(source.path for source in config.eval_sources) or "held-out recordings"
+    on_hub = [source.path for source in config.train_sources if not Path(source.path).exists()]
+    results = [
+        huggingface_hub.EvalResult(
+            task_type="automatic-speech-recognition",
+            dataset_type=eval_names,
+            dataset_name=eval_names,
+            metric_type=metric,
+            metric_value=round(final[f"final/{metric}"], 3),
+        )
+        for metric in ("wer", "cer")
+    ]
+    data = huggingface_hub.ModelCardData(
+        language="he",
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="automatic-speech-recognition",
+        base_model=None if Path(base).exists() else base,
+        datasets=on_hub or None,
+        tags=config.tags,
+        model_name=model_id.split("/")[-1],
+        eval_results=results,
+    )
+    settings = dataclasses.asdict(config)
+    for name in ("hf_repo_id", "output_dir", "wandb_project", "wandb_run_name"):
+        settings.pop(name)
+    folder.joinpath("README.md").write_text(
+        f"---\n{data.to_yaml()}\n---\n\n"
+        f"# {model_id.split('/')[-1]}\n\n"
+        f"`{base}` fine-tuned to Hebrew speech recognition.\n\n"
+        f"| set | utterances | WER % | CER % | WER % on raw text |\n|---|---|---|---|---|\n"
+        f"| {eval_names} | {final['final/utterances']} | {final['final/wer']:.2f} | {final['final/cer']:.2f} |"
+        f" {final['final/wer_raw']:.2f} |\n\n"
+        "Measured on this checkpoint as it is stored here, greedy decoding, the language"
+        f" {'given' if config.eval_prefill_language else 'left to the model'}, text normalised as the ivrit.ai"
+        " leaderboard does.\n\n"
+        f"## Transcribe\n\n```python\n{SNIPPET.format(model_id=model_id)}```\n\n"
+        f"## Training\n\nThe checkpoint with the lowest WER, at step {best_step}. Settings:\n\n"
+        f"```json\n{json.dumps(settings, indent=2, ensure_ascii=False)}\n```\n",
+        encoding="utf-8",
+    )
+
+
+def check_upload(config: TrainingConfig) -> None:
+    """Makes sure, before the first step, that the token exists and may write, and creates the repository."""
+    api = huggingface_hub.HfApi()
+    try:
+        api.whoami()
+        api.create_repo(config.hf_repo_id, private=config.hf_private, exist_ok=True)
+        api.auth_check(config.hf_repo_id, write=True)
+    except Exception as error:  # HTTP and connection errors of several libraries; all mean the same here
+        raise InputError(
+            f"cannot upload to {config.hf_repo_id}: {first_line(error)}. Log in with a token that may write (`uv run hf"
+            " auth login`, or HF_TOKEN), or set SKIP_HF_UPLOAD=true"
+        ) from error
+
+
+def upload_command(config: TrainingConfig, folder: Path) -> str:
+    return f"uv run hf upload {config.hf_repo_id or 'OWNER/NAME'} {folder} ."
+
+
+def upload(config: TrainingConfig, folder: Path) -> str:
+    """Uploads the model's folder; returns the commit's address, or raises InputError and leaves the folder as it is."""
+    try:
+        return (
+            huggingface_hub.HfApi()
+            .upload_folder(
+                repo_id=config.hf_repo_id, folder_path=folder, commit_message="Fine-tuned to Hebrew speech recognition"
+            )
+            .commit_url
+        )
+    except Exception as error:  # the client raises HTTP, connection, value and runtime errors, by the phase it is in
+        raise InputError(
+            f"the upload to {config.hf_repo_id} failed: {first_line(error)}. The model is in {folder}; upload it"
+            f" with: {upload_command(config, folder)}"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------- Main
+
+
+@contextlib.contextmanager
+def together():
+    """Runs its block on every rank; a InputError on any of them becomes the same InputError on all."""
+    problem = None
+    try:
+        yield
+    except InputError as error:
+        problem = str(error)
+    if first := next(filter(None, gather_object([problem])), None):
+        raise InputError(first)
+
+
+def new_run_folder(config: TrainingConfig, state: accelerate.PartialState) -> Path:
+    """Creates the run's folder on rank 0 and returns it on all ranks; raises InputError if it holds a run already."""
+    folder = config.output_dir or f"runs/{config.wandb_run_name or 'hebrew-asr'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    (folder,) = broadcast_object_list([folder])
+    with together():
+        if state.is_main_process:
+            if (Path(folder) / "config.yaml").exists():
+                raise InputError(f"{folder} holds a run already: choose another --output_dir, or remove the folder")
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                (Path(folder) / "config.yaml").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+            except OSError as error:
+                raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+    return Path(folder)
+
+
+def check_disk(folder: Path, model: torch.nn.Module) -> None:
+    """Raises InputError when two copies of the final model (the best one and its successor) do not fit the disk."""
+    needed = 2 * 4 * sum(parameter.numel() for parameter in model.parameters())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(f"{folder}: {free / 1e9:.1f} GB free on its disk, the run needs {needed / 1e9:.1f} GB")
+
+
+def training_arguments(config: TrainingConfig, folder: Path, cpu: bool) -> transformers.TrainingArguments:
+    """What Trainer reads; the rest is in TrainingConfig. No token, no upload and no tracker goes through Trainer."""
+    return transformers.TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=config.num_epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=1,  # one item of the loader is a whole step, see GlobalBatchSampler
+        max_grad_norm=config.max_grad_norm,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_on_start=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=config.seed,
+        use_cpu=cpu,
+        ddp_find_unused_parameters=False,
+    )
+
+
+def main(config: TrainingConfig) -> None:
+    """Trains, reloads the best checkpoint, evaluates it and uploads it; InputError on every rank when it cannot."""
+    # 1. Processes and settings
+    cpu = not torch.cuda.is_available()
+    state = accelerate.PartialState(cpu=cpu)
+    config.check(state.num_processes)
+    use_bf16 = config.bf16 if config.bf16 is not None else not cpu and torch.cuda.is_bf16_supported()
+    quiet_libraries(state.is_main_process)
+    transformers.set_seed(config.seed)
+    folder = new_run_folder(config, state)
+    run_log = RunLog(folder, state.process_index)
+    with together():
+        if config.uploads and state.is_main_process:
+            check_upload(config)
+
+    # 2. Model
+    with together():
+        with checkpoint_problems(config.model_name_or_path):
+            processor = transformers.AutoProcessor.from_pretrained(config.model_name_or_path)
+        model = load_model(config, use_bf16)
+        check_disk(folder, model)
+
+    # 3. Data: the first process of each machine reads and caches, the others find the cache
+    data, problem = None, None
+    with state.local_main_process_first():
+        try:
+            data = load_train_and_eval(config, config.seed)
+        except InputError as error:
+            problem = error  # raised below: this block must be left by every rank
+    with together():
+        if problem:
+            raise problem
+    train_rows, eval_rows = data
+
+    # 4. What will run
+    trainer = GradualUnfreezeTrainer(
+        config, training_arguments(config, folder, cpu), model, processor, train_rows, eval_rows, run_log, use_bf16
+    )
+    announce(trainer, train_rows, eval_rows, state.num_processes)
+    run_log.start_tracker(
+        config.tracker,
+        config.wandb_project,
+        config.wandb_run_name or folder.name,
+        dataclasses.asdict(config) | run_facts(trainer, train_rows, state.num_processes),
+        config.tags,
+    )
+
+    # 5. Train
+    trainer.train()
+
+    # 6. The best checkpoint as it is on disk: reload, evaluate, describe
+    state.wait_for_everyone()
+    best = Qwen3ASRForConditionalGeneration.from_pretrained(trainer.final_folder, dtype="auto")
+    final = trainer.evaluate(metric_key_prefix="final", model=best.to(trainer.args.device))
+    if state.is_main_process:
+        write_model_card(trainer.final_folder, config, final, trainer.best_step)
+        draw_curves(run_log.rows, trainer.stage_ends, folder / "curves.png")
+        vocab_size = model.config.text_config.vocab_size
+        for line in (
+            *success_criteria(run_log.rows, config.target_loss, config.target_wer, vocab_size),
+            *wer_summary(run_log.rows, trainer.stage_ends, trainer.stage.name),
+        ):
+            run_log.say(line)
+    run_log.finish()
+
+    # 7. Upload: the other ranks are done
+    if state.is_main_process:
+        if config.uploads:
+            run_log.say(f"uploaded: {upload(config, trainer.final_folder)}")
+        else:
+            run_log.say(f"not uploaded; to do it: {upload_command(config, trainer.final_folder)}")
+        run_log.say(run_log.dashboard())
+
+
+def run_facts(trainer: GradualUnfreezeTrainer, train_rows: SpeechRows, processes: int) -> dict[str, Any]:
+    """What the dashboard should hold beside the settings."""
+    return {
+        "processes": processes,
+        "gpu_count": processes if torch.cuda.is_available() else 0,
+        "gradient_accumulation_steps": trainer.config.gradient_accumulation_steps(processes),
+        "effective_batch_size": trainer.config.target_effective_batch,
+        "steps": trainer.total_steps,
+        "train_utterances": len(train_rows),
+        "train_hours": train_rows.hours,
+        "bf16_autocast": trainer.use_bf16,
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+    }
+
+
+def announce(trainer: GradualUnfreezeTrainer, train_rows: SpeechRows, eval_rows: SpeechRows, processes: int) -> None:
+    """Says what will run, and which stages are cut."""
+    config, say = trainer.config, trainer.run_log.say
+    say(f"run folder {trainer.args.output_dir}")
+    say(data_line("training", train_rows))
+    say(data_line("evaluation", eval_rows))
+    say(
+        f"{trainer.total_steps} steps, {len(trainer.sampler)} an epoch | {config.batch_size} utterances ×"
+        f" {config.gradient_accumulation_steps(processes)} micro-batches × {processes} processes ="
+        f" {config.target_effective_batch} a step |"
+        f" {'bf16 autocast' if trainer.use_bf16 else 'fp32'} on {trainer.args.device.type}"
+    )
+    last_epoch = math.ceil(trainer.total_steps / len(trainer.sampler))
+    for stage in config.stages:
+        if last_epoch < stage.last_epoch:
+            begins = config.first_epoch_of(stage)
+            what = "is left out" if last_epoch < begins else f"is cut (it would end with epoch {stage.last_epoch})"
+            say(f"stage {stage.name} {what}: the run ends in epoch {last_epoch}")
+    say(stage_line(trainer.model, trainer.stage))
+
+
+def data_line(name: str, rows: SpeechRows) -> str:
+    dropped = ", ".join(f"{count} {reason} ({hours:.2f} h)" for reason, (count, hours) in rows.dropped.items())
+    return f"{name}: {len(rows)} utterances, {rows.hours:.2f} h | dropped: {dropped or 'none'}"
+
+
+def quiet_libraries(is_main: bool) -> None:
+    """Warnings of the libraries from the first process only, their progress bars from none."""
+    transformers.logging.set_verbosity_warning() if is_main else transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not is_main:
+        datasets.disable_progress_bars()
+
+
+def launch(recipe: Callable[[list[str]], TrainingConfig]) -> None:
+    """Runs `main` with what `recipe` makes of the command line; a InputError is one message and exit status 1."""
+    try:
+        main(recipe(sys.argv[1:]))
+    except InputError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    launch(functools.partial(parse_config, defaults=TrainingConfig()))

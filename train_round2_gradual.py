@@ -1,0 +1,57 @@
+"""Round 2: Strategy B for two epochs, then Strategy A for three.
+
+    uv run torchrun --nproc_per_node=8 train_round2_gradual.py            Qwen3-ASR-1.7B on the ivrit.ai corpora
+    uv run torchrun --nproc_per_node=2 train_round2_gradual.py --demo     a small model on the corpus in demo/, no GPU
+
+Every field of TrainingConfig can be given after it: `--num_epochs 3 --use_specaugment false`.
+"""
+
+from pathlib import Path
+
+from hebrew_corpora import Source
+from train_hebrew_asr_enhanced import Stage, TrainingConfig, launch, parse_config
+
+DEMO = Path(__file__).parent / "demo"
+
+
+def round2() -> TrainingConfig:
+    """B adapts the projector and the language model's top while the encoder rests; A adds the encoder's top."""
+    return TrainingConfig(
+        stages=[
+            Stage("B", last_epoch=2, learning_rates={"projector": 2e-4, "llm_top": 5e-5, "lm_head": 1e-4}),
+            Stage(
+                "A",
+                last_epoch=5,
+                learning_rates={"projector": 1e-4, "audio_top": 3e-5, "llm_top": 3e-5, "lm_head": 1e-4},
+            ),
+        ]
+    )
+
+
+def demo() -> TrainingConfig:
+    """Round 2 on the small world: fewer layers, rates 20 times as high, a batch of 16, and no account anywhere."""
+    config = round2()
+    for stage in config.stages:
+        stage.learning_rates = {component: 20 * rate for component, rate in stage.learning_rates.items()}
+        stage.audio_top_layers = stage.llm_top_layers = 1
+    config.model_name_or_path = str(DEMO / "base")
+    config.train_sources = [Source(str(DEMO / "corpus"))]
+    config.eval_sources = [Source(str(DEMO / "heldout"))]
+    config.target_effective_batch, config.batch_size = 16, 8
+    config.dataloader_num_workers = config.preprocessing_num_workers = 0
+    config.generation_max_new_tokens = 100
+    config.eval_batch_size = 64
+    config.tracker = "trackio"
+    config.skip_hf_upload = True
+    config.target_loss, config.target_wer = 1.0, 20.0
+    return config
+
+
+def recipe(arguments: list[str]) -> TrainingConfig:
+    if "--demo" in arguments:
+        return parse_config([a for a in arguments if a != "--demo"], demo())
+    return parse_config(arguments, round2())
+
+
+if __name__ == "__main__":
+    launch(recipe)
