@@ -1,0 +1,118 @@
+"""What the tests share: a few rows of the demo world, its model, and a place of their own for every cache."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "demo"
+sys.path.insert(0, str(ROOT))
+CACHE = tempfile.TemporaryDirectory(prefix="hebrew-asr-tests-")
+# Read when the libraries are imported, hence before any of them is.
+os.environ |= {
+    "HF_HOME": f"{CACHE.name}/hf",
+    "TRACKIO_DIR": f"{CACHE.name}/trackio",
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "OMP_NUM_THREADS": "1",
+}
+for name in (
+    "HF_REPO_ID",
+    "HF_TOKEN",
+    "SKIP_HF_UPLOAD",
+    "WANDB_PROJECT",
+    "WANDB_RUN_NAME",
+    "WANDB_API_KEY",
+    "WANDB_MODE",
+):
+    os.environ.pop(name, None)
+
+import pyarrow.parquet
+import pytest
+import torch
+import transformers
+
+from hebrew_corpora import Source, load_rows
+from train_hebrew_asr_enhanced import Stage, TrainingConfig, load_model
+
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--run-slow", action="store_true", help="also run what takes minutes: the whole demo")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--run-slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes; run with --run-slow"))
+
+
+def first_rows(part: str, count: int, folder: Path) -> Path:
+    """Writes the first rows of a part of the demo world as a corpus of its own."""
+    (file,) = (DEMO / part).glob("*.parquet")
+    folder.mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(file).slice(0, count), folder / "train.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """41 utterances: with steps of 8 the last step of an epoch has one, and a second process has none."""
+    return first_rows("corpus", 41, tmp_path_factory.mktemp("data") / "corpus")
+
+
+@pytest.fixture(scope="session")
+def heldout(tmp_path_factory) -> Path:
+    return first_rows("heldout", 11, tmp_path_factory.mktemp("data") / "heldout")
+
+
+def small_config(corpus: Path, heldout: Path, output_dir: Path) -> TrainingConfig:
+    """Two stages of one epoch each on the small corpus, steps of 8 utterances."""
+    return TrainingConfig(
+        model_name_or_path=str(DEMO / "base"),
+        train_sources=[Source(str(corpus))],
+        eval_sources=[Source(str(heldout))],
+        output_dir=str(output_dir),
+        stages=[
+            Stage("B", 1, {"projector": 4e-3, "llm_top": 1e-3, "lm_head": 2e-3}, 1, 1),
+            Stage("A", 2, {"projector": 2e-3, "audio_top": 6e-4, "llm_top": 6e-4, "lm_head": 2e-3}, 1, 1),
+        ],
+        num_epochs=2,
+        target_effective_batch=8,
+        batch_size=4,
+        dataloader_num_workers=0,
+        generation_max_new_tokens=30,
+        eval_batch_size=4,
+        eval_steps=1000,
+        logging_steps=1,
+        tracker="none",
+        final_dtype="float32",
+    )
+
+
+@pytest.fixture
+def config(corpus, heldout, tmp_path) -> TrainingConfig:
+    return small_config(corpus, heldout, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return transformers.AutoProcessor.from_pretrained(DEMO / "base")
+
+
+@pytest.fixture
+def model(config):
+    return load_model(config, use_bf16=False)
+
+
+@pytest.fixture
+def train_rows(config):
+    return load_rows(config.train_sources, config)
+
+
+@pytest.fixture
+def eval_rows(config):
+    return load_rows(config.eval_sources, config)

@@ -1,0 +1,303 @@
+"""The commands a user types: what they leave behind, what they upload, and what they say when they cannot run."""
+
+import dataclasses
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet
+import pytest
+import soundfile
+from conftest import DEMO, ROOT
+from hub_server import HubServer
+
+from hebrew_corpora import InputError, Source, decode_audio
+from train_hebrew_asr_enhanced import Stage, TrainingConfig, main, parse_config
+from train_round2_gradual import recipe, round2
+
+TOKEN = "hf_write_token_that_must_not_leak"
+USERS = {TOKEN: ("OzLabs", "write"), "hf_read_token": ("OzLabs", "read")}
+
+
+def command(script: str, *arguments: object, processes: int | None = None, env: dict[str, str] | None = None):
+    """Runs a script as its user does, under torchrun when `processes` is given."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    line = [*(torchrun if processes else [sys.executable]), ROOT / script, *arguments]
+    environment = {**os.environ, **(env or {})}
+    return subprocess.run(
+        list(map(str, line)), env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+def short_run(corpus, heldout, folder) -> list[str]:
+    """Options for one epoch of the demo recipe on the small corpus: one step of B, four of A."""
+    stages = [
+        {"name": "B", "last_epoch": 1, "learning_rates": {"projector": 1e-3}},
+        {"name": "A", "last_epoch": 5, "learning_rates": {"projector": 1e-3, "audio_top": 1e-3}, "audio_top_layers": 1},
+    ]
+    return [
+        *(
+            "--train_sources",
+            json.dumps([{"path": str(corpus)}]),
+            "--eval_sources",
+            json.dumps([{"path": str(heldout)}]),
+        ),
+        *("--stages", json.dumps(stages), "--output_dir", str(folder), "--max_steps", "5"),
+        *("--generation_max_new_tokens", "30", "--logging_steps", "2"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def uploaded(tmp_path_factory, corpus, heldout):
+    """A run of two processes that tracks with W&B, offline, and uploads to the stand-in of the Hub."""
+    folder = tmp_path_factory.mktemp("main")
+    with HubServer(users=USERS) as hub:
+        env = hub.env(home=folder / "home", token=TOKEN) | {
+            "HF_REPO_ID": "OzLabs/Qwen3-ASR-Hebrew-Round2",
+            "WANDB_PROJECT": "a-project",
+            "WANDB_RUN_NAME": "a-name",
+        }
+        options = [*short_run(corpus, heldout, folder / "run"), "--tracker", "wandb", "--skip_hf_upload", "false"]
+        done = command("train_round2_gradual.py", "--demo", *options, processes=2, env=env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        yield folder / "run", done, hub, env
+
+
+def test_a_run_leaves_its_settings_numbers_picture_and_model(uploaded):
+    run, done, _, _ = uploaded
+    settings = json.loads((run / "config.yaml").read_text())
+    assert settings["max_steps"] == 5 and settings["stages"][1]["audio_top_layers"] == 1
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert next(iter(row["eval/wer"] for row in rows if "eval/wer" in row)) > 0 and rows[0]["step"] == 0
+    logged = {name for row in rows for name in row}
+    assert logged >= {
+        *(
+            "train/loss",
+            "train/grad_norm",
+            "train/learning_rate_projector",
+            "train/trainable_parameters",
+            "train/stage",
+        ),
+        *("train/audio_seconds_per_second", "eval/wer", "eval/cer", "eval/loss", "eval/wer_nonempty", "eval/wer_raw"),
+        *("eval/empty_predictions", "eval/loss_minus_train_loss", "final/wer", "final/cer"),
+    }
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "8 utterances × 1 micro-batches × 2 processes = 16 a step" in done.stdout
+    assert "lm_head is tied to the embedding" not in done.stdout, "lm_head does not train in this run"
+    assert "stage A is cut" in done.stdout
+    for end in ("before training", "at the end", "final model, reloaded from disk"):
+        assert re.search(rf"WER +[\d.]+ %  .*{end}", done.stdout)
+    assert done.stdout.count("run folder") == 1, "rank 0 alone speaks"
+    assert "Traceback" not in done.stderr
+    assert re.search(r"W&B was offline; to sync: uv run wandb sync .*offline-run", done.stdout.splitlines()[-1])
+
+
+def wandb_records(file: Path):
+    """Reads an offline run: after 7 bytes, LevelDB's log format (blocks of 32 KiB, chunks of crc, length, kind)."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, parts = file.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or its last chunk
+            yield wandb_internal_pb2.Record.FromString(parts)
+            parts = b""
+
+
+def test_wandb_gets_project_name_tags_settings_and_the_same_numbers(uploaded):
+    (file,) = uploaded[0].glob("wandb/offline-run-*/*.wandb")
+    settings, run, names = {}, None, set()
+    for record in wandb_records(file):
+        if record.HasField("run"):
+            run = record.run
+            settings |= {item.key: json.loads(item.value_json) for item in run.config.update}
+        if record.HasField("history"):
+            names |= {item.key or "/".join(item.nested_key) for item in record.history.item}
+    assert (run.project, run.display_name) == ("a-project", "a-name")
+    assert set(run.tags) == {"sota-2025", "specaugment", "cosine-lr", "gradual-unfreezing"}
+    assert settings["time_mask_param"] == 80 and settings["processes"] == 2 and settings["effective_batch_size"] == 16
+    assert names >= {"train/loss", "train/learning_rate_projector", "train/grad_norm", "eval/wer", "eval/cer"}
+    assert "eval/predictions" in names
+
+
+def test_what_is_uploaded_is_the_final_model(uploaded):
+    run, done, hub, _ = uploaded
+    files = hub.repos["OzLabs/Qwen3-ASR-Hebrew-Round2"]["main"]
+    local = {f.name: f.read_bytes() for f in (run / "final_model").iterdir()}
+    assert {name: files[name] for name in local} == local
+    assert "model.safetensors" in local and not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
+    card = local["README.md"].decode()
+    final = next(json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "final/wer" in line)
+    assert f"{final['final/wer']:.2f}" in card
+    header = card.split("---")[1]
+    for line in ("language: he", "library_name: transformers", "type: wer", "automatic-speech-recognition"):
+        assert line in header
+    assert "uploaded: " in done.stdout
+
+
+def holders_of(token: str, folder: Path, done, hub: HubServer) -> list[str]:
+    """Where a token stands in clear: files, console, and what was sent to the Hub (but for the header it belongs in)."""
+    found = [str(f) for f in folder.rglob("*") if f.is_file() and token.encode() in f.read_bytes()]
+    found += ["console"] if token in done.stdout + done.stderr else []
+    return found + [path for _, path, _, body in hub.requests if token.encode() in body or token in path]
+
+
+def test_the_token_is_nowhere(uploaded):
+    run, done, hub, _ = uploaded
+    assert any(TOKEN in headers.get("authorization", "") for _, _, headers, _ in hub.requests)
+    assert not holders_of(TOKEN, run, done, hub)
+    (run / "planted.txt").write_text(f"token={TOKEN}")
+    assert holders_of(TOKEN, run, done, hub) == [str(run / "planted.txt")]
+
+
+def test_the_cards_snippet_transcribes_as_printed(uploaded, tmp_path):
+    run, _, _, env = uploaded
+    card = (run / "final_model" / "README.md").read_text()
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    rows = datasets.load_dataset("parquet", data_files=str(next((DEMO / "heldout").glob("*.parquet"))), split="train")
+    audio = rows.cast_column("audio", datasets.Audio(decode=False))[0]["audio"]
+    soundfile.write(tmp_path / "speech.wav", decode_audio(audio, None), 16_000)
+    environment = {**os.environ, **env}
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search("[א-ת]", done.stdout)
+
+
+def test_a_failed_upload_keeps_the_model_and_ends_with_an_error(tmp_path, corpus, heldout):
+    with HubServer(users=USERS) as hub:
+        hub.fail("POST", "/commit/", 500)
+        env = hub.env(home=tmp_path / "home", token=TOKEN)
+        options = [*short_run(corpus, heldout, tmp_path / "run"), "--hf_repo_id", "OzLabs/asr", "--max_steps", "1"]
+        done = command("train_round2_gradual.py", "--demo", *options, "--skip_hf_upload", "false", env=env)
+    assert done.returncode == 1
+    assert re.search(
+        r"error: the upload to OzLabs/asr failed: .*upload it with: uv run hf upload OzLabs/asr", done.stderr
+    )
+    assert (tmp_path / "run" / "final_model" / "model.safetensors").exists()
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("token", ["hf_read_token", "hf_unknown_token"])
+def test_a_token_that_cannot_write_stops_the_run_before_training(tmp_path, token):
+    with HubServer(users=USERS) as hub:
+        hub.add_repo("OzLabs/asr", {})
+        env = hub.env(home=tmp_path / "home", token=token) | {"HF_REPO_ID": "OzLabs/asr", "SKIP_HF_UPLOAD": "false"}
+        options = ["--output_dir", tmp_path / "run", "--skip_hf_upload", "false"]
+        done = command("train_round2_gradual.py", "--demo", *options, env=env)
+    assert done.returncode == 1 and "step 0" not in done.stdout
+    assert "error: cannot upload to OzLabs/asr" in done.stderr and "Traceback" not in done.stderr
+    assert token not in done.stdout + done.stderr
+
+
+def test_every_rank_ends_with_one_message_between_them(tmp_path):
+    done = command("train_round2_gradual.py", "--demo", "--num_epoch", 3, processes=2)
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 1 and "--num_epochs" in done.stderr
+    done = command(
+        "train_round2_gradual.py", "--demo", "--output_dir", tmp_path, "--model_name_or_path", "/no", processes=2
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("error: /no") == 1
+    assert len(re.findall(r"exitcode +: 1 ", done.stderr)) == 2, "both ranks end by themselves"
+
+
+# What is refused before training, in this process
+
+
+def refused(config: TrainingConfig, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        main(config)
+
+
+def rewrite(corpus: Path, folder: Path, change) -> Path:
+    folder.mkdir()
+    pyarrow.parquet.write_table(change(pyarrow.parquet.read_table(corpus / "train.parquet")), folder / "train.parquet")
+    return folder
+
+
+def test_a_dataset_that_is_not_there(config):
+    config.train_sources = [Source("/no/such/folder")]
+    refused(config, "/no/such/folder: no such folder")
+
+
+def test_a_dataset_without_audio_or_text(config, corpus, tmp_path):
+    config.train_sources = [Source(str(rewrite(corpus, tmp_path / "a", lambda t: t.drop_columns("audio"))))]
+    refused(config, "no column `audio`, there are transcript")
+    config.output_dir += "2"
+    config.train_sources = [Source(str(rewrite(corpus, tmp_path / "b", lambda t: t.drop_columns("transcript"))))]
+    refused(config, "no column transcript or text or sentence or transcription, there are audio")
+
+
+def test_nothing_left_after_filtering(config):
+    config.max_audio_length_seconds = 0.31
+    refused(config, r"none of its 41 rows can be used: .*longer than 0.31 s")
+
+
+def test_a_model_that_is_not_qwen3_asr(config, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "whisper"}')
+    config.model_name_or_path = str(tmp_path / "other")
+    refused(config, "other (cannot be loaded|is not a Qwen3-ASR checkpoint)")
+
+
+def test_a_folder_that_holds_a_run(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("{}")
+    refused(config, "holds a run already: choose another --output_dir")
+
+
+def test_a_full_disk(config, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    refused(config, "0.0 GB free on its disk, the run needs")
+
+
+def test_a_gated_dataset_without_a_token(tmp_path):
+    with HubServer(users=USERS) as hub:
+        hub.add_repo("someone/gated", {"data/train-0.parquet": b""}, repo_type="dataset", gated="all")
+        sources = json.dumps([{"path": "someone/gated"}])
+        options = ["--train_sources", sources, "--output_dir", tmp_path / "run"]
+        done = command("train_round2_gradual.py", "--demo", *options, env=hub.env(home=tmp_path / "home"))
+    assert done.returncode == 1
+    assert re.search(r"error: someone/gated: .*(gated|HF_TOKEN)", done.stderr) and "Traceback" not in done.stderr
+
+
+# The command line
+
+
+def test_any_field_can_be_given_and_the_saved_settings_read_back(uploaded):
+    given = parse_config(["--num_epochs", "3", "--use_specaugment", "false"], round2())
+    assert (given.num_epochs, given.use_specaugment, given.stages) == (3, False, round2().stages)
+    stages = '[{"name": "all", "last_epoch": 5, "learning_rates": {"projector": 1e-3}, "llm_top_layers": 4}]'
+    assert parse_config(["--stages", stages], round2()).stages == [
+        Stage("all", 5, {"projector": 1e-3}, audio_top_layers=8, llm_top_layers=4)
+    ]
+    saved = uploaded[0] / "config.yaml"
+    assert dataclasses.asdict(parse_config(["--config", str(saved)], TrainingConfig())) == json.loads(saved.read_text())
+    assert recipe(["--demo", "--seed", "7"]).seed == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_epoch", "3"], r"num_epoch.*did you mean --num_epochs"),
+        (["--freq_mask_params=3"], "did you mean --freq_mask_param"),
+        (["--num_epochs", "three"], "num_epochs"),
+        (["--use_specaugment", "perhaps"], "use_specaugment"),
+        (["--stages", '[{"name": "A", "last_epohc": 3}]'], "last_epohc"),
+    ],
+)
+def test_an_option_that_is_unknown_or_ill_typed_is_an_error_that_names_the_field(arguments, message):
+    with pytest.raises(InputError, match=message):
+        parse_config(arguments, round2())

@@ -1,0 +1,167 @@
+"""The loss is nats per target token, in evaluation too, and transcription works whatever types the weights have."""
+
+import math
+
+import pytest
+import torch
+import transformers
+
+from run_log import RunLog
+from train_hebrew_asr_enhanced import (
+    GradualUnfreezeTrainer,
+    collate_evaluation,
+    load_model,
+    trains_in,
+    training_arguments,
+)
+
+
+@pytest.fixture
+def make_trainer(config, processor, train_rows, eval_rows, tmp_path):
+    def make(model, use_bf16=False) -> GradualUnfreezeTrainer:
+        args = training_arguments(config, tmp_path, cpu=True)
+        log = RunLog(tmp_path, rank=0)
+        return GradualUnfreezeTrainer(config, args, model, processor, train_rows, eval_rows, log, use_bf16)
+
+    return make
+
+
+def nats(model, batch) -> tuple[float, int]:
+    """Sum of −log p of each supervised token, and their number, by hand: position t predicts token t + 1."""
+    inputs = {k: v for k, v in batch.items() if k != "labels" and not k.startswith("prompt_")}
+    with torch.no_grad():
+        log_p = model(**inputs).logits.double().log_softmax(-1)
+    total, count = 0.0, 0
+    for row, labels in enumerate(batch["labels"].tolist()):
+        for position, label in enumerate(labels):
+            if label != -100:
+                total -= log_p[row, position - 1, label].item()
+                count += 1
+    return total, count
+
+
+def test_logged_train_loss_is_nats_per_token_of_the_global_batch(config, model, make_trainer):
+    config.use_specaugment, config.max_steps, config.eval_steps = False, 1, 1000
+    trainer = make_trainer(model)
+    micro_batches = next(iter(trainer.get_train_dataloader()))
+    assert [len(batch["labels"]) for batch in micro_batches] == [4, 4]
+    pairs = [nats(model, batch) for batch in micro_batches]
+    expected = sum(total for total, _ in pairs) / sum(count for _, count in pairs)
+    trainer.train()
+    (logged,) = [row["train/loss"] for row in trainer.run_log.rows if "train/loss" in row]
+    assert logged == pytest.approx(expected, rel=1e-6)
+
+
+def test_eval_loss_is_nats_per_token_and_every_utterance_counts_once(config, model, eval_rows, make_trainer):
+    trainer = make_trainer(model)
+    metrics = trainer.evaluate()
+    totals, counts, rows = 0.0, 0, []
+    for indices, batch in trainer.get_eval_dataloader():
+        total, count = nats(model, batch)
+        totals, counts, rows = totals + total, counts + count, rows + indices
+    assert sorted(rows) == list(range(len(eval_rows)))
+    assert metrics["eval/loss"] == pytest.approx(totals / counts, rel=1e-6)
+    assert math.exp(-metrics["eval/loss"]) > 0.02, "the demo's base knows this prompt"
+
+
+def evaluation_batch(trainer):
+    """Four utterances of different lengths, features in fp32 as the loader makes them."""
+    order = trainer.eval_dataset.rows.seconds.argsort()[:4]
+    return collate_evaluation(trainer.collator, [[trainer.eval_dataset[(0, row)] for row in order]])[1]
+
+
+def mixed(config):
+    return load_model(config, use_bf16=True)
+
+
+def all_bf16(config):
+    return load_model(config, use_bf16=False).to(torch.bfloat16)
+
+
+def test_a_mixed_model_has_fp32_where_it_ever_trains_and_bf16_elsewhere(config):
+    model = mixed(config)
+    for name, parameter in model.named_parameters():
+        ever = any(trains_in(name, stage, model.config) for stage in config.stages)
+        assert parameter.dtype == (torch.float32 if ever else torch.bfloat16), name
+
+
+def test_the_plain_trainer_fails_on_bf16_weights(config, make_trainer, tmp_path):
+    ours = make_trainer(all_bf16(config))
+    batch = evaluation_batch(ours)
+    args = transformers.Seq2SeqTrainingArguments(
+        output_dir=tmp_path, predict_with_generate=True, use_cpu=True, report_to="none"
+    )
+    plain = transformers.Seq2SeqTrainer(model=ours.model, args=args)
+    inputs = {k: v for k, v in batch.items() if not k.startswith("prompt_")}
+    with pytest.raises(RuntimeError, match=r"Input type \(float\) and bias type \(c10::BFloat16\) should be the same"):
+        plain.prediction_step(ours.model, inputs, prediction_loss_only=False)
+    loss, generated, _ = ours.prediction_step(ours.model, batch, prediction_loss_only=False)
+    assert torch.isfinite(loss) and generated.shape[0] == 4
+
+
+@pytest.mark.parametrize("load", [all_bf16, mixed])
+def test_prediction_step_agrees_with_fp32(config, model, make_trainer, processor, load):
+    trainer = make_trainer(model)
+    batch = evaluation_batch(trainer)
+    reference_loss, reference, _ = trainer.prediction_step(model, batch, prediction_loss_only=False)
+    loss, generated, labels = trainer.prediction_step(load(config).eval(), batch, prediction_loss_only=False)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(reference_loss.item(), rel=0.03)
+    assert torch.equal(labels, batch["labels"])
+    texts, expected = (processor.decode(g, return_format="transcription_only") for g in (generated, reference))
+    assert sum(a == b for a, b in zip(texts, expected, strict=True)) >= 3, (texts, expected)
+
+
+def test_prediction_step_transcribes_as_the_model_alone_does(config, model, make_trainer, processor, eval_rows):
+    """Against stock generation of one clip at a time: batching and left padding change nothing."""
+    from hebrew_corpora import decode_audio
+
+    trainer = make_trainer(model.eval())
+    order = eval_rows.seconds.argsort()[:4]
+    _, generated, _ = trainer.prediction_step(model, evaluation_batch(trainer), prediction_loss_only=False)
+    batched = processor.decode(generated, return_format="parsed")
+    for row, output in zip(order, batched, strict=True):
+        waveform = decode_audio(eval_rows.audio[int(row)]["audio"], eval_rows.ends_at[row])
+        inputs = processor.apply_transcription_request(audio=waveform, sampling_rate=16_000)
+        tokens = model.generate(**inputs, max_new_tokens=30)[:, inputs["input_ids"].shape[1] :]
+        assert processor.decode(tokens[0], return_format="parsed") == output
+
+
+def test_training_under_bf16_autocast_keeps_fp32_weights_and_moments(config, make_trainer):
+    config.max_steps = 8  # six of stage B, two of stage A
+    trainer = make_trainer(mixed(config), use_bf16=True)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert trainer.stage.name == "A"
+    moments = trainer.optimizer.optimizer.state
+    for name, parameter in trainer.model.named_parameters():
+        if trains_in(name, trainer.stage, trainer.model.config):
+            assert parameter.dtype == torch.float32 and moments[parameter]["exp_avg"].dtype == torch.float32, name
+            assert not torch.equal(parameter, before[name]), name
+        else:
+            assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, before[name]), name
+    losses = [row["train/loss"] for row in trainer.run_log.rows if "train/loss" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(config, model, make_trainer):
+    from hebrew_corpora import InputError
+
+    trainer = make_trainer(model)
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_1.weight[0, 0] = float("nan")
+    trainer.args.eval_on_start = False
+    with pytest.raises(InputError, match="gradient norm of step 1 is nan"):
+        trainer.train()
+
+
+def test_the_final_model_is_written_in_one_type_and_tied(config, model, processor, tmp_path):
+    from train_hebrew_asr_enhanced import save_for_use
+
+    save_for_use(model, processor, tmp_path / "final_model", torch.bfloat16)
+    again = transformers.Qwen3ASRForConditionalGeneration.from_pretrained(tmp_path / "final_model", dtype="auto")
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    assert again.lm_head.weight.data_ptr() == again.model.language_model.embed_tokens.weight.data_ptr()
+    expected = dict(model.named_parameters())
+    assert all(torch.equal(p, expected[n].to(torch.bfloat16)) for n, p in again.named_parameters())
+    assert not list(tmp_path.glob("**/*.bin")) and not list(tmp_path.glob("*.unfinished"))

@@ -1,0 +1,52 @@
+"""Runs `main` and keeps what each rank ends with; for tests that compare ranks and process counts.
+
+    torchrun --nproc_per_node=2 tests/train_and_keep.py SETTINGS.json FOLDER [without_rewrap]
+
+SETTINGS.json holds a TrainingConfig. With `without_rewrap`, a stage is entered the way that breaks DDP in silence.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from safetensors.torch import save_file
+
+from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig, freeze_for, launch, parse_config
+
+
+def enter_stage_without_rewrap(self, stage):
+    self.stage = stage
+    freeze_for(self.model, stage)
+
+
+def keep_after_training(folder: Path):
+    train = GradualUnfreezeTrainer.train
+
+    def train_then_keep(self):
+        train(self)
+        rank = self.args.process_index
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {n: p.detach().contiguous() for n, p in self.model.named_parameters()}, folder / f"{rank}.safetensors"
+        )
+        names = {id(p): n for n, p in self.model.named_parameters()}
+        adam = {
+            names[id(p)]: {"steps": int(s["step"]), "types": [str(p.dtype), str(s["exp_avg"].dtype)]}
+            for p, s in self.optimizer.optimizer.state.items()
+        }
+        (folder / f"{rank}.json").write_text(json.dumps(adam))
+
+    return train, train_then_keep
+
+
+def run(settings: str, folder: str, *flags: str) -> None:
+    if "without_rewrap" in flags:
+        GradualUnfreezeTrainer.enter_stage = enter_stage_without_rewrap
+    _, GradualUnfreezeTrainer.train = keep_after_training(Path(folder))
+    launch(lambda _: parse_config(["--config", settings], TrainingConfig()))
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])
