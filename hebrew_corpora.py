@@ -57,7 +57,7 @@ class DataConfig:
     quote_style: str = "ascii"
     """Geresh and gershayim in targets: `ascii` writes ' and ", which the leaderboard's rules delete; `keep` leaves
     them (they turn ׳ and ״ into spaces, so the two forms are different words to the metric)."""
-    preprocessing_num_workers: int = 4
+    preprocessing_num_workers: int = 8
     """Processes that read headers and transcripts at the start."""
 
 

@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,8 @@ class TrainingConfig(DataConfig):
     output_dir: str | None = None
     """None: a new folder under runs/."""
     seed: int = 42
+    process_timeout_minutes: int = 60
+    """How long processes wait for one another, above all while the first one reads the corpora."""
 
     def gradient_accumulation_steps(self, processes: int) -> int:
         return self.target_effective_batch // (self.batch_size * processes)
@@ -767,7 +770,7 @@ class GradualUnfreezeTrainer(Trainer):
         metrics |= score(references, hypotheses)
         if not self.config.eval_prefill_language:
             metrics["other_language"] = sum(language != self.config.language for _, _, language, *_ in found)
-        if model is None:
+        if model is None and not math.isnan(self.last_train_loss):
             metrics["loss_minus_train_loss"] = metrics["loss"] - self.last_train_loss
         metrics = {f"{metric_key_prefix}/{name}": value for name, value in metrics.items()}
         self.run_log.log(metrics, self.state.global_step)
@@ -1024,6 +1027,9 @@ def new_run_folder(config: TrainingConfig, state: accelerate.PartialState) -> Pa
                 (Path(folder) / "config.yaml").write_text(json.dumps(dataclasses.asdict(config), indent=2))
             except OSError as error:
                 raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+    with together():
+        if not (Path(folder) / "config.yaml").exists():
+            raise InputError(f"{folder} is not seen by every machine: give an --output_dir on a shared file system")
     return Path(folder)
 
 
@@ -1061,7 +1067,7 @@ def main(config: TrainingConfig) -> None:
     """Trains, reloads the best checkpoint, evaluates it and uploads it; InputError on every rank when it cannot."""
     # 1. Processes and settings
     cpu = not torch.cuda.is_available()
-    state = accelerate.PartialState(cpu=cpu)
+    state = accelerate.PartialState(cpu=cpu, timeout=timedelta(minutes=config.process_timeout_minutes))
     config.check(state.num_processes)
     use_bf16 = config.bf16 if config.bf16 is not None else not cpu and torch.cuda.is_bf16_supported()
     quiet_libraries(state.is_main_process)

@@ -41,6 +41,7 @@ def demo() -> TrainingConfig:
     config.dataloader_num_workers = config.preprocessing_num_workers = 0
     config.generation_max_new_tokens = 100
     config.eval_batch_size = 64
+    config.logging_steps = 25
     config.tracker = "trackio"
     config.skip_hf_upload = True
     config.target_loss, config.target_wer = 1.0, 20.0

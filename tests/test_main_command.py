@@ -24,13 +24,13 @@ TOKEN = "hf_write_token_that_must_not_leak"
 USERS = {TOKEN: ("OzLabs", "write"), "hf_read_token": ("OzLabs", "read")}
 
 
-def command(script: str, *arguments: object, processes: int | None = None, env: dict[str, str] | None = None):
-    """Runs a script as its user does, under torchrun when `processes` is given."""
+def command(script: str, *arguments: object, processes: int | None = None, env: dict | None = None, timeout: int = 200):
+    """Runs a script as its user does, under torchrun when `processes` is given; `timeout` in seconds."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     line = [*(torchrun if processes else [sys.executable]), ROOT / script, *arguments]
     environment = {**os.environ, **(env or {})}
     return subprocess.run(
-        list(map(str, line)), env=environment, capture_output=True, text=True, timeout=200, check=False
+        list(map(str, line)), env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
@@ -127,7 +127,7 @@ def test_wandb_gets_project_name_tags_settings_and_the_same_numbers(uploaded):
     assert set(run.tags) == {"sota-2025", "specaugment", "cosine-lr", "gradual-unfreezing"}
     assert settings["time_mask_param"] == 80 and settings["processes"] == 2 and settings["effective_batch_size"] == 16
     assert names >= {"train/loss", "train/learning_rate_projector", "train/grad_norm", "eval/wer", "eval/cer"}
-    assert "eval/predictions" in names
+    assert "eval/predictions/path" in names
 
 
 def test_what_is_uploaded_is_the_final_model(uploaded):
@@ -146,7 +146,7 @@ def test_what_is_uploaded_is_the_final_model(uploaded):
 
 
 def holders_of(token: str, folder: Path, done, hub: HubServer) -> list[str]:
-    """Where a token stands in clear: files, console, and what was sent to the Hub (but for the header it belongs in)."""
+    """Where a token stands in clear: files, console, and what was sent to the Hub beside the header it belongs in."""
     found = [str(f) for f in folder.rglob("*") if f.is_file() and token.encode() in f.read_bytes()]
     found += ["console"] if token in done.stdout + done.stderr else []
     return found + [path for _, path, _, body in hub.requests if token.encode() in body or token in path]

@@ -11,8 +11,8 @@ from train_hebrew_asr_enhanced import (
     GradualUnfreezeTrainer,
     collate_evaluation,
     load_model,
-    trains_in,
     training_arguments,
+    trains_in,
 )
 
 
@@ -153,6 +153,15 @@ def test_a_gradient_that_is_not_finite_stops_the_run(config, model, make_trainer
     trainer.args.eval_on_start = False
     with pytest.raises(InputError, match="gradient norm of step 1 is nan"):
         trainer.train()
+
+
+def test_an_untrained_model_is_told_to_be_guessing(config, model, make_trainer, capsys):
+    config.max_steps = 1
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+    make_trainer(model).train()
+    assert "the model is guessing, so the prompt or the labels are wrong" in capsys.readouterr().out
 
 
 def test_the_final_model_is_written_in_one_type_and_tied(config, model, processor, tmp_path):

@@ -12,10 +12,10 @@ REMOVED = "\u061c\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2
 
 
 def leaderboard(text: str) -> str:
-    """The rules again, written apart from the project's code, with the package that the leaderboard takes niqqud from."""
+    """The rules again, written apart from the project's code, with the package that the leaderboard itself uses."""
     text = "".join(c for c in text if c not in REMOVED[:-2])
     text = hebrew.Hebrew(text).no_niqqud().string.replace('"', "").replace("'", "").lower()
-    kept, closing = [], ""
+    kept = []
     position = 0
     while position < len(text):
         character = text[position]
@@ -26,7 +26,7 @@ def leaderboard(text: str) -> str:
             continue
         kept.append(character)
         position += 1
-    text = unicodedata.normalize("NFKC", "".join(kept) + closing)
+    text = unicodedata.normalize("NFKC", "".join(kept))
     text = "".join(" " if unicodedata.category(c)[0] in "MSP" else c for c in text).lower()
     return " ".join(text.split())
 
