@@ -120,9 +120,10 @@ def draw_curves(rows: list[Row], stage_ends: dict[int, str], file: Path) -> None
         (panels[1], ["eval/wer", "eval/cer"], "percent"),
         (panels[2], rates, "learning rate"),
     ):
-        for name in names:
+        for name, style in zip(names, ("-", "--", "-.", ":"), strict=False):  # equal rates lie on one another
             if points := curve(rows, name):
-                axes.plot(*zip(*points, strict=True), label=name, marker="o" if name.startswith("eval") else None)
+                marker = "o" if name.startswith("eval") else None
+                axes.plot(*zip(*points, strict=True), style, label=name, marker=marker)
         for step, stage in stage_ends.items():
             axes.axvline(step, color="grey", linestyle=":")
             top = axes.get_xaxis_transform()

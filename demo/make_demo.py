@@ -217,7 +217,7 @@ def train_encoder(model, examples: list[Example], rng: random.Random) -> None:
         targets = [[index[word] for word in example.text.split()] for example in batch]
         return F.ctc_loss(
             torch.nn.utils.rnn.pad_sequence(packed.split(lengths)),
-            torch.tensor(sum(targets, [])),
+            torch.tensor([label for target in targets for label in target]),
             torch.tensor(lengths),
             torch.tensor([len(target) for target in targets]),
             zero_infinity=True,

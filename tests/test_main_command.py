@@ -216,7 +216,7 @@ def test_every_rank_ends_with_one_message_between_them(tmp_path):
 # What is refused before training, in this process
 
 
-def refused(config: TrainingConfig, message: str) -> None:
+def check_refused(config: TrainingConfig, message: str) -> None:
     with pytest.raises(InputError, match=message):
         main(config)
 
@@ -229,38 +229,38 @@ def rewrite(corpus: Path, folder: Path, change) -> Path:
 
 def test_a_dataset_that_is_not_there(config):
     config.train_sources = [Source("/no/such/folder")]
-    refused(config, "/no/such/folder: no such folder")
+    check_refused(config, "/no/such/folder: no such folder")
 
 
 def test_a_dataset_without_audio_or_text(config, corpus, tmp_path):
     config.train_sources = [Source(str(rewrite(corpus, tmp_path / "a", lambda t: t.drop_columns("audio"))))]
-    refused(config, "no column `audio`, there are transcript")
+    check_refused(config, "no column `audio`, there are transcript")
     config.output_dir += "2"
     config.train_sources = [Source(str(rewrite(corpus, tmp_path / "b", lambda t: t.drop_columns("transcript"))))]
-    refused(config, "no column transcript or text or sentence or transcription, there are audio")
+    check_refused(config, "no column transcript or text or sentence or transcription, there are audio")
 
 
 def test_nothing_left_after_filtering(config):
     config.max_audio_length_seconds = 0.31
-    refused(config, r"none of its 41 rows can be used: .*longer than 0.31 s")
+    check_refused(config, r"none of its 41 rows can be used: .*longer than 0.31 s")
 
 
 def test_a_model_that_is_not_qwen3_asr(config, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "whisper"}')
     config.model_name_or_path = str(tmp_path / "other")
-    refused(config, "other (cannot be loaded|is not a Qwen3-ASR checkpoint)")
+    check_refused(config, "other (cannot be loaded|is not a Qwen3-ASR checkpoint)")
 
 
 def test_a_folder_that_holds_a_run(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("{}")
-    refused(config, "holds a run already: choose another --output_dir")
+    check_refused(config, "holds a run already: choose another --output_dir")
 
 
 def test_a_full_disk(config, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    refused(config, "0.0 GB free on its disk, the run needs")
+    check_refused(config, "0.0 GB free on its disk, the run needs")
 
 
 def test_a_gated_dataset_without_a_token(tmp_path):
