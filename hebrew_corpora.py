@@ -28,10 +28,11 @@ class Source:
     """One dataset of recordings with transcripts."""
 
     path: str
-    """Hub id, or a local folder of parquet files, of `save_to_disk`, or of audio with a metadata.csv/.jsonl."""
+    """Hub id, a parquet file, or a folder: of parquet files, of `save_to_disk`, or of audio with a metadata.csv or
+    .jsonl that has a column `file_name`."""
     config_name: str | None = None
     split: str = "train"
-    """A split, or a slice of one as `datasets` writes it: `train[:1000]`."""
+    """A split, or a slice of one as `datasets` writes it (`train[:1000]`); folders name theirs in the file names."""
     text_column: str | None = None
     """The transcript's column; None takes the first of transcript, text, sentence, transcription."""
 
@@ -46,14 +47,16 @@ class DataConfig:
             Source("ivrit-ai/crowd-recital-whisper-training"),
         ]
     )
-    eval_sources: list[Source] = field(default_factory=lambda: [Source("ivrit-ai/eval-d1", split="test")])
+    eval_sources: list[Source] = field(default_factory=list)
     """Evaluated while training and at the end; empty: whole recordings are held out of the training sources."""
     eval_fraction: float = 0.02
     """Share of recordings held out when there is no evaluation source."""
-    max_eval_utterances: int | None = None
+    max_eval_utterances: int | None = 2000
     """At most so many utterances are evaluated, spread evenly over the set; None: all."""
     min_audio_length_seconds: float = 0.3
+    """Shorter training utterances are dropped; evaluation sets keep every length."""
     max_audio_length_seconds: float = 30.0
+    """Longer training utterances are dropped."""
     quote_style: str = "ascii"
     """Geresh and gershayim in targets: `ascii` writes ' and ", which the leaderboard's rules delete; `keep` leaves
     them (they turn ׳ and ״ into spaces, so the two forms are different words to the metric)."""
@@ -110,12 +113,14 @@ def load_source(source: Source) -> datasets.Dataset:
     """Loads one dataset with its audio left as compressed bytes; raises InputError with the remedy."""
     folder = Path(source.path)
     try:
-        if (folder / "state.json").exists():
-            rows = datasets.load_from_disk(source.path)
-        elif parquet := sorted(str(p) for p in folder.glob("**/*.parquet")):
-            rows = datasets.load_dataset("parquet", data_files={"train": parquet}, split=source.split)
+        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+            rows = saved_rows(source)
+        elif folder.suffix == ".parquet":
+            rows = datasets.load_dataset("parquet", data_files=source.path, split=source.split)
+        elif any(folder.glob("**/*.parquet")):
+            rows = datasets.load_dataset(source.path, source.config_name, split=source.split)
         elif folder.is_dir():
-            rows = datasets.load_dataset("audiofolder", data_dir=source.path, split=source.split)
+            rows = manifest_rows(source)
         elif source.path.startswith((".", "/", "~")):
             raise InputError(f"{source.path}: no such folder")
         else:
@@ -127,11 +132,45 @@ def load_source(source: Source) -> datasets.Dataset:
         ) from error
     except RuntimeError as error:
         raise InputError(f"{source.path}: {error}. Use the dataset's parquet revision or a local copy") from error
-    except (ValueError, OSError) as error:
-        raise InputError(f"{source.path}: {str(error).splitlines()[0]}") from error
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        cause = error.__cause__ or error
+        raise InputError(f"{source.path}: {str(cause).splitlines()[0]}") from error
     if "audio" not in rows.column_names:
         raise InputError(f"{source.path}: no column `audio`, there are {', '.join(rows.column_names)}")
-    return rows.cast_column("audio", datasets.Audio(decode=False))
+    is_audio = isinstance(rows.features["audio"], datasets.Audio)
+    return rows.cast_column("audio", datasets.Audio(decode=False)) if is_audio else rows
+
+
+def saved_rows(source: Source) -> datasets.Dataset:
+    """What `save_to_disk` wrote: one split, or a dictionary of them."""
+    saved = datasets.load_from_disk(source.path)
+    if isinstance(saved, datasets.DatasetDict):
+        if source.split not in saved:
+            raise InputError(f"{source.path}: no split {source.split!r}, there are {', '.join(saved)}")
+        return saved[source.split]
+    if source.split not in ("train", str(saved.split)):
+        raise InputError(f"{source.path} is one saved split: leave `split` out, got {source.split!r}")
+    return saved
+
+
+def manifest_rows(source: Source) -> datasets.Dataset:
+    """A folder of audio files with a metadata.csv or metadata.jsonl, in it or in its subfolder `split`.
+
+    `datasets`' own audiofolder gives the same rows, but needs torchcodec and FFmpeg to build them.
+    """
+    inside = Path(source.path) / source.split
+    folder = inside if inside.is_dir() else Path(source.path)
+    manifests = {folder / "metadata.csv": "csv", folder / "metadata.jsonl": "json"}
+    found = [(file, kind) for file, kind in manifests.items() if file.exists()]
+    if not found:
+        raise InputError(f"{folder}: no parquet files, no saved dataset, no metadata.csv or metadata.jsonl")
+    file, kind = found[0]
+    table = datasets.load_dataset(kind, data_files=str(file), split="train")
+    if "file_name" not in table.column_names:
+        raise InputError(f"{file}: no column `file_name`, there are {', '.join(table.column_names)}")
+    audio = [{"bytes": None, "path": str(folder / name)} for name in table["file_name"]]
+    feature = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    return table.add_column("audio", audio, feature=feature)
 
 
 def text_column(source: Source, columns: list[str]) -> str:
@@ -142,26 +181,32 @@ def text_column(source: Source, columns: list[str]) -> str:
     return found[0]
 
 
-def describe_row(row: dict[str, Any], column: str, quote_style: str, shortest: float, longest: float) -> dict[str, Any]:
-    """Reads one row's text and audio header (nothing is decoded).
+def describe_row(
+    row: dict[str, Any], column: str, quote_style: str, shortest: float, longest: float, decode: bool
+) -> dict[str, Any]:
+    """Reads one row's text and audio header; `decode` also decodes the audio, so that nothing can fail later.
 
     Returns:
-        `text` (the target), `seconds` (of audio it stands for), `ends_at` (seconds, where the audio is cut, or None),
-        `recording` (what a split must not divide), and `dropped` (the reason why the row cannot be used, or "").
+        `text` (the target), `reference` (the transcript as it stands, without timestamps), `seconds` (of audio they
+        stand for), `ends_at` (seconds, where the audio is cut, or None), `recording` (what a split must not divide),
+        and `dropped` (the reason why the row cannot be used, or "").
     """
-    described = {"text": "", "seconds": 0.0, "ends_at": None, "recording": recording_of(row), "dropped": ""}
+    described = {"text": "", "reference": "", "seconds": 0.0, "ends_at": None, "recording": "", "dropped": ""}
     try:
         info = soundfile.info(open_audio(row["audio"]))
         described["seconds"] = info.frames / info.samplerate
+        if decode:
+            decode_audio(row["audio"], None)
     except (soundfile.LibsndfileError, OSError, TypeError):
         return described | {"dropped": "unreadable audio"}
+    described["recording"] = recording_of(row)
     try:
-        words, described["ends_at"] = read_timestamps(row[column] or "")
+        described["reference"], described["ends_at"] = read_timestamps(row[column] or "")
     except ValueError as error:
         return described | {"dropped": str(error)}
     if described["ends_at"] is not None:
         described["seconds"] = min(described["seconds"], described["ends_at"])
-    described["text"] = clean_transcript(words, quote_style)
+    described["text"] = clean_transcript(described["reference"], quote_style)
     if not described["text"]:
         described["dropped"] = "empty text"
     elif described["seconds"] < shortest:
@@ -178,7 +223,7 @@ def recording_of(row: dict[str, Any]) -> str:
 
 
 def open_audio(audio: dict[str, Any]) -> io.BytesIO | str:
-    """What soundfile opens for an undecoded Audio value: its bytes, or else its path."""
+    """What soundfile opens for an undecoded Audio value: its bytes, or else its path; TypeError if there is neither."""
     return io.BytesIO(audio["bytes"]) if audio["bytes"] is not None else audio["path"]
 
 
@@ -196,7 +241,8 @@ class SpeechRows:
     """Rows of several sources that will be used, their targets beside them, and what was dropped."""
 
     audio: datasets.Dataset  # one column `audio`: {bytes, path}
-    texts: list[str]
+    texts: list[str]  # targets
+    references: list[str]  # transcripts as they stand, without timestamps: what hypotheses are scored against
     seconds: np.ndarray  # (rows,)
     ends_at: list[float | None]
     recordings: list[str]
@@ -209,6 +255,7 @@ class SpeechRows:
         return SpeechRows(
             self.audio.select(indices),
             [self.texts[i] for i in indices],
+            [self.references[i] for i in indices],
             self.seconds[indices],
             [self.ends_at[i] for i in indices],
             [self.recordings[i] for i in indices],
@@ -220,30 +267,23 @@ class SpeechRows:
         return float(self.seconds.sum()) / 3600
 
 
-def load_rows(sources: list[Source], config: DataConfig) -> SpeechRows:
-    """Loads and concatenates sources; raises InputError when one cannot be read or nothing of it is left."""
+def load_rows(sources: list[Source], config: DataConfig, for_training: bool) -> SpeechRows:
+    """Loads and concatenates sources; raises InputError when one cannot be read or nothing of it is left.
+
+    The length limits hold for training. Evaluation rows are decoded once, here, so that none can fail later.
+    """
+    settings = {
+        "quote_style": config.quote_style,
+        "shortest": config.min_audio_length_seconds if for_training else 0.0,
+        "longest": config.max_audio_length_seconds if for_training else float("inf"),
+        "decode": not for_training,
+    }
     kept_audio, described = [], []
     dropped: Counter[str] = Counter()
     dropped_hours: Counter[str] = Counter()
     for source in sources:
         rows = load_source(source)
-        column = text_column(source, rows.column_names)
-        table = rows.map(
-            describe_row,
-            fn_kwargs={
-                "column": column,
-                "quote_style": config.quote_style,
-                "shortest": config.min_audio_length_seconds,
-                "longest": config.max_audio_length_seconds,
-            },
-            remove_columns=rows.column_names,
-            features=datasets.Features(
-                {name: datasets.Value("string") for name in ("text", "recording", "dropped")}
-                | {name: datasets.Value("float64") for name in ("seconds", "ends_at")}
-            ),
-            num_proc=config.preprocessing_num_workers if len(rows) > 10_000 else None,
-            desc=f"reading {source.path}",
-        ).with_format(None)
+        table = described_rows(rows, settings | {"column": text_column(source, rows.column_names)}, source, config)
         reasons = table["dropped"][:]
         for reason, seconds in zip(reasons, table["seconds"][:], strict=True):
             if reason:
@@ -258,6 +298,7 @@ def load_rows(sources: list[Source], config: DataConfig) -> SpeechRows:
     return SpeechRows(
         datasets.concatenate_datasets(kept_audio),
         table["text"][:],
+        table["reference"][:],
         np.array(table["seconds"][:]),
         table["ends_at"][:],
         table["recording"][:],
@@ -265,10 +306,32 @@ def load_rows(sources: list[Source], config: DataConfig) -> SpeechRows:
     )
 
 
+def described_rows(
+    rows: datasets.Dataset, settings: dict[str, Any], source: Source, config: DataConfig
+) -> datasets.Dataset:
+    """`describe_row` of every row, cached on disk by rows, settings and the text of this module.
+
+    `datasets` would key the cache by the function's name, and give back the texts of an older version of it.
+    """
+    key = [rows._fingerprint, settings, Path(__file__).read_text(encoding="utf-8")]
+    return rows.map(
+        describe_row,
+        fn_kwargs=settings,
+        remove_columns=rows.column_names,
+        features=datasets.Features(
+            {name: datasets.Value("string") for name in ("text", "reference", "recording", "dropped")}
+            | {name: datasets.Value("float64") for name in ("seconds", "ends_at")}
+        ),
+        num_proc=config.preprocessing_num_workers if len(rows) > 10_000 else None,
+        new_fingerprint=datasets.fingerprint.Hasher.hash(key),
+        desc=f"reading {source.path}",
+    )
+
+
 def load_train_and_eval(config: DataConfig, seed: int) -> tuple[SpeechRows, SpeechRows]:
-    train = load_rows(config.train_sources, config)
+    train = load_rows(config.train_sources, config, for_training=True)
     if config.eval_sources:
-        heldout = load_rows(config.eval_sources, config)
+        heldout = load_rows(config.eval_sources, config, for_training=False)
     else:
         recordings = sorted(set(train.recordings))
         if len(recordings) < 2:

@@ -25,7 +25,7 @@ class RunLog:
     CONSOLE = ("loss", "wer", "cer", "wer_raw", "empty_predictions", "grad_norm", "epoch", "audio_seconds_per_second")
 
     def __init__(self, folder: Path, rank: int):
-        self.folder, self.is_main = folder, rank == 0
+        self.folder, self.rank, self.is_main = folder, rank, rank == 0
         self.hides_progress = True if rank else None  # None: tqdm shows itself on a terminal only
         self.rows: list[Row] = []
         self.bar: tqdm | None = None
@@ -84,6 +84,12 @@ class RunLog:
         self.on_bar |= {name: value for name, value in shown.items() if name in ("loss", "eval/wer")}
         if self.bar is not None:
             self.bar.set_postfix(self.on_bar, refresh=False)
+
+    def note_dropped(self, reasons: list[str], step: int) -> None:
+        """Lists utterances that were left out of a step (any rank: each has a file of its own)."""
+        if reasons:
+            with open(self.folder / f"dropped-{self.rank}.txt", "a") as file:
+                file.writelines(f"step {step}: {reason}\n" for reason in reasons)
 
     def log_predictions(self, name: str, pairs: list[tuple[str, str]], step: int) -> None:
         for reference, hypothesis in pairs:

@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ from run_log import TRACKERS, RunLog, draw_curves, success_criteria, wer_summary
 MEL_BINS = 128
 FRAMES_PER_CHUNK = 100  # the encoder's convolutions see the mel axis in chunks of 1 s, padded to a whole number of them
 TOKENS_PER_CHUNK = 13
+TOKENS_PER_SECOND = 8  # of a fast speaker's Hebrew: 3.8 words a second, 2.1 tokens a word
 AUDIO_TOKEN = "<|audio_pad|>"
 END_OF_TURN = "<|im_end|>"
 IGNORED_LABEL = -100  # torch's cross_entropy does not count these positions
@@ -128,10 +130,12 @@ class TrainingConfig(DataConfig):
     # Evaluation
     eval_steps: int = 500
     """Also before the first step, at the end of each stage, and at the end."""
-    eval_batch_size: int = 16
+    eval_batch_size: int = 8
+    """Utterances of up to max_audio_length_seconds; of longer ones fewer are taken at once."""
     eval_prefill_language: bool = False
     """Give the model `language Hebrew<asr_text>` instead of letting it name the language itself."""
     generation_max_new_tokens: int = 256
+    """For recordings of over half a minute the limit grows with their length."""
     num_logged_predictions: int = 5
 
     # Tracking
@@ -217,6 +221,14 @@ class TrainingConfig(DataConfig):
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(known)}")
+        ranges = dict.fromkeys(
+            ("eval_steps", "eval_batch_size", "logging_steps", "generation_max_new_tokens"), (1, math.inf)
+        )
+        ranges |= {"freq_mask_param": (0, MEL_BINS), "time_mask_param": (0, math.inf), "max_time_mask_share": (0, 1)}
+        ranges |= {"warmup_ratio": (0, 1), "eval_fraction": (0, 1), "layerwise_lr_decay_rate": (0, 1)}
+        for name, (low, high) in ranges.items():
+            if not low <= getattr(self, name) <= high:
+                raise InputError(f"{name} must lie between {low} and {high}, got {getattr(self, name)}")
         if not self.train_sources:
             raise InputError("train_sources is empty: name at least one dataset")
         if self.uploads and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.hf_repo_id):
@@ -246,13 +258,14 @@ def parse_config(argv: list[str], defaults: TrainingConfig) -> TrainingConfig:
     parser.add_argument("--config", action="config", help="a config.yaml of an earlier run")
     parser.set_defaults(dataclasses.asdict(defaults))
     try:
-        values = parser.instantiate(parser.parse_args(argv))
+        # Without defaults: jsonargparse would fill a given list's items up from the default list's items.
+        given = parser.instantiate(parser.parse_args(argv, defaults=False))
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         names = [f"--{f.name}" for f in dataclasses.fields(TrainingConfig)]
         unknown = [a.split("=")[0] for a in argv if a.startswith("--") and a.split("=")[0].split(".")[0] not in names]
         near = [match for a in unknown for match in difflib.get_close_matches(a, names, n=1)]
         raise InputError(str(error) + (f" (did you mean {', '.join(near)}?)" if near else "")) from error
-    return TrainingConfig(**{f.name: values[f.name] for f in dataclasses.fields(TrainingConfig)})
+    return dataclasses.replace(defaults, **{name: value for name, value in given.items() if name != "config"})
 
 
 # ------------------------------------------------------------------------------------------------ Features and collator
@@ -277,7 +290,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         try:
             waveform = decode_audio(audio, self.rows.ends_at[index])
         except soundfile.LibsndfileError as error:
-            raise RuntimeError(f"{audio['path']} (row {index}) does not decode: {error}") from error
+            return {"dropped": f"{audio['path']} (row {index}) does not decode: {error}"}
         extracted = self.feature_extractor(
             waveform, sampling_rate=SAMPLE_RATE, padding=True, return_attention_mask=True, return_tensors="np"
         )
@@ -545,6 +558,7 @@ class GradualUnfreezeTrainer(Trainer):
         self.best_wer, self.best_step = float("inf"), 0
         self.window_started = time.perf_counter()
         self.window_audio_seconds = 0.0
+        self.dropped_utterances = 0
         self.last_train_loss = float("nan")
 
     # Data
@@ -554,12 +568,20 @@ class GradualUnfreezeTrainer(Trainer):
         return self._loader(self.train_dataset, self.sampler, functools.partial(collate_step, self.collator))
 
     def get_eval_dataloader(self, eval_dataset: SpeechDataset | None = None) -> torch.utils.data.DataLoader:
-        """This process's batches of the evaluation set, longest first; the batches are the same for any rank count."""
+        """This process's batches of the evaluation set, longest first; the batches are the same for any rank count.
+
+        A batch has `eval_batch_size` utterances, or fewer where they are longer than what training allows.
+        """
         dataset = eval_dataset or self.eval_dataset
-        order = np.argsort(-dataset.rows.seconds, kind="stable").tolist()
-        size = self.config.eval_batch_size
-        batches = [[[(0, row) for row in order[i : i + size]]] for i in range(0, len(order), size)]
-        mine = batches[self.args.process_index :: self.args.world_size]
+        budget = self.config.eval_batch_size * self.config.max_audio_length_seconds  # padded seconds of a batch
+        batches: list[list[tuple[int, int]]] = []
+        size = 0
+        for row in np.argsort(-dataset.rows.seconds, kind="stable").tolist():
+            if not batches or len(batches[-1]) == size:
+                batches.append([])
+                size = min(self.config.eval_batch_size, max(1, int(budget / dataset.rows.seconds[row])))
+            batches[-1].append((0, row))
+        mine = [[batch] for batch in batches[self.args.process_index :: self.args.world_size]]
         return self._loader(dataset, mine, functools.partial(collate_evaluation, self.collator))
 
     def _loader(self, dataset: SpeechDataset, batch_sampler: Any, collate: Callable) -> torch.utils.data.DataLoader:
@@ -594,6 +616,7 @@ class GradualUnfreezeTrainer(Trainer):
         freeze_for(self.model, stage)
         if self.model_wrapped is not self.model:
             self.model_wrapped._remove_autograd_hooks()
+            self.model_wrapped.reducer = None  # frees its gradient buckets; Trainer's loop keeps the wrapper itself
             self.accelerator._models.clear()  # prepare_model appends; the model would be listed twice
             self.model_wrapped = self.accelerator.prepare_model(self.model)
         self.run_log.say(f"{stage_line(self.model, stage)} | from step {self.state.global_step + 1}")
@@ -652,29 +675,35 @@ class GradualUnfreezeTrainer(Trainer):
     def training_step(
         self,
         model: torch.nn.Module,
-        inputs: list[dict[str, torch.Tensor]],
+        inputs: tuple[list[dict[str, torch.Tensor]], list[str]],
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Accumulates the gradient of one optimizer step.
 
         Args:
-            inputs: this process's micro-batches of the step.
+            inputs: this process's micro-batches of the step, and what was left out of them.
 
         Returns:
             The step's nats per target token over all processes, times the share that fell to this one, times the
             number of processes: their mean is the loss.
         """
         model.train()
-        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # target tokens, audio frames
-        for batch in inputs:
+        micro_batches, dropped = inputs
+        self.run_log.note_dropped(dropped, self.state.global_step + 1)
+        totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # target tokens, audio frames, dropped
+        totals[2] = len(dropped)
+        for batch in micro_batches:
             supervised = batch["labels"] != IGNORED_LABEL
             totals[0] += supervised.sum()
             totals[1] += batch["input_features_mask"][supervised.any(dim=1)].sum()
         totals = self.accelerator.reduce(totals, reduction="sum")
         self.window_audio_seconds += totals[1].item() / FRAMES_PER_CHUNK
+        self.dropped_utterances += int(totals[2].item())
+        if not totals[0]:
+            raise InputError(f"step {self.state.global_step + 1}: none of its utterances decodes")
         loss = torch.zeros((), device=self.args.device)
-        for i, batch in enumerate(inputs):
-            is_last = i == len(inputs) - 1
+        for i, batch in enumerate(micro_batches):
+            is_last = i == len(micro_batches) - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
                 # DDP averages gradients over the processes; the loss is a sum over tokens.
                 share = self.negative_log_likelihood(model, batch) * self.args.world_size / totals[0].float()
@@ -687,12 +716,12 @@ class GradualUnfreezeTrainer(Trainer):
         with self.autocast():
             return model(**self._prepare_inputs(batch), num_items_in_batch=1).loss
 
-    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
-        norm = super()._clip_grad_norm(model)
-        if not torch.isfinite(norm):  # the same on every rank: gradients are reduced by now
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not math.isfinite(norm):  # the same on every rank: gradients are reduced by now
             raise InputError(
-                f"the gradient norm of step {self.state.global_step + 1} is {norm.item()}: a broken recording or too"
-                " high a learning rate. Nothing of this step was applied; the best model so far is on disk"
+                f"the gradient norm of step {self.state.global_step + 1} is {norm}: a broken recording, or too high a"
+                " learning rate. This step was not applied"
             )
         return norm
 
@@ -726,11 +755,14 @@ class GradualUnfreezeTrainer(Trainer):
             loss = module(**inputs).loss.float()
             if prediction_loss_only:
                 return loss, None, None
+            seconds = inputs["input_features"].shape[2] / FRAMES_PER_CHUNK
             generated = module.generate(
                 **prompts,
                 input_features=inputs["input_features"],
                 input_features_mask=inputs["input_features_mask"],
-                max_new_tokens=self.config.generation_max_new_tokens,
+                max_new_tokens=max(self.config.generation_max_new_tokens, math.ceil(TOKENS_PER_SECOND * seconds)),
+                do_sample=False,
+                num_beams=1,
             )
         return loss, generated[:, prompts["input_ids"].shape[1] :], inputs["labels"]
 
@@ -764,7 +796,7 @@ class GradualUnfreezeTrainer(Trainer):
                 for row, output, count in zip(rows, outputs, tokens, strict=True)
             ]
         found = sorted(gather_object(found))
-        references = [dataset.rows.texts[row] for row, *_ in found]
+        references = [dataset.rows.references[row] for row, *_ in found]
         hypotheses = [hypothesis for _, hypothesis, *_ in found]
         metrics = {"loss": sum(loss * count for *_, loss, count in found) / sum(count for *_, count in found)}
         metrics |= score(references, hypotheses)
@@ -808,6 +840,7 @@ class GradualUnfreezeTrainer(Trainer):
             numbers[f"train/learning_rate_{component}"] = self.learning_rate(component, 0, step - 1)
         numbers["train/stage"] = self.config.stages.index(self.stage) + 1
         numbers["train/trainable_parameters"] = trainable_parameters(self.model)
+        numbers["train/dropped_utterances"] = self.dropped_utterances
         numbers["train/audio_seconds_per_second"] = self.window_audio_seconds / (now - self.window_started)
         self.window_started, self.window_audio_seconds = now, 0.0
         if math.isnan(self.last_train_loss):
@@ -842,8 +875,11 @@ class StepEvents(TrainerCallback):
         self.run_log.bar.close()
 
 
-def collate_step(collator: DataCollatorSpeechSeq2SeqWithPadding, micro_batches: list) -> list[dict[str, torch.Tensor]]:
-    return [collator(utterances, training=True) for utterances in micro_batches]
+def collate_step(collator: DataCollatorSpeechSeq2SeqWithPadding, micro_batches: list) -> tuple[list[dict], list[str]]:
+    """One step's share of one process, and the utterances left out of it because they do not decode."""
+    dropped = [u["dropped"] for utterances in micro_batches for u in utterances if "dropped" in u]
+    kept = [[u for u in utterances if "dropped" not in u] for utterances in micro_batches]
+    return [collator(utterances, training=True) for utterances in kept], dropped
 
 
 def collate_evaluation(collator: DataCollatorSpeechSeq2SeqWithPadding, batches: list) -> tuple[list[int], dict]:
@@ -1035,7 +1071,7 @@ def new_run_folder(config: TrainingConfig, state: accelerate.PartialState) -> Pa
 
 def check_disk(folder: Path, model: torch.nn.Module) -> None:
     """Raises InputError when two copies of the final model (the best one and its successor) do not fit the disk."""
-    needed = 2 * 4 * sum(parameter.numel() for parameter in model.parameters())
+    needed = 2 * 4 * sum(parameter.numel() for parameter in model.parameters())  # bytes, in fp32 at most
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(f"{folder}: {free / 1e9:.1f} GB free on its disk, the run needs {needed / 1e9:.1f} GB")
@@ -1043,7 +1079,7 @@ def check_disk(folder: Path, model: torch.nn.Module) -> None:
 
 def training_arguments(config: TrainingConfig, folder: Path, cpu: bool) -> transformers.TrainingArguments:
     """What Trainer reads; the rest is in TrainingConfig. No token, no upload and no tracker goes through Trainer."""
-    return transformers.TrainingArguments(
+    arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=config.num_epochs,
         max_steps=config.max_steps or -1,
@@ -1061,6 +1097,9 @@ def training_arguments(config: TrainingConfig, folder: Path, cpu: bool) -> trans
         use_cpu=cpu,
         ddp_find_unused_parameters=False,
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process on a machine of many GPUs takes one; Trainer would wrap it in DataParallel
+    return arguments
 
 
 def main(config: TrainingConfig) -> None:
@@ -1069,7 +1108,7 @@ def main(config: TrainingConfig) -> None:
     cpu = not torch.cuda.is_available()
     state = accelerate.PartialState(cpu=cpu, timeout=timedelta(minutes=config.process_timeout_minutes))
     config.check(state.num_processes)
-    use_bf16 = config.bf16 if config.bf16 is not None else not cpu and torch.cuda.is_bf16_supported()
+    use_bf16 = config.bf16 if config.bf16 is not None else not cpu and torch.cuda.is_bf16_supported(False)
     quiet_libraries(state.is_main_process)
     transformers.set_seed(config.seed)
     folder = new_run_folder(config, state)
@@ -1127,6 +1166,7 @@ def main(config: TrainingConfig) -> None:
         ):
             run_log.say(line)
     run_log.finish()
+    leave_process_group()
 
     # 7. Upload: the other ranks are done
     if state.is_main_process:
@@ -1165,6 +1205,11 @@ def announce(trainer: GradualUnfreezeTrainer, train_rows: SpeechRows, eval_rows:
         f" {'bf16 autocast' if trainer.use_bf16 else 'fp32'} on {trainer.args.device.type}"
     )
     last_epoch = math.ceil(trainer.total_steps / len(trainer.sampler))
+    if config.quote_style == "ascii" and (n := sum(not {"״", "׳"}.isdisjoint(r) for r in eval_rows.references)):
+        say(
+            f"note: {n} evaluation references have ״ or ׳, which targets write as \" and ' (quote_style): by the"
+            " leaderboard's rules those words differ"
+        )
     for stage in config.stages:
         if last_epoch < stage.last_epoch:
             begins = config.first_epoch_of(stage)
@@ -1187,16 +1232,29 @@ def quiet_libraries(is_main: bool) -> None:
 
 
 def launch(recipe: Callable[[list[str]], TrainingConfig]) -> None:
-    """Runs `main` with what `recipe` makes of the command line; a InputError is one message and exit status 1."""
+    """Runs `main` with what `recipe` makes of the command line; an InputError is one message and exit status 1.
+
+    Every rank meets an InputError at the same place, and they leave together. What else fails may fail on one rank
+    alone: that one shows its traceback and ends at once, since on NCCL an orderly end would wait for the others.
+    """
     try:
         main(recipe(sys.argv[1:]))
     except InputError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        leave_process_group()
         sys.exit(1)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    except Exception:
+        if not torch.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)
+
+
+def leave_process_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

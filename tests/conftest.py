@@ -110,9 +110,9 @@ def model(config):
 
 @pytest.fixture
 def train_rows(config):
-    return load_rows(config.train_sources, config)
+    return load_rows(config.train_sources, config, for_training=True)
 
 
 @pytest.fixture
 def eval_rows(config):
-    return load_rows(config.eval_sources, config)
+    return load_rows(config.eval_sources, config, for_training=False)

@@ -1,5 +1,6 @@
 """The demo world holds what it says, and the main command learns from it."""
 
+import ast
 import json
 import random
 import re
@@ -39,11 +40,17 @@ def test_held_out_sentences_are_not_in_training():
     assert sentences("heldout_noisy") == heldout
 
 
-def test_held_out_recordings_are_not_in_training():
-    def entries(part: str) -> set[str]:
-        return {row["metadata"]["entry_id"] for row in table(part)}
-
-    assert not entries("heldout") & entries("corpus")
+def test_held_out_voices_are_in_no_training_set():
+    """The voices are named in the script that makes the world, and nowhere in the data."""
+    source = ast.parse((DEMO / "speech.py").read_text())
+    names = {"BASE_VOICES", "CORPUS_VOICES", "HELDOUT_VOICES"}
+    voices = {
+        node.targets[0].id: set(node.value.func.value.value.split())
+        for node in source.body
+        if isinstance(node, ast.Assign) and node.targets[0].id in names
+    }
+    assert len(voices) == 3 and len(voices["HELDOUT_VOICES"]) >= 4
+    assert not voices["HELDOUT_VOICES"] & (voices["BASE_VOICES"] | voices["CORPUS_VOICES"])
 
 
 def test_the_schema_is_that_of_the_ivrit_ai_training_sets():
@@ -60,7 +67,7 @@ def test_the_schema_is_that_of_the_ivrit_ai_training_sets():
 
 
 def test_some_rows_lose_the_tail_that_has_no_text():
-    rows = load_rows([Source(str(DEMO / "corpus"))], DataConfig())
+    rows = load_rows([Source(str(DEMO / "corpus"))], DataConfig(), for_training=True)
     cut = [i for i, end in enumerate(rows.ends_at) if end is not None]
     assert cut
     for i in cut:
@@ -104,7 +111,7 @@ def test_the_trained_model_listens(demo_run):
     config = demo()
     model = transformers.Qwen3ASRForConditionalGeneration.from_pretrained(demo_run / "final_model", dtype=torch.float32)
     processor = transformers.AutoProcessor.from_pretrained(demo_run / "final_model")
-    rows = load_rows(config.eval_sources, config)
+    rows = load_rows(config.eval_sources, config, for_training=False)
     dataset = SpeechDataset(rows, processor)
     collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
     utterances = [dataset[(0, row)] for row in range(128)]

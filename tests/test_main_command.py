@@ -13,12 +13,14 @@ import datasets
 import pyarrow.parquet
 import pytest
 import soundfile
+import torch
+import transformers
 from conftest import DEMO, ROOT
 from hub_server import HubServer
 
 from hebrew_corpora import InputError, Source, decode_audio
 from train_hebrew_asr_enhanced import Stage, TrainingConfig, main, parse_config
-from train_round2_gradual import recipe, round2
+from train_round2_gradual import demo, recipe, round2
 
 TOKEN = "hf_write_token_that_must_not_leak"
 USERS = {TOKEN: ("OzLabs", "write"), "hf_read_token": ("OzLabs", "read")}
@@ -201,6 +203,23 @@ def test_a_token_that_cannot_write_stops_the_run_before_training(tmp_path, token
     assert token not in done.stdout + done.stderr
 
 
+def test_round2_itself_runs_on_a_local_folder(tmp_path, corpus):
+    """The real command with its defaults (workers, steps of 64, W&B, held-out recordings), but for model and data."""
+    stages = [dataclasses.asdict(stage) | {"audio_top_layers": 1, "llm_top_layers": 1} for stage in round2().stages]
+    done = command(
+        "train_round2_gradual.py",
+        *("--model_name_or_path", DEMO / "base", "--train_sources", json.dumps([{"path": str(corpus)}])),
+        *("--stages", json.dumps(stages), "--max_steps", 3, "--output_dir", tmp_path / "run"),
+        processes=2,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 utterances × 16 micro-batches × 2 processes = 64 a step" in done.stdout
+    assert "WER" in done.stdout and "not uploaded; to do it: uv run hf upload OWNER/NAME" in done.stdout
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "run" / "final_model")
+    assert config.dtype == torch.bfloat16
+    assert [path.name for path in (tmp_path / "run").glob("wandb/offline-run-*")]
+
+
 def test_every_rank_ends_with_one_message_between_them(tmp_path):
     done = command("train_round2_gradual.py", "--demo", "--num_epoch", 3, processes=2)
     assert done.returncode == 1
@@ -279,6 +298,8 @@ def test_a_gated_dataset_without_a_token(tmp_path):
 def test_any_field_can_be_given_and_the_saved_settings_read_back(uploaded):
     given = parse_config(["--num_epochs", "3", "--use_specaugment", "false"], round2())
     assert (given.num_epochs, given.use_specaugment, given.stages) == (3, False, round2().stages)
+    sources = parse_config(["--eval_sources", '[{"path": "x"}]'], demo()).eval_sources
+    assert sources == [Source("x")], "nothing of the default's split is left in it"
     stages = '[{"name": "all", "last_epoch": 5, "learning_rates": {"projector": 1e-3}, "llm_top_layers": 4}]'
     assert parse_config(["--stages", stages], round2()).stages == [
         Stage("all", 5, {"projector": 1e-3}, audio_top_layers=8, llm_top_layers=4)

@@ -43,7 +43,7 @@ def nats(model, batch) -> tuple[float, int]:
 def test_logged_train_loss_is_nats_per_token_of_the_global_batch(config, model, make_trainer):
     config.use_specaugment, config.max_steps, config.eval_steps = False, 1, 1000
     trainer = make_trainer(model)
-    micro_batches = next(iter(trainer.get_train_dataloader()))
+    micro_batches, _ = next(iter(trainer.get_train_dataloader()))
     assert [len(batch["labels"]) for batch in micro_batches] == [4, 4]
     pairs = [nats(model, batch) for batch in micro_batches]
     expected = sum(total for total, _ in pairs) / sum(count for _, count in pairs)
@@ -142,6 +142,51 @@ def test_training_under_bf16_autocast_keeps_fp32_weights_and_moments(config, mak
             assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, before[name]), name
     losses = [row["train/loss"] for row in trainer.run_log.rows if "train/loss" in row]
     assert losses[-1] < losses[0]
+
+
+def test_hypotheses_are_scored_against_the_transcripts_as_they_stand(config, model, make_trainer, monkeypatch):
+    """A reference with gershayim stays one: the leaderboard's rules see another word in its form with ASCII quotes."""
+    trainer = make_trainer(model)
+    rows = trainer.eval_dataset.rows
+    rows.references[:] = ["חיילי צה״ל יצאו"] * len(rows)
+    outputs = [{"language": "Hebrew", "transcription": 'חיילי צה"ל יצאו'}] * 4
+    monkeypatch.setattr(type(trainer.processor), "decode", lambda self, tokens, **_: outputs[: len(tokens)])
+    assert trainer.evaluate()["eval/wer"] == pytest.approx(50.0), "צה ל against צהל: two of four words"
+
+
+def test_the_model_kept_is_the_best_and_the_one_reported(config, monkeypatch, tmp_path):
+    """WER falls and rises again: what is on disk, reloaded and described is the middle one."""
+    from safetensors.torch import load_file
+
+    from train_hebrew_asr_enhanced import main
+
+    config.max_steps, config.eval_steps = 6, 2
+    for stage in config.stages:
+        stage.last_epoch += 5
+    wers = iter([50.0, 40.0, 20.0, 30.0, 20.0])  # steps 0, 2, 4, 6, and the reloaded model
+    weights = {}
+    evaluate = GradualUnfreezeTrainer.evaluate
+
+    def remember(self, *args, **kwargs):
+        model = kwargs.get("model") or self.model
+        key = "final" if "model" in kwargs else self.state.global_step
+        weights[key] = {name: p.detach().clone() for name, p in model.named_parameters()}
+        return evaluate(self, *args, **kwargs)
+
+    def score(references, hypotheses):
+        counts = {"utterances": 11, "empty_predictions": 0, "cer": 1.0, "wer_raw": 1.0}
+        return {"wer": next(wers), **counts}
+
+    monkeypatch.setattr(GradualUnfreezeTrainer, "evaluate", remember)
+    monkeypatch.setattr("train_hebrew_asr_enhanced.score", score)
+    main(config)
+    assert list(weights) == [0, 2, 4, 6, "final"]
+    on_disk = load_file(tmp_path / "run" / "final_model" / "model.safetensors")
+    assert all(torch.equal(weights["final"][name], weights[4][name]) for name in weights[4])
+    assert all(torch.equal(on_disk[name], weights[4][name]) for name in on_disk)
+    moved = [name for name in weights[4] if not torch.equal(weights[4][name], weights[6][name])]
+    assert moved, "the last model is another one"
+    assert "at step 4" in (tmp_path / "run" / "final_model" / "README.md").read_text()
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(config, model, make_trainer):
