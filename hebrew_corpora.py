@@ -1,22 +1,24 @@
-"""Corpora of Hebrew speech: from a Hub id or a folder to rows whose text is what is spoken in their audio.
+"""Corpora of Hebrew speech: from a Hub id or a folder to pieces of audio, each with exactly the text spoken in it.
 
-Imports nothing of this project.
+At the start only texts and audio headers are read. What decoding alone can show (silence, clipping, truncation) is
+found by the workers that decode. Imports nothing of the training scripts.
 """
 
-import io
-import re
-import unicodedata
-from collections import Counter
+import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import soundfile
-import soxr
+import pyarrow
+import pyarrow.compute
 
-SAMPLE_RATE = 16_000  # Hz, what Qwen3ASRFeatureExtractor was trained with
+import hebrew_audio
+import hebrew_text
+from hebrew_audio import audio_header, decode_audio
+from hebrew_text import SPOKEN, TextRules, clean_previous, cut_into_pieces, has_hebrew, normalize_target, read_segments
 
 
 class InputError(Exception):
@@ -35,6 +37,8 @@ class Source:
     """A split, or a slice of one as `datasets` writes it (`train[:1000]`); folders name theirs in the file names."""
     text_column: str | None = None
     """The transcript's column; None takes the first of transcript, text, sentence, transcription."""
+    probability: float | None = None
+    """Share of an epoch's utterances; for all sources or for none, where an epoch is every utterance once."""
 
 
 @dataclass
@@ -43,8 +47,8 @@ class DataConfig:
 
     train_sources: list[Source] = field(
         default_factory=lambda: [
-            Source("ivrit-ai/crowd-transcribe-v5"),
-            Source("ivrit-ai/crowd-recital-whisper-training"),
+            Source("ivrit-ai/crowd-transcribe-v5", probability=0.97),
+            Source("ivrit-ai/crowd-recital-whisper-training", probability=0.03),
         ]
     )
     eval_sources: list[Source] = field(default_factory=list)
@@ -53,58 +57,42 @@ class DataConfig:
     """Share of recordings held out when there is no evaluation source."""
     max_eval_utterances: int | None = 2000
     """At most so many utterances are evaluated, spread evenly over the set; None: all."""
+    text_rules: TextRules = field(default_factory=TextRules)
+    """How targets are written; scoring has rules of its own."""
+    prev_context_prob: float = 0.0
+    """How often the text before an utterance is given in the system turn, where Qwen3-ASR takes context."""
+
+    # Training utterances outside of these are dropped and counted; evaluation sets keep whatever has text and decodes
     min_audio_length_seconds: float = 0.3
-    """Shorter training utterances are dropped; evaluation sets keep every length."""
     max_audio_length_seconds: float = 30.0
-    """Longer training utterances are dropped."""
-    quote_style: str = "ascii"
-    """Geresh and gershayim in targets: `ascii` writes ' and ", which the leaderboard's rules delete; `keep` leaves
-    them (they turn ׳ and ״ into spaces, so the two forms are different words to the metric)."""
+    """Longer rows are cut between their timestamps; without timestamps they are dropped."""
+    min_characters_per_second: float = 1.0
+    max_characters_per_second: float = 40.0
+    min_quality_score: float | None = None
+    """Of `metadata.quality_score`, where a row has one."""
+    require_hebrew: bool = True
+    drop_duplicates: bool = True
+    """The same audio bytes a second time, in the same source or another."""
+    leak_min_words: int = 4
+    """A training utterance with the same words as an evaluation utterance of at least so many is removed."""
+    max_broken_share: float = 0.05
+    """More unreadable rows than this share of a source end the run before it starts."""
     preprocessing_num_workers: int = 8
     """Processes that read headers and transcripts at the start."""
 
-
-TIMESTAMP = re.compile(r"<\|(\d+\.\d+)\|>")
-INVISIBLE = re.compile("[\u061c\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
-ASCII_QUOTES = str.maketrans({"׳": "'", "״": '"', "’": "'", "‘": "'", "“": '"', "”": '"', "„": '"'})
-
-
-def clean_transcript(text: str, quote_style: str) -> str:
-    """Returns a target: NFC, without invisible marks, with single spaces, and with quotes in one style."""
-    text = INVISIBLE.sub("", unicodedata.normalize("NFC", text))
-    if quote_style == "ascii":
-        text = text.translate(ASCII_QUOTES)
-    return " ".join(text.split())
+    def check_sources(self) -> None:
+        """Raises InputError for a mixture that is none."""
+        if not self.train_sources:
+            raise InputError("train_sources is empty: name at least one dataset")
+        given = [source.probability for source in self.train_sources if source.probability is not None]
+        if given and (len(given) < len(self.train_sources) or min(given) <= 0 or abs(sum(given) - 1) > 1e-6):
+            raise InputError(
+                f"the sources' probabilities must be above 0, given for all of them, and sum to 1: {given} for"
+                f" {len(self.train_sources)} sources"
+            )
 
 
-def read_timestamps(transcript: str) -> tuple[str, float | None]:
-    """Splits a transcript into its words and the time in seconds until which they hold.
-
-    The corpora write `<|0.00|>text<|2.40|><|2.40|>more<|5.00|>`. A segment that goes on after the slice's end leaves
-    a start without text: its speech is in the audio and not in the text, so the audio holds only until the last
-    closed segment. Without such an open segment, and without timestamps, the end is None: all of the audio counts.
-
-    Raises:
-        ValueError: timestamps that go backwards, or text outside of any segment.
-    """
-    parts = TIMESTAMP.split(transcript)  # text, time, text, time, …, text
-    if len(parts) == 1:
-        return transcript, None
-    texts, times = parts[0::2], [float(t) for t in parts[1::2]]
-    if times != sorted(times):
-        raise ValueError("timestamps go backwards")
-    between = texts[2:-1:2]  # between one segment's end and the next one's start
-    if texts[0].strip() or any(text.strip() for text in between):
-        raise ValueError("text outside of the timestamps")
-    is_open = len(times) % 2 == 1
-    if not is_open:
-        if texts[-1].strip():
-            raise ValueError("text outside of the timestamps")
-        return " ".join(texts[1::2]), None
-    if texts[-1].strip():  # the last segment's words are there, only its end is not
-        return " ".join(texts[1::2]), None
-    return " ".join(texts[1:-1:2]), times[-2] if len(times) > 1 else 0.0
-
+# -------------------------------------------------------------------------------------------------------- Loading rows
 
 TEXT_COLUMNS = ("transcript", "text", "sentence", "transcription")
 
@@ -181,86 +169,162 @@ def text_column(source: Source, columns: list[str]) -> str:
     return found[0]
 
 
-def describe_row(
-    row: dict[str, Any], column: str, quote_style: str, shortest: float, longest: float, decode: bool
-) -> dict[str, Any]:
-    """Reads one row's text and audio header; `decode` also decodes the audio, so that nothing can fail later.
+# -------------------------------------------------------------------------------------------------- From rows to pieces
 
-    Returns:
-        `text` (the target), `reference` (the transcript as it stands, without timestamps), `seconds` (of audio they
-        stand for), `ends_at` (seconds, where the audio is cut, or None), `recording` (what a split must not divide),
-        and `dropped` (the reason why the row cannot be used, or "").
-    """
-    described = {"text": "", "reference": "", "seconds": 0.0, "ends_at": None, "recording": "", "dropped": ""}
+INDEX = datasets.Features(
+    {
+        "row": datasets.Value("int64"),  # in its source
+        "start": datasets.Value("float64"),  # seconds, where the piece begins in the row's audio
+        "end": datasets.Value("float64"),  # seconds; null: the audio's end
+        "seconds": datasets.Value("float64"),
+        "text": datasets.Value("string"),  # the target
+        "reference": datasets.Value("string"),  # the transcript as it stands, without timestamps: for scoring
+        "previous": datasets.Value("string"),  # the text before it, written like a target
+        "recording": datasets.Value("string"),  # what a split must not divide
+        "digest": datasets.Value("string"),  # of the audio's bytes, or its path
+        "dropped": datasets.Value("string"),  # why it cannot be used, or ""
+    }
+)
+BROKEN = {
+    "zero bytes of audio",
+    "unreadable audio",
+    "no samples of audio",
+    "no such audio file",
+    "damaged audio",
+    "timestamps go backwards",
+    "text outside of the segments",
+    "unknown token in the text",
+    "text is not a string",
+}
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """What decides how a row is read; part of the key of the cache."""
+
+    column: str
+    text_rules: TextRules
+    for_training: bool
+    shortest: float  # seconds
+    longest: float  # seconds
+    slowest: float  # characters a second
+    fastest: float  # characters a second
+    min_quality: float | None
+    require_hebrew: bool
+
+
+def describe_rows(rows: dict[str, list], numbers: list[int], settings: RowSettings) -> dict[str, list]:
+    """Columns of INDEX for a batch of rows: one or more pieces each, and what is dropped of them with its reason."""
+    described = []
+    for i, number in enumerate(numbers):
+        row = {name: values[i] for name, values in rows.items()}
+        described += [{"row": number} | piece for piece in describe_row(row, settings)]
+    return {name: [piece.get(name) for piece in described] for name in INDEX}
+
+
+def describe_row(row: dict[str, Any], settings: RowSettings) -> list[dict[str, Any]]:
+    """Reads one row's text and audio header; evaluation audio is decoded once too, so that it cannot fail later."""
+    known = {"start": 0.0, "text": "", "reference": "", "previous": "", "seconds": 0.0, "dropped": ""}
+    audio, transcript = row["audio"] or {"bytes": None, "path": None}, row[settings.column]
+    metadata = row.get("metadata") or {}
+    metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
+    known["recording"] = str(metadata.get("entry_id") or audio["path"] or "")
+    known["digest"] = hashlib.blake2b(audio["bytes"] or str(audio["path"]).encode(), digest_size=12).hexdigest()
     try:
-        info = soundfile.info(open_audio(row["audio"]))
-        described["seconds"] = info.frames / info.samplerate
-        if decode:
-            decode_audio(row["audio"], None)
-    except (soundfile.LibsndfileError, OSError, TypeError):
-        return described | {"dropped": "unreadable audio"}
-    described["recording"] = recording_of(row)
-    try:
-        described["reference"], described["ends_at"] = read_timestamps(row[column] or "")
-    except ValueError as error:
-        return described | {"dropped": str(error)}
-    if described["ends_at"] is not None:
-        described["seconds"] = min(described["seconds"], described["ends_at"])
-    described["text"] = clean_transcript(described["reference"], quote_style)
-    if not described["text"]:
-        described["dropped"] = "empty text"
-    elif described["seconds"] < shortest:
-        described["dropped"] = f"shorter than {shortest:g} s"
-    elif described["seconds"] > longest:
-        described["dropped"] = f"longer than {longest:g} s"
+        seconds, _, _ = audio_header(audio)
+        known["seconds"] = seconds
+        if not settings.for_training:
+            decode_audio(audio)
+        if not isinstance(transcript, str):
+            raise ValueError("empty text" if transcript is None else "text is not a string")
+        pieces, gaps = cut_into_pieces(read_segments(transcript), seconds, settings.longest)
+    except ValueError as error:  # AudioError is one
+        return [known | {"dropped": str(error)}]
+    quality = metadata.get("quality_score")
+    is_poor = settings.min_quality is not None and quality is not None and quality < settings.min_quality
+    described = [known | {"start": g.start, "seconds": g.end - g.start, "dropped": g.reason} for g in gaps]
+    previous = clean_previous(row.get("prev_transcript") or "", settings.text_rules)
+    for piece in pieces:
+        text = normalize_target(piece.text, settings.text_rules)
+        length = (seconds if piece.end is None else piece.end) - piece.start
+        dropped = "quality score too low" if is_poor else why_unusable(text, length, settings)
+        described.append(
+            known
+            | {"start": piece.start, "end": piece.end, "seconds": length, "text": text, "reference": piece.text}
+            | {"previous": previous, "dropped": dropped}
+        )
+        previous = text
     return described
 
 
-def recording_of(row: dict[str, Any]) -> str:
-    metadata = row.get("metadata") or {}
-    entry = metadata.get("entry_id") if isinstance(metadata, dict) else None
-    return str(entry or row["audio"].get("path") or "")
+def why_unusable(text: str, seconds: float, settings: RowSettings) -> str:
+    if not SPOKEN.search(text):
+        return "empty text"
+    if not settings.for_training:
+        return ""
+    if settings.require_hebrew and not has_hebrew(text):
+        return "no Hebrew in the text"
+    if seconds < settings.shortest:
+        return f"shorter than {settings.shortest:g} s"
+    if seconds > settings.longest + hebrew_text.PAST_THE_END:
+        return f"longer than {settings.longest:g} s"
+    if not settings.slowest <= len(text) / seconds <= settings.fastest:
+        return f"not {settings.slowest:g}–{settings.fastest:g} characters a second"
+    return ""
 
 
-def open_audio(audio: dict[str, Any]) -> io.BytesIO | str:
-    """What soundfile opens for an undecoded Audio value: its bytes, or else its path; TypeError if there is neither."""
-    return io.BytesIO(audio["bytes"]) if audio["bytes"] is not None else audio["path"]
+def described(rows: datasets.Dataset, source: Source, settings: RowSettings, workers: int) -> datasets.Dataset:
+    """`describe_rows` of a source, cached on disk by its rows, the settings and the text of these modules.
 
-
-def decode_audio(audio: dict[str, Any], ends_at: float | None) -> np.ndarray:
-    """Decodes to a mono waveform at 16 kHz, float32 (samples,), cut at `ends_at` seconds."""
-    waveform, rate = soundfile.read(open_audio(audio), dtype="float32", always_2d=True)
-    waveform = waveform.mean(axis=1)
-    if ends_at is not None:
-        waveform = waveform[: round(ends_at * rate)]
-    return waveform if rate == SAMPLE_RATE else soxr.resample(waveform, rate, SAMPLE_RATE)
+    `datasets` would key the cache by the function's name, and give back the texts of an older version of it.
+    """
+    code = [Path(file).read_text(encoding="utf-8") for file in (__file__, hebrew_text.__file__, hebrew_audio.__file__)]
+    return rows.map(
+        describe_rows,
+        batched=True,
+        batch_size=64,
+        with_indices=True,
+        fn_kwargs={"settings": settings},
+        remove_columns=rows.column_names,
+        features=INDEX,
+        num_proc=workers if len(rows) > 10_000 else None,
+        new_fingerprint=datasets.fingerprint.Hasher.hash([rows._fingerprint, repr(settings), code]),
+        desc=f"reading {source.path}",
+    )
 
 
 @dataclass
-class SpeechRows:
-    """Rows of several sources that will be used, their targets beside them, and what was dropped."""
+class Dropped:
+    """Pieces of one source left out for one reason."""
 
-    audio: datasets.Dataset  # one column `audio`: {bytes, path}
-    texts: list[str]  # targets
-    references: list[str]  # transcripts as they stand, without timestamps: what hypotheses are scored against
-    seconds: np.ndarray  # (rows,)
-    ends_at: list[float | None]
-    recordings: list[str]
-    dropped: dict[str, tuple[int, float]]  # reason → utterances, hours
+    source: str
+    reason: str
+    utterances: int
+    hours: float
+    examples: list[str]  # recordings of the first few
+
+
+class SpeechRows:
+    """Pieces of several sources that are used, by number, and what was dropped of the sources."""
+
+    def __init__(self, sources: list[datasets.Dataset], index: pyarrow.Table, dropped: list[Dropped]):
+        self.sources, self.index, self.dropped = sources, index.combine_chunks(), dropped
+        self.seconds = self.index["seconds"].to_numpy()  # (pieces,)
+        self.source_numbers = self.index["source"].to_numpy()  # (pieces,)
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.index)
 
-    def select(self, indices: list[int]) -> "SpeechRows":
-        return SpeechRows(
-            self.audio.select(indices),
-            [self.texts[i] for i in indices],
-            [self.references[i] for i in indices],
-            self.seconds[indices],
-            [self.ends_at[i] for i in indices],
-            [self.recordings[i] for i in indices],
-            self.dropped,
-        )
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """One piece: the columns of INDEX, and `audio` with its compressed bytes."""
+        piece = {name: self.index[name][number].as_py() for name in self.index.column_names}
+        return piece | {"audio": self.sources[piece["source"]][piece["row"]]["audio"]}
+
+    def column(self, name: str) -> list[Any]:
+        return self.index[name].to_pylist()
+
+    def keep(self, mask: np.ndarray) -> "SpeechRows":
+        return SpeechRows(self.sources, self.index.filter(pyarrow.array(mask)), self.dropped)
 
     @property
     def hours(self) -> float:
@@ -268,64 +332,93 @@ class SpeechRows:
 
 
 def load_rows(sources: list[Source], config: DataConfig, for_training: bool) -> SpeechRows:
-    """Loads and concatenates sources; raises InputError when one cannot be read or nothing of it is left.
-
-    The length limits hold for training. Evaluation rows are decoded once, here, so that none can fail later.
-    """
-    settings = {
-        "quote_style": config.quote_style,
-        "shortest": config.min_audio_length_seconds if for_training else 0.0,
-        "longest": config.max_audio_length_seconds if for_training else float("inf"),
-        "decode": not for_training,
-    }
-    kept_audio, described = [], []
-    dropped: Counter[str] = Counter()
-    dropped_hours: Counter[str] = Counter()
-    for source in sources:
+    """Loads sources; raises InputError when one cannot be read, nothing of it is left, or too much of it is broken."""
+    loaded, tables, dropped = [], [], []
+    for number, source in enumerate(sources):
         rows = load_source(source)
-        table = described_rows(rows, settings | {"column": text_column(source, rows.column_names)}, source, config)
-        reasons = table["dropped"][:]
-        for reason, seconds in zip(reasons, table["seconds"][:], strict=True):
-            if reason:
-                dropped[reason] += 1
-                dropped_hours[reason] += seconds / 3600
-        kept = [i for i, reason in enumerate(reasons) if not reason]
-        if not kept:
-            raise InputError(f"{source.path}: none of its {len(rows)} rows can be used: {dict(Counter(reasons))}")
-        kept_audio.append(rows.select_columns(["audio"]).select(kept))
-        described.append(table.select(kept))
-    table = datasets.concatenate_datasets(described)
-    return SpeechRows(
-        datasets.concatenate_datasets(kept_audio),
-        table["text"][:],
-        table["reference"][:],
-        np.array(table["seconds"][:]),
-        table["ends_at"][:],
-        table["recording"][:],
-        {reason: (count, dropped_hours[reason]) for reason, count in dropped.items()},
-    )
+        settings = RowSettings(
+            column=text_column(source, rows.column_names),
+            text_rules=config.text_rules,
+            for_training=for_training,
+            shortest=config.min_audio_length_seconds,
+            longest=config.max_audio_length_seconds if for_training else float("inf"),
+            slowest=config.min_characters_per_second,
+            fastest=config.max_characters_per_second,
+            min_quality=config.min_quality_score if for_training else None,
+            require_hebrew=config.require_hebrew,
+        )
+        wanted = {"audio", settings.column, "metadata", "prev_transcript"}
+        rows = rows.select_columns([name for name in rows.column_names if name in wanted])
+        table = described(rows, source, settings, config.preprocessing_num_workers).with_format("arrow")[:]
+        reasons = tally(table, source.path)
+        kept = table.filter(pyarrow.compute.equal(table["dropped"], ""))
+        broken = sum(drop.utterances for reason, drop in reasons.items() if reason in BROKEN)
+        counts = {reason: drop.utterances for reason, drop in reasons.items()}
+        if not len(kept):
+            raise InputError(f"{source.path}: none of its {len(rows)} rows can be used: {counts}")
+        if broken > config.max_broken_share * len(rows):
+            names = [name for reason, drop in reasons.items() if reason in BROKEN for name in drop.examples]
+            raise InputError(
+                f"{source.path}: {broken} of its {len(rows)} rows are broken, more than max_broken_share"
+                f" ({config.max_broken_share:g}): {counts}, among them {', '.join(names[:5])}"
+            )
+        loaded.append(rows.select_columns(["audio"]))
+        tables.append(kept.append_column("source", pyarrow.array(np.full(len(kept), number, np.int32))))
+        dropped += reasons.values()
+    rows = SpeechRows(loaded, pyarrow.concat_tables(tables), dropped)
+    return without_duplicates(rows, sources) if for_training and config.drop_duplicates else rows
 
 
-def described_rows(
-    rows: datasets.Dataset, settings: dict[str, Any], source: Source, config: DataConfig
-) -> datasets.Dataset:
-    """`describe_row` of every row, cached on disk by rows, settings and the text of this module.
+def tally(table: pyarrow.Table, path: str) -> dict[str, Dropped]:
+    """The dropped pieces of a described source, by reason."""
+    found: dict[str, Dropped] = {}
+    lost = table.filter(pyarrow.compute.not_equal(table["dropped"], "")).select(["dropped", "seconds", "recording"])
+    for piece in lost.to_pylist():
+        drop = found.setdefault(piece["dropped"], Dropped(path, piece["dropped"], 0, 0.0, []))
+        drop.utterances += 1
+        drop.hours += piece["seconds"] / 3600
+        if len(drop.examples) < 5:
+            drop.examples.append(piece["recording"])
+    return found
 
-    `datasets` would key the cache by the function's name, and give back the texts of an older version of it.
-    """
-    key = [rows._fingerprint, settings, Path(__file__).read_text(encoding="utf-8")]
-    return rows.map(
-        describe_row,
-        fn_kwargs=settings,
-        remove_columns=rows.column_names,
-        features=datasets.Features(
-            {name: datasets.Value("string") for name in ("text", "reference", "recording", "dropped")}
-            | {name: datasets.Value("float64") for name in ("seconds", "ends_at")}
-        ),
-        num_proc=config.preprocessing_num_workers if len(rows) > 10_000 else None,
-        new_fingerprint=datasets.fingerprint.Hasher.hash(key),
-        desc=f"reading {source.path}",
-    )
+
+def drop(rows: SpeechRows, sources: list[Source], is_dropped: np.ndarray, reason: str) -> SpeechRows:
+    """Leaves pieces out, counted by source under `reason`."""
+    for number, source in enumerate(sources):
+        mine = is_dropped & (rows.source_numbers == number)
+        if mine.any():
+            names = rows.index["recording"].filter(pyarrow.array(mine))[:5].to_pylist()
+            hours = float(rows.seconds[mine].sum()) / 3600
+            rows.dropped.append(Dropped(source.path, reason, int(mine.sum()), hours, names))
+    return rows.keep(~is_dropped) if is_dropped.any() else rows
+
+
+def without_duplicates(rows: SpeechRows, sources: list[Source]) -> SpeechRows:
+    keys = [f"{digest} {start}" for digest, start in zip(rows.column("digest"), rows.column("start"), strict=True)]
+    _, first = np.unique(keys, return_index=True)
+    is_first = np.zeros(len(rows), bool)
+    is_first[first] = True
+    return drop(rows, sources, ~is_first, "duplicate audio")
+
+
+# --------------------------------------------------------------------------------------------- Split, leaks and mixture
+
+
+def spoken_words(text: str) -> str:
+    """The words alone, to compare texts by: no punctuation, case or marks."""
+    return " ".join("".join(SPOKEN.findall(word)).lower() for word in text.split())
+
+
+def without_leaks(train: SpeechRows, heldout: SpeechRows, config: DataConfig) -> SpeechRows:
+    """Removes training pieces with the words of an evaluation utterance, or with its very audio."""
+    sentences = {
+        words for text in heldout.column("text") if len((words := spoken_words(text)).split()) >= config.leak_min_words
+    }
+    digests = set(heldout.column("digest"))
+    by_text = np.array([spoken_words(text) in sentences for text in train.column("text")])
+    by_audio = np.array([digest in digests for digest in train.column("digest")])
+    train = drop(train, config.train_sources, by_audio, "audio of an evaluation set")
+    return drop(train, config.train_sources, by_text[~by_audio], "text of an evaluation set")
 
 
 def load_train_and_eval(config: DataConfig, seed: int) -> tuple[SpeechRows, SpeechRows]:
@@ -333,13 +426,55 @@ def load_train_and_eval(config: DataConfig, seed: int) -> tuple[SpeechRows, Spee
     if config.eval_sources:
         heldout = load_rows(config.eval_sources, config, for_training=False)
     else:
-        recordings = sorted(set(train.recordings))
+        recordings = sorted(set(train.column("recording")))
         if len(recordings) < 2:
             raise InputError("eval_sources is empty and the training data is one recording: name an evaluation set")
         count = max(1, round(config.eval_fraction * len(recordings)))
         chosen = set(np.random.default_rng(seed).choice(recordings, count, replace=False).tolist())
-        heldout = train.select([i for i, name in enumerate(train.recordings) if name in chosen])
-        train = train.select([i for i, name in enumerate(train.recordings) if name not in chosen])
+        is_heldout = np.array([recording in chosen for recording in train.column("recording")])
+        heldout, train = train.keep(is_heldout), train.keep(~is_heldout)
+        heldout.dropped = []
+    train = without_leaks(train, heldout, config)
     if config.max_eval_utterances and len(heldout) > config.max_eval_utterances:
-        heldout = heldout.select(np.linspace(0, len(heldout) - 1, config.max_eval_utterances).astype(int).tolist())
+        chosen_rows = np.zeros(len(heldout), bool)
+        chosen_rows[np.linspace(0, len(heldout) - 1, config.max_eval_utterances).astype(int)] = True
+        heldout = heldout.keep(chosen_rows)
+    used = set(np.unique(train.source_numbers).tolist())
+    if lost := [source.path for number, source in enumerate(config.train_sources) if number not in used]:
+        raise InputError(f"nothing is left to train on of {', '.join(lost)}, after the split and the removal of leaks")
     return train, heldout
+
+
+class Mixture:
+    """Which utterances an epoch has, and in which order: a pure function of the epoch, the same on every process.
+
+    Without probabilities an epoch is every utterance once. With them its sources have those shares, and it ends when
+    the first source has been heard once; the others go on where they stopped in the next epoch.
+    """
+
+    def __init__(self, rows: SpeechRows, sources: list[Source], seed: int):
+        self.seed = seed
+        self.rows = [np.flatnonzero(rows.source_numbers == number) for number in range(len(sources))]
+        sizes = np.array([len(mine) for mine in self.rows])
+        self.counts = sizes  # utterances of each source in an epoch
+        if sources[0].probability is not None:
+            shares = np.array([source.probability for source in sources])
+            self.counts = np.maximum(1, np.round(shares * np.min(sizes / shares))).astype(int)
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Numbers of the epoch's utterances (epochs from 1), shuffled."""
+        chosen = [self.taken(number, (epoch - 1) * count, count) for number, count in enumerate(self.counts.tolist())]
+        return np.random.default_rng([self.seed, epoch]).permutation(np.concatenate(chosen))
+
+    def taken(self, number: int, begin: int, count: int) -> np.ndarray:
+        """`count` utterances of a source from place `begin` of its endless passes, each pass another permutation."""
+        mine, taken = self.rows[number], []
+        while count:
+            passed, place = divmod(begin, len(mine))
+            here = np.random.default_rng([self.seed, number, passed, 1]).permutation(mine)[place : place + count]
+            taken.append(here)
+            begin, count = begin + len(here), count - len(here)
+        return np.concatenate(taken)

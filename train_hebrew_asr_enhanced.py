@@ -32,7 +32,6 @@ import datasets
 import huggingface_hub
 import jsonargparse
 import numpy as np
-import soundfile
 import torch
 import torch.distributed
 import transformers
@@ -40,7 +39,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import Qwen3ASRForConditionalGeneration, Qwen3ASRProcessor, Trainer, TrainerCallback
 
-from hebrew_corpora import SAMPLE_RATE, DataConfig, InputError, SpeechRows, decode_audio, load_train_and_eval
+from hebrew_audio import SAMPLE_RATE, AudioError, check_waveform, decode_audio
+from hebrew_corpora import DataConfig, InputError, Mixture, SpeechRows, load_train_and_eval
 from hebrew_scoring import score
 from run_log import TRACKERS, RunLog, draw_curves, success_criteria, wer_summary
 
@@ -213,7 +213,6 @@ class TrainingConfig(DataConfig):
                 raise InputError(f"stage {stage.name} trains nothing: give at least one component a rate above 0")
         self._check_batch(processes)
         choices = {
-            "quote_style": ("ascii", "keep"),
             "tracker": TRACKERS,
             "final_dtype": ("bfloat16", "float32"),
             "lr_scheduler_type": ("cosine", "linear", "constant", "constant_with_warmup"),
@@ -229,8 +228,7 @@ class TrainingConfig(DataConfig):
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
                 raise InputError(f"{name} must lie between {low} and {high}, got {getattr(self, name)}")
-        if not self.train_sources:
-            raise InputError("train_sources is empty: name at least one dataset")
+        self.check_sources()
         if self.uploads and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.hf_repo_id):
             raise InputError(f"hf_repo_id must be owner/name, got {self.hf_repo_id!r} (from HF_REPO_ID?)")
 
@@ -259,7 +257,11 @@ def parse_config(argv: list[str], defaults: TrainingConfig) -> TrainingConfig:
     parser.set_defaults(dataclasses.asdict(defaults))
     try:
         # Without defaults: jsonargparse would fill a given list's items up from the default list's items.
-        given = parser.instantiate(parser.parse_args(argv, defaults=False))
+        given = parser.parse_args(argv, defaults=False)
+        for name, value in given.items():
+            if dataclasses.is_dataclass(nested := getattr(defaults, name, None)):
+                given[name] = jsonargparse.Namespace(dataclasses.asdict(nested) | value.as_dict())
+        given = parser.instantiate(given)
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         names = [f"--{f.name}" for f in dataclasses.fields(TrainingConfig)]
         unknown = [a.split("=")[0] for a in argv if a.startswith("--") and a.split("=")[0].split(".")[0] not in names]
@@ -272,34 +274,45 @@ def parse_config(argv: list[str], defaults: TrainingConfig) -> TrainingConfig:
 
 
 class SpeechDataset(torch.utils.data.Dataset):
-    """Utterances with log-mel features, addressed by (epoch, row): what is drawn for one depends on nothing else.
+    """Utterances with log-mel features, addressed by (epoch, number): what is drawn for one depends on nothing else.
 
     Features are taken of each clip alone: in a batch the extractor gives most clips one more valid frame.
     """
 
-    def __init__(self, rows: SpeechRows, processor: Qwen3ASRProcessor):
-        self.rows = rows
+    def __init__(self, rows: SpeechRows, processor: Qwen3ASRProcessor, config: TrainingConfig, training: bool):
+        self.rows, self.config, self.training = rows, config, training
         self.feature_extractor = processor.feature_extractor
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = draw
-        audio = self.rows.audio[int(index)]["audio"]
-        try:
-            waveform = decode_audio(audio, self.rows.ends_at[index])
-        except soundfile.LibsndfileError as error:
-            return {"dropped": f"{audio['path']} (row {index}) does not decode: {error}"}
+        """One utterance, or, in training, `dropped` with the reason why it cannot be heard."""
+        epoch, number = draw
+        row = self.rows[number]
+        context = ""
+        if self.training:
+            try:
+                waveform = decode_audio(row["audio"], row["start"], row["end"])
+                problem = check_waveform(waveform, row["seconds"])
+            except AudioError as error:
+                problem = str(error)
+            if problem:
+                return {"dropped": f"{problem}: {row['recording']} (utterance {number}, {row['text']!r})"}
+            if np.random.default_rng([self.config.seed, epoch, number, 1]).random() < self.config.prev_context_prob:
+                context = row["previous"]
+        else:
+            waveform = decode_audio(row["audio"], row["start"], row["end"])
         extracted = self.feature_extractor(
             waveform, sampling_rate=SAMPLE_RATE, padding=True, return_attention_mask=True, return_tensors="np"
         )
         frames = int(extracted["attention_mask"].sum())
         return {
             "features": extracted["input_features"][0, :, :frames],  # (mel, frames)
-            "text": self.rows.texts[index],
+            "text": row["text"],
+            "context": context,
             "epoch": int(epoch),
-            "index": int(index),
+            "index": int(number),
         }
 
     def __getitems__(self, micro_batches: list[list[tuple[int, int]]]) -> list[list[dict[str, Any]]]:
@@ -308,27 +321,27 @@ class SpeechDataset(torch.utils.data.Dataset):
 
 
 class GlobalBatchSampler(torch.utils.data.Sampler):
-    """Yields, for each optimizer step, this process's micro-batches of (epoch, row).
+    """Yields, for each optimizer step, this process's micro-batches of (epoch, number).
 
-    An epoch is one permutation, cut into steps of `target_effective_batch` utterances over all processes. The last
-    step holds what is left, shared as evenly as can be, and repeats nobody: a process may get an empty micro-batch.
+    An epoch's order is cut into steps of `target_effective_batch` utterances over all processes. The last step holds
+    what is left, shared as evenly as can be, and repeats nobody: a process may get an empty micro-batch.
     """
 
-    def __init__(self, rows: int, config: TrainingConfig, rank: int, processes: int):
-        self.rows, self.seed, self.rank, self.processes = rows, config.seed, rank, processes
+    def __init__(self, mixture: Mixture, config: TrainingConfig, rank: int, processes: int):
+        self.mixture, self.rank, self.processes = mixture, rank, processes
         self.effective_batch, self.batch_size = config.target_effective_batch, config.batch_size
         self.epoch = 1
 
     def __len__(self) -> int:
-        return math.ceil(self.rows / self.effective_batch)
+        return math.ceil(len(self.mixture) / self.effective_batch)
 
     def __iter__(self) -> Iterator[list[list[tuple[int, int]]]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
-        for start in range(0, self.rows, self.effective_batch):
+        order = self.mixture.order(self.epoch)
+        for start in range(0, len(order), self.effective_batch):
             step = order[start : start + self.effective_batch]
             slots = self.processes * math.ceil(len(step) / (self.processes * self.batch_size))
             mine = np.array_split(step, slots)[self.rank :: self.processes]
-            yield [[(self.epoch, int(row)) for row in micro_batch] for micro_batch in mine]
+            yield [[(self.epoch, int(number)) for number in micro_batch] for micro_batch in mine]
 
 
 def audio_token_count(frames: int) -> int:
@@ -348,18 +361,22 @@ class DataCollatorSpeechSeq2SeqWithPadding:
     """
 
     def __init__(self, processor: Qwen3ASRProcessor, config: TrainingConfig):
-        self.tokenizer, self.config = processor.tokenizer, config
-        prompt = processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "audio", "audio": ""}]}], add_generation_prompt=True, tokenize=False
-        )
-        before, after = prompt.split(AUDIO_TOKEN)
-        self.before_audio, self.after_audio = self.tokens(before), self.tokens(after)
+        self.processor, self.tokenizer, self.config = processor, processor.tokenizer, config
         self.language_prefix = self.tokens(f"language {config.language}<asr_text>")
         self.audio_token_id = self.tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
         self.end_of_turn_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
 
     def tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def prompt(self, frames: int, context: str) -> list[int]:
+        """The base model's chat template around one clip's placeholders; `context` fills the system turn."""
+        turns = [{"role": "user", "content": [{"type": "audio", "audio": ""}]}]
+        if context:
+            turns.insert(0, {"role": "system", "content": [{"type": "text", "text": context}]})
+        text = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        before, after = text.split(AUDIO_TOKEN)
+        return self.tokens(before) + [self.audio_token_id] * audio_token_count(frames) + self.tokens(after)
 
     def __call__(self, utterances: list[dict[str, Any]], training: bool) -> dict[str, torch.Tensor]:
         """Collates utterances of SpeechDataset.
@@ -381,9 +398,8 @@ class DataCollatorSpeechSeq2SeqWithPadding:
         if training and self.config.use_specaugment:
             draws = [(u["epoch"], u["index"]) for u in utterances]
             features = self.apply_specaugment(features, frames, draws)
-        prompts = [
-            self.before_audio + [self.audio_token_id] * audio_token_count(count) + self.after_audio for count in frames
-        ]
+        contexts = [u["context"] for u in utterances] or [""]
+        prompts = [self.prompt(count, context) for count, context in zip(frames, contexts, strict=True)]
         targets = [self.language_prefix + self.tokens(u["text"]) + [self.end_of_turn_id] for u in utterances] or [[]]
         batch = {
             "input_features": features,
@@ -547,10 +563,11 @@ class GradualUnfreezeTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=SpeechDataset(train_rows, processor),
-            eval_dataset=SpeechDataset(eval_rows, processor),
+            train_dataset=SpeechDataset(train_rows, processor, config, training=True),
+            eval_dataset=SpeechDataset(eval_rows, processor, config, training=False),
         )
-        self.sampler = GlobalBatchSampler(len(train_rows), config, args.process_index, args.world_size)
+        self.mixture = Mixture(train_rows, config.train_sources, config.seed)
+        self.sampler = GlobalBatchSampler(self.mixture, config, args.process_index, args.world_size)
         self.total_steps = config.max_steps or config.num_epochs * len(self.sampler)
         ends = {stage.last_epoch * len(self.sampler): stage.name for stage in config.stages}
         self.stage_ends = {step: name for step, name in ends.items() if step < self.total_steps}
@@ -796,7 +813,8 @@ class GradualUnfreezeTrainer(Trainer):
                 for row, output, count in zip(rows, outputs, tokens, strict=True)
             ]
         found = sorted(gather_object(found))
-        references = [dataset.rows.references[row] for row, *_ in found]
+        references = dataset.rows.column("reference")
+        references = [references[row] for row, *_ in found]
         hypotheses = [hypothesis for _, hypothesis, *_ in found]
         metrics = {"loss": sum(loss * count for *_, loss, count in found) / sum(count for *_, count in found)}
         metrics |= score(references, hypotheses)
@@ -1196,8 +1214,12 @@ def announce(trainer: GradualUnfreezeTrainer, train_rows: SpeechRows, eval_rows:
     """Says what will run, and which stages are cut."""
     config, say = trainer.config, trainer.run_log.say
     say(f"run folder {trainer.args.output_dir}")
-    say(data_line("training", train_rows))
-    say(data_line("evaluation", eval_rows))
+    for line in (*data_lines("training", train_rows), *data_lines("evaluation", eval_rows)):
+        say(line)
+    if config.train_sources[0].probability is not None:
+        for source, count, rows in zip(config.train_sources, trainer.mixture.counts, trainer.mixture.rows, strict=True):
+            share = count / len(trainer.mixture)
+            say(f"mixture: {share:.1%} of an epoch from {source.path}, {count} of its {len(rows)} utterances")
     say(
         f"{trainer.total_steps} steps, {len(trainer.sampler)} an epoch | {config.batch_size} utterances ×"
         f" {config.gradient_accumulation_steps(processes)} micro-batches × {processes} processes ="
@@ -1205,10 +1227,11 @@ def announce(trainer: GradualUnfreezeTrainer, train_rows: SpeechRows, eval_rows:
         f" {'bf16 autocast' if trainer.use_bf16 else 'fp32'} on {trainer.args.device.type}"
     )
     last_epoch = math.ceil(trainer.total_steps / len(trainer.sampler))
-    if config.quote_style == "ascii" and (n := sum(not {"״", "׳"}.isdisjoint(r) for r in eval_rows.references)):
+    marked = sum(not {"״", "׳"}.isdisjoint(reference) for reference in eval_rows.column("reference"))
+    if marked and config.text_rules.quote_style == "ascii":
         say(
-            f"note: {n} evaluation references have ״ or ׳, which targets write as \" and ' (quote_style): by the"
-            " leaderboard's rules those words differ"
+            f"note: {marked} evaluation references have ״ or ׳, which targets write as \" and '"
+            " (text_rules.quote_style): by the leaderboard's rules those words differ"
         )
     for stage in config.stages:
         if last_epoch < stage.last_epoch:
@@ -1218,9 +1241,12 @@ def announce(trainer: GradualUnfreezeTrainer, train_rows: SpeechRows, eval_rows:
     say(stage_line(trainer.model, trainer.stage))
 
 
-def data_line(name: str, rows: SpeechRows) -> str:
-    dropped = ", ".join(f"{count} {reason} ({hours:.2f} h)" for reason, (count, hours) in rows.dropped.items())
-    return f"{name}: {len(rows)} utterances, {rows.hours:.2f} h | dropped: {dropped or 'none'}"
+def data_lines(name: str, rows: SpeechRows) -> list[str]:
+    """What is used, and for each source and reason what is not."""
+    lines = [f"{name}: {len(rows)} utterances, {rows.hours:.2f} h"]
+    for drop in rows.dropped:
+        lines.append(f"  dropped of {drop.source}: {drop.utterances}, {drop.hours:.2f} h: {drop.reason}")
+    return lines
 
 
 def quiet_libraries(is_main: bool) -> None:

@@ -37,7 +37,7 @@ def demo() -> TrainingConfig:
     config.model_name_or_path = str(DEMO / "base")
     config.train_sources = [Source(str(DEMO / "corpus"))]
     config.eval_sources = [Source(str(DEMO / "heldout"), split="test")]
-    config.quote_style = "keep"  # the corpus and the test set write צה״ל alike
+    config.text_rules.quote_style = "keep"  # the corpus and the test set write צה״ל alike
     config.target_effective_batch, config.batch_size = 16, 8
     config.dataloader_num_workers = config.preprocessing_num_workers = 0
     config.generation_max_new_tokens = 100

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -12,9 +13,16 @@ import torch
 from conftest import ROOT, first_rows
 
 import hebrew_corpora
-from hebrew_corpora import DataConfig, InputError, Source, load_rows, load_source, load_train_and_eval
+from hebrew_audio import decode_audio
+from hebrew_corpora import DataConfig, InputError, Mixture, Source, load_rows, load_source, load_train_and_eval
 from run_log import RunLog
-from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, main, training_arguments
+from train_hebrew_asr_enhanced import (
+    DataCollatorSpeechSeq2SeqWithPadding,
+    GradualUnfreezeTrainer,
+    SpeechDataset,
+    main,
+    training_arguments,
+)
 
 
 def wav(path, seconds=1.0, rate=16_000, channels=1):
@@ -38,10 +46,10 @@ def test_a_folder_of_audio_with_a_manifest(tmp_path):
         wav(tmp_path / "audio" / f"{name}.wav")
     (tmp_path / "audio" / "metadata.csv").write_text("file_name,transcription\na.wav,שלום\nb.wav,עולם\n")
     rows = load_rows([Source(str(tmp_path / "audio"))], DataConfig(), for_training=True)
-    assert rows.texts == ["שלום", "עולם"] and rows.seconds.tolist() == [1.0, 1.0]
+    assert rows.column("text") == ["שלום", "עולם"] and rows.seconds.tolist() == [1.0, 1.0]
     (tmp_path / "audio" / "metadata.csv").unlink()
     (tmp_path / "audio" / "metadata.jsonl").write_text('{"file_name": "b.wav", "text": "עולם"}\n')
-    assert load_rows([Source(str(tmp_path / "audio"))], DataConfig(), for_training=True).texts == ["עולם"]
+    assert load_rows([Source(str(tmp_path / "audio"))], DataConfig(), for_training=True).column("text") == ["עולם"]
 
 
 def test_splits_of_a_local_folder_are_kept_apart(tmp_path):
@@ -83,17 +91,19 @@ def test_what_cannot_be_used_is_dropped_with_its_reason(tmp_path):
         {"audio": empty, "transcript": "שלום"},
     ]
     folder = parquet(tmp_path / "data", rows)
-    config = DataConfig(max_audio_length_seconds=2.0)
+    config = DataConfig(max_audio_length_seconds=2.0, max_broken_share=0.5, drop_duplicates=False)
     kept = load_rows([Source(str(folder))], config, for_training=True)
-    assert kept.texts == ["שלום"]
-    assert {reason: count for reason, (count, _) in kept.dropped.items()} == {
+    assert kept.column("text") == ["שלום"]
+    assert {drop.reason: drop.utterances for drop in kept.dropped} == {
         "empty text": 1,
         "timestamps go backwards": 1,
         "shorter than 0.3 s": 1,
-        "longer than 2 s": 1,
-        "unreadable audio": 2,
+        "longer than 2 s, without timestamps": 1,
+        "unreadable audio": 1,
+        "zero bytes of audio": 1,
     }
-    assert kept.dropped["longer than 2 s"][1] == pytest.approx(3 / 3600)
+    (too_long,) = [drop for drop in kept.dropped if "longer" in drop.reason]
+    assert too_long.hours == pytest.approx(3 / 3600)
     assert len(load_rows([Source(str(folder))], config, for_training=False)) == 3, "evaluation keeps every length"
 
 
@@ -105,8 +115,9 @@ def test_a_row_without_audio_is_dropped(tmp_path):
         ]
     )
     data.save_to_disk(tmp_path / "data")
-    rows = load_rows([Source(str(tmp_path / "data"))], DataConfig(), for_training=True)
-    assert rows.texts == ["א"] and rows.dropped["unreadable audio"][0] == 1
+    rows = load_rows([Source(str(tmp_path / "data"))], DataConfig(max_broken_share=0.5), for_training=True)
+    assert rows.column("text") == ["א"]
+    assert [(drop.reason, drop.utterances) for drop in rows.dropped] == [("zero bytes of audio", 1)]
 
 
 def test_the_cache_does_not_outlive_the_code(tmp_path, monkeypatch):
@@ -114,19 +125,19 @@ def test_the_cache_does_not_outlive_the_code(tmp_path, monkeypatch):
     module = tmp_path / "hebrew_corpora.py"
     shutil.copy(ROOT / "hebrew_corpora.py", module)
     monkeypatch.setattr(hebrew_corpora, "__file__", str(module))
-    assert load_rows([Source(str(folder))], DataConfig(), for_training=True).texts == ["שלום"]
-    monkeypatch.setattr(hebrew_corpora, "clean_transcript", lambda text, _: f"שונה {text}")
+    assert load_rows([Source(str(folder))], DataConfig(), for_training=True).column("text") == ["שלום"]
+    monkeypatch.setattr(hebrew_corpora, "normalize_target", lambda text, _: f"שונה {text}")
     module.write_text(module.read_text() + "\n# changed\n")
-    assert load_rows([Source(str(folder))], DataConfig(), for_training=True).texts == ["שונה שלום"]
+    assert load_rows([Source(str(folder))], DataConfig(), for_training=True).column("text") == ["שונה שלום"]
 
 
 def test_without_an_evaluation_set_whole_recordings_are_held_out(corpus, tmp_path):
     config = DataConfig(train_sources=[Source(str(first_rows("corpus", 200, tmp_path / "c")))], eval_fraction=0.2)
     train, heldout = load_train_and_eval(config, seed=1)
     assert len(train) + len(heldout) == len(load_rows(config.train_sources, config, for_training=True))
-    recordings = set(train.recordings) | set(heldout.recordings)
-    assert len(set(heldout.recordings)) == round(0.2 * len(recordings)) > 1
-    assert not set(train.recordings) & set(heldout.recordings)
+    recordings = set(train.column("recording")) | set(heldout.column("recording"))
+    assert len(set(heldout.column("recording"))) == round(0.2 * len(recordings)) > 1
+    assert not set(train.column("recording")) & set(heldout.column("recording"))
     config.max_eval_utterances = 5
     assert len(load_train_and_eval(config, seed=1)[1]) == 5
 
@@ -165,6 +176,161 @@ def test_workers_change_nothing(config, model, processor, train_rows, eval_rows,
 def test_long_recordings_are_evaluated_in_smaller_batches(config, model, processor, train_rows, eval_rows, tmp_path):
     args, log = training_arguments(config, tmp_path, cpu=True), RunLog(tmp_path, rank=0)
     trainer = GradualUnfreezeTrainer(config, args, model, processor, train_rows, eval_rows, log, False)
-    eval_rows.seconds[:] = [300.0, 55.0, *[5.0] * 9]
+    eval_rows.seconds = np.array([300.0, 55.0, *[5.0] * 9])
     sizes = [len(batch[0]) for batch in trainer.get_eval_dataloader().batch_sampler]
     assert sizes == [1, 2, 4, 4], "4 utterances of up to 30 s are 120 padded seconds"
+
+
+# Timestamps: each word is a tone of its own, so that what is spoken in a piece can be heard
+
+TONES = {"אלף": 400, "בית": 700, "גימל": 1000, "דלת": 1300, "הא": 1600}  # Hz
+
+
+def spoken(timeline: list[tuple[str, float, float]], seconds: float, file):
+    """A recording in which each word sounds from its start to its end."""
+    time = np.arange(int(seconds * 16_000)) / 16_000
+    wave = np.zeros(len(time))
+    for word, start, end in timeline:
+        sounding = (time >= start) & (time < end)
+        wave[sounding] = 0.3 * np.sin(2 * np.pi * TONES[word] * time[sounding])
+    soundfile.write(file, wave, 16_000)
+    return file
+
+
+def words_heard(waveform: np.ndarray) -> list[str]:
+    """The words in order, by the loudest tone of each tenth of a second."""
+    heard = []
+    for begin in range(0, len(waveform) - 1599, 1600):
+        spectrum = np.abs(np.fft.rfft(waveform[begin : begin + 1600]))
+        if spectrum.max() > 20:
+            frequency = 10 * spectrum.argmax()
+            heard.append(min(TONES, key=lambda word: abs(TONES[word] - frequency)))
+    return [word for i, word in enumerate(heard) if i == 0 or heard[i - 1] != word]
+
+
+def test_every_piece_has_exactly_the_words_spoken_in_it(tmp_path):
+    timeline = [("אלף", 0.0, 4.0), ("בית", 5.0, 9.0), ("גימל", 9.0, 13.0), ("דלת", 14.0, 19.0), ("הא", 19.0, 29.0)]
+    closed = "".join(f"<|{start:.2f}|>{word}<|{end:.2f}|>" for word, start, end in timeline[:4])
+    crossing = closed + "<|19.00|>"  # the last word is in the audio and not in the text
+    whole = closed + "<|19.00|>הא<|29.00|>"
+    file = spoken(timeline, 29.0, tmp_path / "a.wav")
+    rows = [{"audio": file, "transcript": text} for text in (crossing, whole, "אלף בית גימל דלת הא")]
+    settings = {"drop_duplicates": False, "min_characters_per_second": 0.1}
+    for longest in (30.0, 19.0, 10.0, 4.5):
+        config = DataConfig(max_audio_length_seconds=longest, **settings)
+        pieces = load_rows([Source(str(parquet(tmp_path / f"{longest}", rows)))], config, for_training=True)
+        assert len(pieces) >= 3
+        for piece in (pieces[i] for i in range(len(pieces))):
+            assert piece["seconds"] <= longest + 1e-6
+            assert words_heard(decode_audio(piece["audio"], piece["start"], piece["end"])) == piece["text"].split()
+        of_rows = [
+            [p["text"] for p in map(pieces.__getitem__, range(len(pieces))) if p["row"] == row] for row in range(3)
+        ]
+        assert " ".join(of_rows[0]) == "אלף בית גימל דלת".removesuffix(" דלת" if longest < 5 else "")
+        if longest == 10.0:
+            assert of_rows[1] == ["אלף בית", "גימל דלת", "הא"]
+            assert pieces[1]["previous"] == "אלף בית", "the piece before it"
+        reasons = {drop.reason for drop in pieces.dropped}
+        assert "open last segment" in reasons
+        assert ("longer than 10 s, without timestamps" in reasons) == (longest == 10.0)
+
+
+# Duplicates, leaks, broken rows, mixtures, context
+
+
+def test_duplicates_and_leaks_are_removed_and_listed(tmp_path):
+    clips = [wav(tmp_path / f"{i}.wav", 1.0 + 0.1 * i) for i in range(4)]
+    sentence = "המורה קנה ספר חדש"
+    train = [
+        {"audio": clips[0], "transcript": "הילד אכל תפוח"},
+        {"audio": clips[0], "transcript": "הילד אכל תפוח"},
+        {"audio": clips[1], "transcript": f"{sentence}!"},
+        {"audio": clips[2], "transcript": "כן"},
+        {"audio": clips[3], "transcript": "משהו אחר לגמרי כאן"},
+    ]
+    heldout = [{"audio": wav(tmp_path / "e.wav", 2.0), "transcript": sentence}]
+    heldout += [
+        {"audio": wav(tmp_path / "f.wav", 2.1), "transcript": "כן"},
+        {"audio": clips[3], "transcript": "אין מילים כאלה"},
+    ]
+    config = DataConfig(
+        train_sources=[Source(str(parquet(tmp_path / "train", train)))],
+        eval_sources=[Source(str(parquet(tmp_path / "heldout", heldout)))],
+    )
+    rows, _ = load_train_and_eval(config, seed=1)
+    assert rows.column("text") == ["הילד אכל תפוח", "כן"], "short answers are no leak"
+    assert {drop.reason: drop.utterances for drop in rows.dropped} == {
+        "duplicate audio": 1,
+        "audio of an evaluation set": 1,
+        "text of an evaluation set": 1,
+    }
+    config.drop_duplicates = False
+    assert len(load_train_and_eval(config, seed=1)[0]) == 3
+
+
+def test_too_many_broken_rows_end_the_run_with_their_names(tmp_path):
+    (tmp_path / "noise.wav").write_bytes(b"nothing")
+    rows = [{"audio": wav(tmp_path / "a.wav"), "transcript": "שלום"}] * 9
+    rows += [{"audio": tmp_path / "noise.wav", "transcript": "שלום"}]
+    folder = parquet(tmp_path / "data", rows)
+    with pytest.raises(InputError, match=r"1 of its 10 rows are broken, more than max_broken_share.*noise.wav"):
+        load_rows([Source(str(folder))], DataConfig(), for_training=True)
+    assert len(load_rows([Source(str(folder))], DataConfig(max_broken_share=0.1, drop_duplicates=False), True)) == 9
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"transcript": "hello there"}, "no Hebrew in the text"),
+        ({"transcript": "...!?"}, "empty text"),
+        ({"transcript": "שלום " * 30}, "not 1–40 characters a second"),
+        ({"transcript": "שלום", "metadata": {"quality_score": 0.2, "entry_id": "x"}}, "quality score too low"),
+        ({"transcript": None}, "empty text"),
+    ],
+)
+def test_filters(tmp_path, row, reason):
+    good = {"audio": wav(tmp_path / "a.wav"), "transcript": "שלום", "metadata": {"quality_score": 0.9, "entry_id": "y"}}
+    folder = parquet(
+        tmp_path / "data", [good, {"metadata": good["metadata"]} | row | {"audio": wav(tmp_path / "b.wav")}]
+    )
+    config = DataConfig(min_quality_score=0.5, drop_duplicates=False)
+    rows = load_rows([Source(str(folder))], config, for_training=True)
+    assert [(drop.reason, drop.utterances) for drop in rows.dropped] == [(reason, 1)]
+    assert rows.column("recording") == ["y"]
+
+
+def test_a_mixture_has_its_shares_repeats_nobody_too_soon_and_hears_everybody():
+    rows = SimpleNamespace(source_numbers=np.repeat([0, 1], [90, 400]))
+    sources = [Source("a", probability=0.9), Source("b", probability=0.1)]
+    mixture = Mixture(rows, sources, seed=3)
+    assert mixture.counts.tolist() == [90, 10] and len(mixture) == 100
+    heard = [mixture.order(epoch) for epoch in range(1, 41)]
+    assert all(sorted(order[order < 90].tolist()) == list(range(90)) for order in heard)
+    assert sorted(np.concatenate([order[order >= 90] for order in heard]).tolist()) == list(range(90, 490))
+    assert heard[4].tolist() == Mixture(rows, sources, seed=3).order(5).tolist(), "no state"
+    assert heard[0].tolist() != heard[1].tolist()
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.6), (0.5, None), (1.5, -0.5), (1.0, 0.0)])
+def test_probabilities_that_are_none_are_refused(shares):
+    with pytest.raises(InputError, match="sum to 1"):
+        DataConfig(train_sources=[Source("x", probability=share) for share in shares]).check_sources()
+
+
+def test_previous_text_is_given_as_context_as_often_as_asked_and_not_supervised(config, processor, tmp_path):
+    config.train_sources = [Source(str(first_rows("corpus", 400, tmp_path / "c")))]
+    rows = load_rows(config.train_sources, config, for_training=True)
+    with_previous = [i for i, text in enumerate(rows.column("previous")) if text]
+    assert len(with_previous) > 30
+    config.prev_context_prob = 0.5
+    dataset = SpeechDataset(rows, processor, config, training=True)
+    first = [dataset[(1, i)] for i in with_previous]
+    assert [u["context"] for u in first] == [dataset[(1, i)]["context"] for i in with_previous], "the same draw"
+    assert 0.25 < np.mean([bool(u["context"]) for u in first]) < 0.75
+    given = next(u for u in first if u["context"])
+    batch = DataCollatorSpeechSeq2SeqWithPadding(processor, config)([given], training=True)
+    text = processor.tokenizer.decode(batch["input_ids"][0])
+    assert text.startswith(f"<|im_start|>system\n{given['context']}<|im_end|>\n<|im_start|>user\n<|audio_start|>")
+    supervised = batch["input_ids"][0][batch["labels"][0] != -100]
+    assert processor.tokenizer.decode(supervised) == f"language Hebrew<asr_text>{given['text']}<|im_end|>"
+    assert not any(SpeechDataset(rows, processor, config, training=False)[(1, i)]["context"] for i in with_previous)

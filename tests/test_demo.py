@@ -17,8 +17,10 @@ import transformers
 from conftest import DEMO
 from test_main_command import command
 
-from hebrew_corpora import TIMESTAMP, DataConfig, Source, clean_transcript, load_rows, open_audio, read_timestamps
+from hebrew_audio import open_audio
+from hebrew_corpora import DataConfig, Source, load_rows
 from hebrew_scoring import leaderboard_normalize
+from hebrew_text import TIMESTAMP
 from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, SpeechDataset
 from train_round2_gradual import demo
 
@@ -29,8 +31,7 @@ def table(part: str) -> list[dict]:
 
 
 def sentences(part: str) -> list[str]:
-    texts = (TIMESTAMP.sub(" ", row["transcript"]) for row in table(part))
-    return [leaderboard_normalize(clean_transcript(text, "ascii")) for text in texts]
+    return [leaderboard_normalize(TIMESTAMP.sub(" ", row["transcript"])) for row in table(part)]
 
 
 def test_held_out_sentences_are_not_in_training():
@@ -68,11 +69,10 @@ def test_the_schema_is_that_of_the_ivrit_ai_training_sets():
 
 def test_some_rows_lose_the_tail_that_has_no_text():
     rows = load_rows([Source(str(DEMO / "corpus"))], DataConfig(), for_training=True)
-    cut = [i for i, end in enumerate(rows.ends_at) if end is not None]
+    cut = [i for i, end in enumerate(rows.column("end")) if end is not None]
     assert cut
-    for i in cut:
-        info = soundfile.info(open_audio(rows.audio[i]["audio"]))
-        assert rows.ends_at[i] < info.duration - 0.2
+    for row in (rows[i] for i in cut):
+        assert row["end"] < soundfile.info(open_audio(row["audio"])).duration - 0.2
 
 
 def test_the_base_is_small_and_the_world_too():
@@ -112,7 +112,7 @@ def test_the_trained_model_listens(demo_run):
     model = transformers.Qwen3ASRForConditionalGeneration.from_pretrained(demo_run / "final_model", dtype=torch.float32)
     processor = transformers.AutoProcessor.from_pretrained(demo_run / "final_model")
     rows = load_rows(config.eval_sources, config, for_training=False)
-    dataset = SpeechDataset(rows, processor)
+    dataset = SpeechDataset(rows, processor, config, training=False)
     collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
     utterances = [dataset[(0, row)] for row in range(128)]
     order = list(range(len(utterances)))
@@ -130,14 +130,3 @@ def test_the_trained_model_listens(demo_run):
     references = [leaderboard_normalize(u["text"]) for u in utterances]
     assert jiwer.wer(references, heard) < 0.3
     assert jiwer.wer([references[i] for i in order], heard) > 0.9
-
-
-def test_timestamps_are_read_not_stripped():
-    assert read_timestamps("שלום") == ("שלום", None)
-    assert read_timestamps("<|0.00|>שלום<|1.20|><|1.30|>עולם<|2.40|>") == ("שלום עולם", None)
-    assert read_timestamps("<|0.00|>שלום<|1.20|><|1.30|>") == ("שלום", 1.2)
-    assert read_timestamps("<|0.00|>שלום<|1.20|><|1.30|>עולם") == ("שלום עולם", None)
-    assert read_timestamps("<|0.00|>") == ("", 0.0)
-    for broken in ("<|2.00|>שלום<|1.20|>", "שלום <|0.00|>עולם<|1.20|>", "<|0.00|>שלום<|1.20|>עולם"):
-        with pytest.raises(ValueError):
-            read_timestamps(broken)

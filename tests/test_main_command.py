@@ -18,7 +18,8 @@ import transformers
 from conftest import DEMO, ROOT
 from hub_server import HubServer
 
-from hebrew_corpora import InputError, Source, decode_audio
+from hebrew_audio import decode_audio
+from hebrew_corpora import InputError, Source
 from train_hebrew_asr_enhanced import Stage, TrainingConfig, main, parse_config
 from train_round2_gradual import demo, recipe, round2
 
@@ -168,7 +169,7 @@ def test_the_cards_snippet_transcribes_as_printed(uploaded, tmp_path):
     snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     rows = datasets.load_dataset("parquet", data_files=str(next((DEMO / "heldout").glob("*.parquet"))), split="train")
     audio = rows.cast_column("audio", datasets.Audio(decode=False))[0]["audio"]
-    soundfile.write(tmp_path / "speech.wav", decode_audio(audio, None), 16_000)
+    soundfile.write(tmp_path / "speech.wav", decode_audio(audio), 16_000)
     environment = {**os.environ, **env}
     done = subprocess.run(
         [sys.executable, "-c", snippet], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False

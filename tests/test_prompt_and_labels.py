@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from hebrew_corpora import SAMPLE_RATE, decode_audio
+from hebrew_audio import SAMPLE_RATE, decode_audio
 from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, SpeechDataset, audio_token_count
 
 
 @pytest.fixture
-def utterances(train_rows, processor):
-    dataset = SpeechDataset(train_rows, processor)
+def utterances(train_rows, processor, config):
+    dataset = SpeechDataset(train_rows, processor, config, training=True)
     return [dataset[(1, row)] for row in range(6)]
 
 
@@ -47,7 +47,7 @@ def test_prompt_and_features_equal_those_of_the_processor_on_the_clip_alone(
 ):
     batch = collator(utterances, training=False)
     for row in range(len(utterances)):
-        waveform = decode_audio(train_rows.audio[row]["audio"], train_rows.ends_at[row])
+        waveform = decode_audio(*(train_rows[row][name] for name in ("audio", "start", "end")))
         alone = processor.apply_transcription_request(audio=waveform, sampling_rate=SAMPLE_RATE)
         prompt = batch["prompt_input_ids"][row][batch["prompt_attention_mask"][row] == 1]
         assert prompt.tolist() == alone["input_ids"][0].tolist()

@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from hebrew_corpora import InputError
+from hebrew_corpora import InputError, Mixture, Source
 from run_log import RunLog
 from train_hebrew_asr_enhanced import (
     COMPONENTS,
@@ -152,17 +153,20 @@ def test_freezing_follows_the_stage(model, config):
 @pytest.mark.parametrize("processes", [1, 2, 8])
 def test_an_epoch_holds_every_utterance_once_and_its_steps_do_not_depend_on_the_processes(processes):
     config = TrainingConfig(target_effective_batch=64, batch_size=2)
-    samplers = [GlobalBatchSampler(1001, config, rank, processes) for rank in range(processes)]
+    rows = SimpleNamespace(source_numbers=np.zeros(1001, int))
+    mixture = Mixture(rows, [Source("one")], config.seed)
+    samplers = [GlobalBatchSampler(mixture, config, rank, processes) for rank in range(processes)]
     steps = [list(sampler) for sampler in samplers]
     assert {len(s) for s in steps} == {len(samplers[0])} == {16}
-    order = np.random.default_rng([config.seed, 1]).permutation(1001)
+    order = mixture.order(1)
+    assert sorted(order.tolist()) == list(range(1001))
     for number in range(16):
         micro_batches = [micro for rank in range(processes) for micro in steps[rank][number]]
         rows = sorted(row for micro in micro_batches for _, row in micro)
         assert rows == sorted(order[64 * number : 64 * (number + 1)].tolist())
         assert max(map(len, micro_batches)) <= 2
         assert len({len(steps[rank][number]) for rank in range(processes)}) == 1, "every rank has as many forwards"
-    again = GlobalBatchSampler(1001, config, 0, processes)
+    again = GlobalBatchSampler(mixture, config, 0, processes)
     again.epoch = 2
     assert list(again) != steps[0]
 
