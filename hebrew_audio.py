@@ -22,7 +22,8 @@ SAMPLE_RATE = 16_000  # Hz, of every waveform here
 
 # ----------------------------------------------------------------------------------------------- Decoding and checking
 
-PREROLL_SECONDS = 0.2  # decoded before a seek's target and thrown away: an MP3 frame builds on those before it
+PREROLL_SECONDS = 0.2  # decoded before a block and thrown away: an MP3 frame builds on earlier ones, and soundfile
+# seeks after every read, which makes the decoder forget them
 BLOCK_SECONDS = 30  # read at once, so that an hour of 48 kHz stereo is never held whole
 UNKNOWN_WAV_BYTES = 0x7FFF_0000  # a recorder that cannot seek back writes a data size above it, or 0
 WAV_DATA_CUT = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)  # libsndfile's log: declared, present
@@ -73,17 +74,18 @@ def decode_audio(audio: dict[str, Any], start: float = 0.0, end: float | None = 
     """
     with open_sound(audio) as sound:
         rate = sound.samplerate
-        first = min(round(start * rate), sound.frames)
-        left = math.inf if end is None else max(0, round(end * rate) - first)
-        preroll = min(first, round(PREROLL_SECONDS * rate))
+        position, last = round(start * rate), math.inf if end is None else round(end * rate)
         blocks = [np.zeros(0, np.float32)]
         try:
-            if first:
-                sound.seek(first - preroll)
-                sound.read(preroll, dtype="float32")
-            while len(block := sound.read(int(min(left, BLOCK_SECONDS * rate)), dtype="float32", always_2d=True)):
+            while (left := min(last, sound.frames) - position) > 0:
+                preroll = min(position, round(PREROLL_SECONDS * rate))
+                sound.seek(position - preroll)
+                samples = preroll + min(left, BLOCK_SECONDS * rate)
+                block = sound.read(samples, dtype="float32", always_2d=True)[preroll:]
+                if not len(block):
+                    break
                 blocks.append(block.mean(axis=1))
-                left -= len(block)
+                position += len(block)
         except soundfile.SoundFileError as error:
             raise AudioError("damaged audio") from error
     waveform = np.concatenate(blocks)

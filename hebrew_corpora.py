@@ -6,6 +6,7 @@ found by the workers that decode. Imports nothing of the training scripts.
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pyarrow.compute
 
 import hebrew_audio
 import hebrew_text
-from hebrew_audio import audio_header, decode_audio
+from hebrew_audio import AudioError, audio_header, decode_audio
 from hebrew_text import SPOKEN, TextRules, clean_previous, cut_into_pieces, has_hebrew, normalize_target, read_segments
 
 
@@ -181,7 +182,9 @@ INDEX = datasets.Features(
         "reference": datasets.Value("string"),  # the transcript as it stands, without timestamps: for scoring
         "previous": datasets.Value("string"),  # the text before it, written like a target
         "recording": datasets.Value("string"),  # what a split must not divide
-        "digest": datasets.Value("string"),  # of the audio's bytes, or its path
+        "digest": datasets.Value("string"),  # of the audio's bytes, or its path, and where in it the piece begins
+        "words": datasets.Value("string"),  # digest of the words alone, to find the same sentence elsewhere
+        "word_count": datasets.Value("int32"),
         "dropped": datasets.Value("string"),  # why it cannot be used, or ""
     }
 )
@@ -224,12 +227,12 @@ def describe_rows(rows: dict[str, list], numbers: list[int], settings: RowSettin
 
 def describe_row(row: dict[str, Any], settings: RowSettings) -> list[dict[str, Any]]:
     """Reads one row's text and audio header; evaluation audio is decoded once too, so that it cannot fail later."""
-    known = {"start": 0.0, "text": "", "reference": "", "previous": "", "seconds": 0.0, "dropped": ""}
+    known = {"start": 0.0, "text": "", "previous": "", "seconds": 0.0, "dropped": ""}
     audio, transcript = row["audio"] or {"bytes": None, "path": None}, row[settings.column]
     metadata = row.get("metadata") or {}
     metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
     known["recording"] = str(metadata.get("entry_id") or audio["path"] or "")
-    known["digest"] = hashlib.blake2b(audio["bytes"] or str(audio["path"]).encode(), digest_size=12).hexdigest()
+    content = digest(audio["bytes"] or str(audio["path"]).encode())
     try:
         seconds, _, _ = audio_header(audio)
         known["seconds"] = seconds
@@ -246,15 +249,22 @@ def describe_row(row: dict[str, Any], settings: RowSettings) -> list[dict[str, A
     previous = clean_previous(row.get("prev_transcript") or "", settings.text_rules)
     for piece in pieces:
         text = normalize_target(piece.text, settings.text_rules)
+        words = [spoken for word in text.split() if (spoken := "".join(SPOKEN.findall(word)).lower())]
         length = (seconds if piece.end is None else piece.end) - piece.start
         dropped = "quality score too low" if is_poor else why_unusable(text, length, settings)
         described.append(
             known
-            | {"start": piece.start, "end": piece.end, "seconds": length, "text": text, "reference": piece.text}
-            | {"previous": previous, "dropped": dropped}
+            | {"start": piece.start, "end": piece.end, "seconds": length, "text": text, "previous": previous}
+            | {"reference": piece.text, "dropped": dropped}
+            | {"digest": f"{content} {piece.start:.2f}", "words": digest(" ".join(words).encode())}
+            | {"word_count": len(words)}
         )
         previous = text
     return described
+
+
+def digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=12).hexdigest()
 
 
 def why_unusable(text: str, seconds: float, settings: RowSettings) -> str:
@@ -305,26 +315,35 @@ class Dropped:
 
 
 class SpeechRows:
-    """Pieces of several sources that are used, by number, and what was dropped of the sources."""
+    """Pieces of several sources that are used, by number, and what was dropped of the sources.
 
-    def __init__(self, sources: list[datasets.Dataset], index: pyarrow.Table, dropped: list[Dropped]):
-        self.sources, self.index, self.dropped = sources, index.combine_chunks(), dropped
-        self.seconds = self.index["seconds"].to_numpy()  # (pieces,)
-        self.source_numbers = self.index["source"].to_numpy()  # (pieces,)
+    The columns stay in the memory-mapped files of `datasets`; only which rows of them are used is held here.
+    """
+
+    def __init__(self, sources: list[datasets.Dataset], index: pyarrow.Table, used: np.ndarray, dropped: list[Dropped]):
+        self.sources, self.index, self.used, self.dropped = sources, index, used, dropped
+        self.seconds = index["seconds"].to_numpy()[used]  # (pieces,)
+        self.source_numbers = index["source"].to_numpy()[used]  # (pieces,)
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.used)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """One piece: the columns of INDEX, and `audio` with its compressed bytes."""
-        piece = {name: self.index[name][number].as_py() for name in self.index.column_names}
+        (piece,) = self.index.slice(int(self.used[number]), 1).to_pylist()
         return piece | {"audio": self.sources[piece["source"]][piece["row"]]["audio"]}
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[number] for number in range(len(self)))
+
+    def arrow(self, name: str) -> pyarrow.ChunkedArray:
+        return self.index[name].take(pyarrow.array(self.used))
+
     def column(self, name: str) -> list[Any]:
-        return self.index[name].to_pylist()
+        return self.arrow(name).to_pylist()
 
     def keep(self, mask: np.ndarray) -> "SpeechRows":
-        return SpeechRows(self.sources, self.index.filter(pyarrow.array(mask)), self.dropped)
+        return SpeechRows(self.sources, self.index, self.used[mask], self.dropped)
 
     @property
     def hours(self) -> float:
@@ -351,10 +370,9 @@ def load_rows(sources: list[Source], config: DataConfig, for_training: bool) -> 
         rows = rows.select_columns([name for name in rows.column_names if name in wanted])
         table = described(rows, source, settings, config.preprocessing_num_workers).with_format("arrow")[:]
         reasons = tally(table, source.path)
-        kept = table.filter(pyarrow.compute.equal(table["dropped"], ""))
         broken = sum(drop.utterances for reason, drop in reasons.items() if reason in BROKEN)
         counts = {reason: drop.utterances for reason, drop in reasons.items()}
-        if not len(kept):
+        if sum(counts.values()) == len(table):
             raise InputError(f"{source.path}: none of its {len(rows)} rows can be used: {counts}")
         if broken > config.max_broken_share * len(rows):
             names = [name for reason, drop in reasons.items() if reason in BROKEN for name in drop.examples]
@@ -363,9 +381,11 @@ def load_rows(sources: list[Source], config: DataConfig, for_training: bool) -> 
                 f" ({config.max_broken_share:g}): {counts}, among them {', '.join(names[:5])}"
             )
         loaded.append(rows.select_columns(["audio"]))
-        tables.append(kept.append_column("source", pyarrow.array(np.full(len(kept), number, np.int32))))
+        tables.append(table.append_column("source", pyarrow.array(np.full(len(table), number, np.int32))))
         dropped += reasons.values()
-    rows = SpeechRows(loaded, pyarrow.concat_tables(tables), dropped)
+    index = pyarrow.concat_tables(tables)
+    used = np.flatnonzero(pyarrow.compute.equal(index["dropped"], "").to_numpy())
+    rows = SpeechRows(loaded, index, used, dropped)
     return without_duplicates(rows, sources) if for_training and config.drop_duplicates else rows
 
 
@@ -387,38 +407,30 @@ def drop(rows: SpeechRows, sources: list[Source], is_dropped: np.ndarray, reason
     for number, source in enumerate(sources):
         mine = is_dropped & (rows.source_numbers == number)
         if mine.any():
-            names = rows.index["recording"].filter(pyarrow.array(mine))[:5].to_pylist()
-            hours = float(rows.seconds[mine].sum()) / 3600
-            rows.dropped.append(Dropped(source.path, reason, int(mine.sum()), hours, names))
+            lost = rows.keep(mine)
+            names = SpeechRows(rows.sources, rows.index, lost.used[:5], []).column("recording")
+            rows.dropped.append(Dropped(source.path, reason, len(lost), lost.hours, names))
     return rows.keep(~is_dropped) if is_dropped.any() else rows
 
 
 def without_duplicates(rows: SpeechRows, sources: list[Source]) -> SpeechRows:
-    keys = [f"{digest} {start}" for digest, start in zip(rows.column("digest"), rows.column("start"), strict=True)]
-    _, first = np.unique(keys, return_index=True)
+    digests = rows.arrow("digest").combine_chunks().dictionary_encode().indices.to_numpy()
     is_first = np.zeros(len(rows), bool)
-    is_first[first] = True
+    is_first[np.unique(digests, return_index=True)[1]] = True
     return drop(rows, sources, ~is_first, "duplicate audio")
 
 
 # --------------------------------------------------------------------------------------------- Split, leaks and mixture
 
 
-def spoken_words(text: str) -> str:
-    """The words alone, to compare texts by: no punctuation, case or marks."""
-    return " ".join("".join(SPOKEN.findall(word)).lower() for word in text.split())
-
-
 def without_leaks(train: SpeechRows, heldout: SpeechRows, config: DataConfig) -> SpeechRows:
     """Removes training pieces with the words of an evaluation utterance, or with its very audio."""
-    sentences = {
-        words for text in heldout.column("text") if len((words := spoken_words(text)).split()) >= config.leak_min_words
-    }
-    digests = set(heldout.column("digest"))
-    by_text = np.array([spoken_words(text) in sentences for text in train.column("text")])
-    by_audio = np.array([digest in digests for digest in train.column("digest")])
+    by_audio = pyarrow.compute.is_in(train.arrow("digest"), heldout.arrow("digest").combine_chunks()).to_numpy()
     train = drop(train, config.train_sources, by_audio, "audio of an evaluation set")
-    return drop(train, config.train_sources, by_text[~by_audio], "text of an evaluation set")
+    is_long = pyarrow.compute.greater_equal(heldout.arrow("word_count"), config.leak_min_words)
+    sentences = heldout.arrow("words").filter(is_long).combine_chunks()
+    by_text = pyarrow.compute.is_in(train.arrow("words"), sentences).to_numpy()
+    return drop(train, config.train_sources, by_text, "text of an evaluation set")
 
 
 def load_train_and_eval(config: DataConfig, seed: int) -> tuple[SpeechRows, SpeechRows]:
@@ -426,23 +438,32 @@ def load_train_and_eval(config: DataConfig, seed: int) -> tuple[SpeechRows, Spee
     if config.eval_sources:
         heldout = load_rows(config.eval_sources, config, for_training=False)
     else:
-        recordings = sorted(set(train.column("recording")))
+        recordings = sorted(train.arrow("recording").unique().to_pylist())
         if len(recordings) < 2:
             raise InputError("eval_sources is empty and the training data is one recording: name an evaluation set")
         count = max(1, round(config.eval_fraction * len(recordings)))
         chosen = set(np.random.default_rng(seed).choice(recordings, count, replace=False).tolist())
-        is_heldout = np.array([recording in chosen for recording in train.column("recording")])
+        is_heldout = pyarrow.compute.is_in(train.arrow("recording"), pyarrow.array(sorted(chosen))).to_numpy()
         heldout, train = train.keep(is_heldout), train.keep(~is_heldout)
-        heldout.dropped = []
+        heldout.dropped = []  # what was dropped is the training set's
     train = without_leaks(train, heldout, config)
     if config.max_eval_utterances and len(heldout) > config.max_eval_utterances:
         chosen_rows = np.zeros(len(heldout), bool)
         chosen_rows[np.linspace(0, len(heldout) - 1, config.max_eval_utterances).astype(int)] = True
         heldout = heldout.keep(chosen_rows)
+    if not config.eval_sources:
+        heldout = drop(heldout, config.train_sources, ~np.array([decodes(row) for row in heldout]), "does not decode")
     used = set(np.unique(train.source_numbers).tolist())
     if lost := [source.path for number, source in enumerate(config.train_sources) if number not in used]:
         raise InputError(f"nothing is left to train on of {', '.join(lost)}, after the split and the removal of leaks")
     return train, heldout
+
+
+def decodes(piece: dict[str, Any]) -> bool:
+    try:
+        return len(decode_audio(piece["audio"], piece["start"], piece["end"])) > 0
+    except AudioError:
+        return False
 
 
 class Mixture:

@@ -39,9 +39,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import Qwen3ASRForConditionalGeneration, Qwen3ASRProcessor, Trainer, TrainerCallback
 
-from hebrew_audio import SAMPLE_RATE, AudioError, check_waveform, decode_audio
+from hebrew_audio import SAMPLE_RATE, AudioError, WaveformAugmentation, augment, check_waveform, decode_audio
 from hebrew_corpora import DataConfig, InputError, Mixture, SpeechRows, load_train_and_eval
 from hebrew_scoring import score
+from model_card import write_model_card
 from run_log import TRACKERS, RunLog, draw_curves, success_criteria, wer_summary
 
 MEL_BINS = 128
@@ -99,6 +100,10 @@ class TrainingConfig(DataConfig):
     mask_value: float = 0.0
     max_time_mask_share: float = 0.2
     """All time masks of an utterance together cover at most this share of its frames."""
+
+    # On the waveform, before the features: speed, noise, reverberation, gain; on training utterances only
+    use_waveform_augmentation: bool = False
+    waveform_augmentation: WaveformAugmentation = field(default_factory=WaveformAugmentation)
 
     # Schedule: one warmup and one decay over the whole run; each stage's rates are multiplied by it
     num_epochs: int = 5
@@ -299,6 +304,9 @@ class SpeechDataset(torch.utils.data.Dataset):
                 problem = str(error)
             if problem:
                 return {"dropped": f"{problem}: {row['recording']} (utterance {number}, {row['text']!r})"}
+            if self.config.use_waveform_augmentation:
+                random = np.random.default_rng([self.config.seed, epoch, number, 2])
+                waveform = augment(waveform, self.config.waveform_augmentation, random)
             if np.random.default_rng([self.config.seed, epoch, number, 1]).random() < self.config.prev_context_prob:
                 context = row["previous"]
         else:
@@ -813,8 +821,8 @@ class GradualUnfreezeTrainer(Trainer):
                 for row, output, count in zip(rows, outputs, tokens, strict=True)
             ]
         found = sorted(gather_object(found))
-        references = dataset.rows.column("reference")
-        references = [references[row] for row, *_ in found]
+        texts = dataset.rows.column("reference")
+        references = [texts[row] for row, *_ in found]
         hypotheses = [hypothesis for _, hypothesis, *_ in found]
         metrics = {"loss": sum(loss * count for *_, loss, count in found) / sum(count for *_, count in found)}
         metrics |= score(references, hypotheses)
@@ -951,67 +959,6 @@ def save_for_use(model: torch.nn.Module, processor: Any, folder: Path, dtype: to
 
 
 # -------------------------------------------------------------------------------------------------------------- Upload
-
-SNIPPET = """\
-import soundfile
-from transformers import AutoProcessor, Qwen3ASRForConditionalGeneration
-
-model_id = "{model_id}"
-processor = AutoProcessor.from_pretrained(model_id)
-model = Qwen3ASRForConditionalGeneration.from_pretrained(model_id, dtype="auto")
-
-audio, rate = soundfile.read("speech.wav", dtype="float32")  # mono, 16 kHz
-inputs = processor.apply_transcription_request(audio=audio, sampling_rate=rate).to(model.device, model.dtype)
-tokens = model.generate(**inputs, max_new_tokens=256)[:, inputs["input_ids"].shape[1] :]
-print(processor.decode(tokens[0], return_format="transcription_only"))
-"""
-
-
-def write_model_card(folder: Path, config: TrainingConfig, final: dict[str, float], best_step: int) -> None:
-    """Writes README.md into the model's folder: metadata in the Hub's format, results, how to transcribe, settings."""
-    base = config.model_name_or_path
-    model_id = config.hf_repo_id or str(folder)
-    eval_names = ", ".join(source.path for source in config.eval_sources) or "held-out recordings"
-    on_hub = [source.path for source in config.train_sources if not Path(source.path).exists()]
-    results = [
-        huggingface_hub.EvalResult(
-            task_type="automatic-speech-recognition",
-            dataset_type=eval_names,
-            dataset_name=eval_names,
-            metric_type=metric,
-            metric_value=round(final[f"final/{metric}"], 3),
-        )
-        for metric in ("wer", "cer")
-    ]
-    data = huggingface_hub.ModelCardData(
-        language="he",
-        license="apache-2.0",
-        library_name="transformers",
-        pipeline_tag="automatic-speech-recognition",
-        base_model=None if Path(base).exists() else base,
-        datasets=on_hub or None,
-        tags=config.tags,
-        model_name=model_id.split("/")[-1],
-        eval_results=results,
-    )
-    settings = dataclasses.asdict(config)
-    for name in ("hf_repo_id", "output_dir", "wandb_project", "wandb_run_name"):
-        settings.pop(name)
-    folder.joinpath("README.md").write_text(
-        f"---\n{data.to_yaml()}\n---\n\n"
-        f"# {model_id.split('/')[-1]}\n\n"
-        f"`{base}` fine-tuned to Hebrew speech recognition.\n\n"
-        f"| set | utterances | WER % | CER % | WER % on raw text |\n|---|---|---|---|---|\n"
-        f"| {eval_names} | {final['final/utterances']} | {final['final/wer']:.2f} | {final['final/cer']:.2f} |"
-        f" {final['final/wer_raw']:.2f} |\n\n"
-        "Measured on this checkpoint as it is stored here, greedy decoding, the language"
-        f" {'given' if config.eval_prefill_language else 'left to the model'}, text normalised as the ivrit.ai"
-        " leaderboard does.\n\n"
-        f"## Transcribe\n\n```python\n{SNIPPET.format(model_id=model_id)}```\n\n"
-        f"## Training\n\nThe checkpoint with the lowest WER, at step {best_step}. Settings:\n\n"
-        f"```json\n{json.dumps(settings, indent=2, ensure_ascii=False)}\n```\n",
-        encoding="utf-8",
-    )
 
 
 def check_upload(config: TrainingConfig) -> None:
@@ -1175,7 +1122,17 @@ def main(config: TrainingConfig) -> None:
     best = Qwen3ASRForConditionalGeneration.from_pretrained(trainer.final_folder, dtype="auto")
     final = trainer.evaluate(metric_key_prefix="final", model=best.to(trainer.args.device))
     if state.is_main_process:
-        write_model_card(trainer.final_folder, config, final, trainer.best_step)
+        write_model_card(
+            trainer.final_folder,
+            model_id=config.hf_repo_id or str(trainer.final_folder),
+            base_model=config.model_name_or_path,
+            train_sources=[source.path for source in config.train_sources],
+            eval_name=", ".join(source.path for source in config.eval_sources) or "held-out recordings",
+            final=final,
+            best_step=trainer.best_step,
+            settings=dataclasses.asdict(config),
+            tags=config.tags,
+        )
         draw_curves(run_log.rows, trainer.stage_ends, folder / "curves.png")
         vocab_size = model.config.text_config.vocab_size
         for line in (

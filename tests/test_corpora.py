@@ -334,3 +334,14 @@ def test_previous_text_is_given_as_context_as_often_as_asked_and_not_supervised(
     supervised = batch["input_ids"][0][batch["labels"][0] != -100]
     assert processor.tokenizer.decode(supervised) == f"language Hebrew<asr_text>{given['text']}<|im_end|>"
     assert not any(SpeechDataset(rows, processor, config, training=False)[(1, i)]["context"] for i in with_previous)
+
+
+def test_waveforms_are_augmented_in_training_only_and_by_the_draw_alone(config, processor, train_rows):
+    def features(epoch: int, training: bool = True):
+        return SpeechDataset(train_rows, processor, config, training)[(epoch, 3)]["features"]
+
+    plain = features(1)
+    config.use_waveform_augmentation = True
+    assert np.array_equal(features(1), features(1)) and not np.array_equal(features(1), plain)
+    assert not np.array_equal(features(1), features(2))
+    assert np.array_equal(features(1, training=False), plain)

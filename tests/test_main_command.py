@@ -306,7 +306,10 @@ def test_any_field_can_be_given_and_the_saved_settings_read_back(uploaded):
         Stage("all", 5, {"projector": 1e-3}, audio_top_layers=8, llm_top_layers=4)
     ]
     saved = uploaded[0] / "config.yaml"
-    assert dataclasses.asdict(parse_config(["--config", str(saved)], TrainingConfig())) == json.loads(saved.read_text())
+    again = dataclasses.asdict(parse_config(["--config", str(saved)], TrainingConfig()))
+    assert json.loads(json.dumps(again)) == json.loads(saved.read_text())
+    rules = parse_config(["--text_rules.niqqud", "false"], demo()).text_rules
+    assert (rules.niqqud, rules.quote_style) == (False, "keep"), "the recipe's other rules stay"
     assert recipe(["--demo", "--seed", "7"]).seed == 7
 
 

@@ -1,0 +1,128 @@
+"""How long a start takes on a large corpus: from the settings to the first batch, with the index already there.
+
+    uv run python benchmarks/startup.py [--rows 2300000] [--folder DIR] [--json FILE]
+
+Makes a corpus of short rows (their audio are paths to a few recordings, so that it fits a disk), indexes it once, then
+starts twice in fresh processes and reports seconds and peak memory of each.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+SECONDS_A_ROW = 7.8  # 2.3 million rows are 5,000 hours
+
+
+def make_corpus(folder: Path, rows: int) -> None:
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import soundfile
+
+    random = np.random.default_rng(0)
+    letters = np.array(list("אבגדהוזחטיכלמנסעפצקרשת"))
+    vocabulary = np.array(["".join(random.choice(letters, random.integers(2, 7))) for _ in range(50_000)])
+    for i in range(50):
+        soundfile.write(folder / f"{i}.wav", random.normal(0, 0.1, int(SECONDS_A_ROW * 16_000)), 16_000)
+    for i in range(math.ceil(rows / 50)):  # every row has a path of its own, or it would be a duplicate
+        (folder / f"links-{i % 100}").mkdir(exist_ok=True)
+        (folder / f"links-{i % 100}" / str(i)).symlink_to(folder)
+    schema = pa.schema(
+        {
+            "audio": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+            "transcript": pa.string(),
+            "metadata": pa.struct({"entry_id": pa.string(), "quality_score": pa.float64()}),
+        }
+    )
+    with pq.ParquetWriter(folder / "train-00000.parquet", schema) as writer:
+        for begin in range(0, rows, 50_000):
+            count = min(50_000, rows - begin)
+            numbers = range(begin, begin + count)
+            words = random.choice(vocabulary, (count, 14))
+            columns = {
+                "audio": [
+                    {"bytes": None, "path": f"{folder}/links-{i // 50 % 100}/{i // 50}/{i % 50}.wav"} for i in numbers
+                ],
+                "transcript": [" ".join(line) for line in words],
+                "metadata": [{"entry_id": f"r{i // 40}", "quality_score": 0.9} for i in numbers],
+            }
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def start(folder: str) -> dict[str, float]:
+    """From the settings to the first collated batch, in this process."""
+    began = time.perf_counter()
+    import transformers
+
+    from hebrew_corpora import Mixture, Source, load_train_and_eval
+    from train_hebrew_asr_enhanced import (
+        DataCollatorSpeechSeq2SeqWithPadding,
+        GlobalBatchSampler,
+        SpeechDataset,
+        TrainingConfig,
+        collate_step,
+    )
+
+    imported = time.perf_counter()
+    config = TrainingConfig(
+        train_sources=[Source(f"{folder}/train-00000.parquet")], preprocessing_num_workers=os.cpu_count()
+    )
+    train, heldout = load_train_and_eval(config, config.seed)
+    loaded = time.perf_counter()
+    processor = transformers.AutoProcessor.from_pretrained(ROOT / "demo" / "base")
+    sampler = GlobalBatchSampler(Mixture(train, config.train_sources, config.seed), config, rank=0, processes=8)
+    dataset = SpeechDataset(train, processor, config, training=True)
+    collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
+    micro_batches, _ = collate_step(collator, dataset.__getitems__(next(iter(sampler))))
+    ended = time.perf_counter()
+    return {
+        "import_seconds": imported - began,
+        "corpus_seconds": loaded - imported,
+        "first_batch_seconds": ended - loaded,
+        "total_seconds": ended - began,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "utterances": len(train),
+        "heldout": len(heldout),
+        "hours": train.hours,
+        "first_batch_utterances": sum(len(batch["labels"]) for batch in micro_batches),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=int, default=2_300_000)
+    parser.add_argument("--folder", help="where the corpus is made, and found again; default: a temporary folder")
+    parser.add_argument("--json", help="file for the results")
+    parser.add_argument("--start", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.start:
+        print(json.dumps(start(arguments.start)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(arguments.folder or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "train-00000.parquet").exists():
+            make_corpus(folder, arguments.rows)
+        os.environ["HF_HOME"] = str(folder / "hf")
+        results = {}
+        for name in ("index", "first start", "second start"):
+            command = [sys.executable, __file__, "--start", str(folder)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            results[name] = json.loads(done.stdout.splitlines()[-1])
+            print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in results[name].items()), flush=True)
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The README.md of a trained checkpoint: metadata in the Hub's format, results, how to transcribe, settings.
+
+Imports nothing of this project.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+
+SNIPPET = """\
+import soundfile
+from transformers import AutoProcessor, Qwen3ASRForConditionalGeneration
+
+model_id = "{model_id}"
+processor = AutoProcessor.from_pretrained(model_id)
+model = Qwen3ASRForConditionalGeneration.from_pretrained(model_id, dtype="auto")
+
+audio, rate = soundfile.read("speech.wav", dtype="float32")  # mono, 16 kHz
+inputs = processor.apply_transcription_request(audio=audio, sampling_rate=rate).to(model.device, model.dtype)
+tokens = model.generate(**inputs, max_new_tokens=256)[:, inputs["input_ids"].shape[1] :]
+print(processor.decode(tokens[0], return_format="transcription_only"))
+"""
+
+
+def write_model_card(
+    folder: Path,
+    model_id: str,
+    base_model: str,
+    train_sources: list[str],
+    eval_name: str,
+    final: dict[str, float],
+    best_step: int,
+    settings: dict[str, Any],
+    tags: list[str],
+) -> None:
+    """Writes README.md into the model's folder.
+
+    Args:
+        model_id: what the snippet loads: the repository on the Hub, or the folder.
+        final: the metrics of the checkpoint as it is stored, `final/wer`, `final/cer`, `final/wer_raw`, ….
+        settings: the run's, without secrets; names of folders and projects are left out.
+    """
+    results = [
+        huggingface_hub.EvalResult(
+            task_type="automatic-speech-recognition",
+            dataset_type=eval_name,
+            dataset_name=eval_name,
+            metric_type=metric,
+            metric_value=round(final[f"final/{metric}"], 3),
+        )
+        for metric in ("wer", "cer")
+    ]
+    data = huggingface_hub.ModelCardData(
+        language="he",
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="automatic-speech-recognition",
+        base_model=None if Path(base_model).exists() else base_model,
+        datasets=[path for path in train_sources if not Path(path).exists()] or None,
+        tags=tags,
+        model_name=model_id.split("/")[-1],
+        eval_results=results,
+    )
+    private = ("hf_repo_id", "output_dir", "wandb_project", "wandb_run_name")
+    settings = {name: value for name, value in settings.items() if name not in private}
+    language = "given" if settings["eval_prefill_language"] else "left to the model"
+    folder.joinpath("README.md").write_text(
+        f"---\n{data.to_yaml()}\n---\n\n"
+        f"# {model_id.split('/')[-1]}\n\n"
+        f"`{base_model}` fine-tuned to Hebrew speech recognition.\n\n"
+        "| set | utterances | WER % | CER % | WER % on raw text |\n|---|---|---|---|---|\n"
+        f"| {eval_name} | {final['final/utterances']} | {final['final/wer']:.2f} | {final['final/cer']:.2f} |"
+        f" {final['final/wer_raw']:.2f} |\n\n"
+        f"Measured on this checkpoint as it is stored here, greedy decoding, the language {language}, text normalised"
+        " as the ivrit.ai leaderboard does.\n\n"
+        f"## Transcribe\n\n```python\n{SNIPPET.format(model_id=model_id)}```\n\n"
+        f"## Training\n\nThe checkpoint with the lowest WER, at step {best_step}. Settings:\n\n"
+        f"```json\n{json.dumps(settings, indent=2, ensure_ascii=False)}\n```\n",
+        encoding="utf-8",
+    )
