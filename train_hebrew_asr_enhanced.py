@@ -263,7 +263,7 @@ def parse_config(argv: list[str], defaults: TrainingConfig) -> TrainingConfig:
     try:
         # Without defaults: jsonargparse would fill a given list's items up from the default list's items.
         given = parser.parse_args(argv, defaults=False)
-        for name, value in given.items():
+        for name, value in list(vars(given).items()):
             if dataclasses.is_dataclass(nested := getattr(defaults, name, None)):
                 given[name] = jsonargparse.Namespace(dataclasses.asdict(nested) | value.as_dict())
         given = parser.instantiate(given)
