@@ -295,22 +295,13 @@ class SpeechDataset(torch.utils.data.Dataset):
         """One utterance, or, in training, `dropped` with the reason why it cannot be heard."""
         epoch, number = draw
         row = self.rows[number]
-        context = ""
-        if self.training:
-            try:
-                waveform = decode_audio(row["audio"], row["start"], row["end"])
-                problem = check_waveform(waveform, row["seconds"])
-            except AudioError as error:
-                problem = str(error)
-            if problem:
-                return {"dropped": f"{problem}: {row['recording']} (utterance {number}, {row['text']!r})"}
-            if self.config.use_waveform_augmentation:
-                random = np.random.default_rng([self.config.seed, epoch, number, 2])
-                waveform = augment(waveform, self.config.waveform_augmentation, random)
-            if np.random.default_rng([self.config.seed, epoch, number, 1]).random() < self.config.prev_context_prob:
-                context = row["previous"]
-        else:
-            waveform = decode_audio(row["audio"], row["start"], row["end"])
+        try:
+            waveform = self.waveform(row, epoch, number)
+        except AudioError as error:
+            if not self.training:
+                raise
+            return {"dropped": f"{error}: {row['recording']} (utterance {number}, {row['text']!r})"}
+        has_context = self.training and self.random(epoch, number, 1).random() < self.config.prev_context_prob
         extracted = self.feature_extractor(
             waveform, sampling_rate=SAMPLE_RATE, padding=True, return_attention_mask=True, return_tensors="np"
         )
@@ -318,10 +309,24 @@ class SpeechDataset(torch.utils.data.Dataset):
         return {
             "features": extracted["input_features"][0, :, :frames],  # (mel, frames)
             "text": row["text"],
-            "context": context,
+            "context": row["previous"] if has_context else "",
             "epoch": int(epoch),
             "index": int(number),
         }
+
+    def waveform(self, row: dict[str, Any], epoch: int, number: int) -> np.ndarray:
+        """Decodes one utterance; in training also checks and augments it. Raises AudioError."""
+        waveform = decode_audio(row["audio"], row["start"], row["end"])
+        if not self.training:
+            return waveform
+        if problem := check_waveform(waveform, row["seconds"]):
+            raise AudioError(problem)
+        if self.config.use_waveform_augmentation:
+            waveform = augment(waveform, self.config.waveform_augmentation, self.random(epoch, number, 2))
+        return waveform
+
+    def random(self, epoch: int, number: int, purpose: int) -> np.random.Generator:
+        return np.random.default_rng([self.config.seed, epoch, number, purpose])
 
     def __getitems__(self, micro_batches: list[list[tuple[int, int]]]) -> list[list[dict[str, Any]]]:
         """One step's share of one process, as torch's loader asks for it: a list of micro-batches."""
