@@ -274,7 +274,7 @@ def why_unusable(text: str, seconds: float, settings: RowSettings) -> str:
         return ""
     if settings.require_hebrew and not has_hebrew(text):
         return "no Hebrew in the text"
-    if seconds < settings.shortest:
+    if seconds < settings.shortest or seconds <= 0:
         return f"shorter than {settings.shortest:g} s"
     if seconds > settings.longest + hebrew_text.PAST_THE_END:
         return f"longer than {settings.longest:g} s"
@@ -311,7 +311,7 @@ class Dropped:
     reason: str
     utterances: int
     hours: float
-    examples: list[str]  # recordings of the first few
+    examples: list[str]  # recordings of the first few; of what leaks, of all
 
 
 class SpeechRows:
@@ -402,13 +402,15 @@ def tally(table: pyarrow.Table, path: str) -> dict[str, Dropped]:
     return found
 
 
-def drop(rows: SpeechRows, sources: list[Source], is_dropped: np.ndarray, reason: str) -> SpeechRows:
-    """Leaves pieces out, counted by source under `reason`."""
+def drop(
+    rows: SpeechRows, sources: list[Source], is_dropped: np.ndarray, reason: str, named: int | None = 5
+) -> SpeechRows:
+    """Leaves pieces out, counted by source under `reason`, the recordings of the first `named` (None: all) listed."""
     for number, source in enumerate(sources):
         mine = is_dropped & (rows.source_numbers == number)
         if mine.any():
             lost = rows.keep(mine)
-            names = SpeechRows(rows.sources, rows.index, lost.used[:5], []).column("recording")
+            names = SpeechRows(rows.sources, rows.index, lost.used[:named], []).column("recording")
             rows.dropped.append(Dropped(source.path, reason, len(lost), lost.hours, names))
     return rows.keep(~is_dropped) if is_dropped.any() else rows
 
@@ -426,11 +428,11 @@ def without_duplicates(rows: SpeechRows, sources: list[Source]) -> SpeechRows:
 def without_leaks(train: SpeechRows, heldout: SpeechRows, config: DataConfig) -> SpeechRows:
     """Removes training pieces with the words of an evaluation utterance, or with its very audio."""
     by_audio = pyarrow.compute.is_in(train.arrow("digest"), heldout.arrow("digest").combine_chunks()).to_numpy()
-    train = drop(train, config.train_sources, by_audio, "audio of an evaluation set")
+    train = drop(train, config.train_sources, by_audio, "audio of an evaluation set", named=None)
     is_long = pyarrow.compute.greater_equal(heldout.arrow("word_count"), config.leak_min_words)
     sentences = heldout.arrow("words").filter(is_long).combine_chunks()
     by_text = pyarrow.compute.is_in(train.arrow("words"), sentences).to_numpy()
-    return drop(train, config.train_sources, by_text, "text of an evaluation set")
+    return drop(train, config.train_sources, by_text, "text of an evaluation set", named=None)
 
 
 def load_train_and_eval(config: DataConfig, seed: int) -> tuple[SpeechRows, SpeechRows]:

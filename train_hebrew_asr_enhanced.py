@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import Qwen3ASRForConditionalGeneration, Qwen3ASRProcessor, Trainer, TrainerCallback
 
+from corpus_report import write_report
 from hebrew_audio import SAMPLE_RATE, AudioError, WaveformAugmentation, augment, check_waveform, decode_audio
 from hebrew_corpora import DataConfig, InputError, Mixture, SpeechRows, load_train_and_eval
 from hebrew_scoring import score
@@ -163,6 +165,8 @@ class TrainingConfig(DataConfig):
     hf_private: bool = True
 
     # Run
+    inspect_data: bool = False
+    """Only read the corpora and write their report (corpus.html, .md, .json) into the run's folder."""
     output_dir: str | None = None
     """None: a new folder under runs/."""
     seed: int = 42
@@ -260,6 +264,8 @@ def parse_config(argv: list[str], defaults: TrainingConfig) -> TrainingConfig:
     parser.add_class_arguments(TrainingConfig, as_group=False)
     parser.add_argument("--config", action="config", help="a config.yaml of an earlier run")
     parser.set_defaults(dataclasses.asdict(defaults))
+    if argv[-1:] == ["--inspect_data"] or "--inspect_data" in [a for a, b in pairwise(argv) if b.startswith("--")]:
+        argv = [a + "=true" if a == "--inspect_data" else a for a in argv]  # a flag, like --demo
     try:
         # Without defaults: jsonargparse would fill a given list's items up from the default list's items.
         given = parser.parse_args(argv, defaults=False)
@@ -1083,6 +1089,11 @@ def main(config: TrainingConfig) -> None:
     transformers.set_seed(config.seed)
     folder = new_run_folder(config, state)
     run_log = RunLog(folder, state.process_index)
+    if config.inspect_data:
+        train_rows, eval_rows = load_data(config, state)
+        report_data(folder, train_rows, eval_rows, config, run_log)
+        leave_process_group()
+        return
     with together():
         if config.uploads and state.is_main_process:
             check_upload(config)
@@ -1094,23 +1105,15 @@ def main(config: TrainingConfig) -> None:
         model = load_model(config, use_bf16)
         check_disk(folder, model)
 
-    # 3. Data: the first process of each machine reads and caches, the others find the cache
-    data, problem = None, None
-    with state.local_main_process_first():
-        try:
-            data = load_train_and_eval(config, config.seed)
-        except InputError as error:
-            problem = error  # raised below: this block must be left by every rank
-    with together():
-        if problem:
-            raise problem
-    train_rows, eval_rows = data
+    # 3. Data
+    train_rows, eval_rows = load_data(config, state)
+    report_data(folder, train_rows, eval_rows, config, run_log)
 
     # 4. What will run
     trainer = GradualUnfreezeTrainer(
         config, training_arguments(config, folder, cpu), model, processor, train_rows, eval_rows, run_log, use_bf16
     )
-    announce(trainer, train_rows, eval_rows, state.num_processes)
+    announce(trainer, eval_rows, state.num_processes)
     run_log.start_tracker(
         config.tracker,
         config.wandb_project,
@@ -1172,12 +1175,9 @@ def run_facts(trainer: GradualUnfreezeTrainer, train_rows: SpeechRows, processes
     }
 
 
-def announce(trainer: GradualUnfreezeTrainer, train_rows: SpeechRows, eval_rows: SpeechRows, processes: int) -> None:
+def announce(trainer: GradualUnfreezeTrainer, eval_rows: SpeechRows, processes: int) -> None:
     """Says what will run, and which stages are cut."""
     config, say = trainer.config, trainer.run_log.say
-    say(f"run folder {trainer.args.output_dir}")
-    for line in (*data_lines("training", train_rows), *data_lines("evaluation", eval_rows)):
-        say(line)
     if config.train_sources[0].probability is not None:
         for source, count, rows in zip(config.train_sources, trainer.mixture.counts, trainer.mixture.rows, strict=True):
             share = count / len(trainer.mixture)
@@ -1203,12 +1203,27 @@ def announce(trainer: GradualUnfreezeTrainer, train_rows: SpeechRows, eval_rows:
     say(stage_line(trainer.model, trainer.stage))
 
 
-def data_lines(name: str, rows: SpeechRows) -> list[str]:
-    """What is used, and for each source and reason what is not."""
-    lines = [f"{name}: {len(rows)} utterances, {rows.hours:.2f} h"]
-    for drop in rows.dropped:
-        lines.append(f"  dropped of {drop.source}: {drop.utterances}, {drop.hours:.2f} h: {drop.reason}")
-    return lines
+def load_data(config: TrainingConfig, state: accelerate.PartialState) -> tuple[SpeechRows, SpeechRows]:
+    """The first process of each machine reads and caches, the others find the cache; InputError on all or on none."""
+    data, problem = None, None
+    with state.local_main_process_first():
+        try:
+            data = load_train_and_eval(config, config.seed)
+        except InputError as error:
+            problem = error  # raised below: this block must be left by every rank
+    with together():
+        if problem:
+            raise problem
+    return data
+
+
+def report_data(
+    folder: Path, train_rows: SpeechRows, eval_rows: SpeechRows, config: TrainingConfig, run_log: RunLog
+) -> None:
+    run_log.say(f"run folder {folder}")
+    if run_log.is_main:
+        for line in write_report(folder, train_rows, eval_rows, config):
+            run_log.say(line)
 
 
 def quiet_libraries(is_main: bool) -> None:

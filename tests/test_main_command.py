@@ -221,6 +221,17 @@ def test_round2_itself_runs_on_a_local_folder(tmp_path, corpus):
     assert [path.name for path in (tmp_path / "run").glob("wandb/offline-run-*")]
 
 
+def test_inspecting_the_data_writes_its_report_and_trains_nothing(tmp_path, corpus):
+    sources = json.dumps([{"path": str(corpus)}])
+    options = ["--train_sources", sources, "--inspect_data", "--output_dir", tmp_path / "run"]
+    done = command(
+        "train_round2_gradual.py", "--demo", *options, env={"HF_REPO_ID": "no/check", "CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {"config.yaml", "corpus.json", "corpus.md", "corpus.html"}
+    assert "41" in done.stdout and "step 0" not in done.stdout
+
+
 def test_every_rank_ends_with_one_message_between_them(tmp_path):
     done = command("train_round2_gradual.py", "--demo", "--num_epoch", 3, processes=2)
     assert done.returncode == 1

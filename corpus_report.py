@@ -1,0 +1,235 @@
+"""The report on the corpora of a run: what was kept, what was dropped and why, and how it reads and sounds.
+
+corpus.md and the console have the tables, corpus.json every number, corpus.html also histograms and samples to hear.
+Imports nothing of the training scripts.
+"""
+
+import base64
+import io
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pyarrow
+import soundfile
+from pyarrow.compute import count_distinct, utf8_length, utf8_split_whitespace
+
+from hebrew_audio import SAMPLE_RATE, AudioError, check_waveform, decode_audio
+from hebrew_corpora import DataConfig, Source, SpeechRows
+from hebrew_text import HEBREW, INVISIBLE, LATIN, SPOKEN, has_hebrew, script_shares
+
+PERCENTILES = (1, 5, 50, 95, 99)
+SECONDS_BINS, RATE_BINS = 30, 40  # bins of 1 s and of 1 character a second; one more takes what lies above
+SCRIPT_SAMPLE = 20_000  # texts whose scripts are counted; Python reads them letter by letter
+BATCH = 100_000  # texts split into words at once
+SAMPLES = 10  # utterances of each source on the page
+SAMPLE_SECONDS = 60  # of an evaluation recording, which may last an hour, no more is embedded
+LEAK = "of an evaluation set"  # how the reasons of leaks end
+
+# A summary is a dict that JSON can hold; its keys are those of `summarize_source`.
+Summary = dict[str, Any]
+
+
+def summarize(name: str, rows: SpeechRows, sources: list[Source]) -> list[Summary]:
+    """Describes what each source gives to one set of rows; `name` is the set's, such as "training"."""
+    return [summarize_source(name, rows, sources, number) for number in range(len(sources))]
+
+
+def summarize_source(name: str, rows: SpeechRows, sources: list[Source], number: int) -> Summary:
+    """Lengths and texts are those of the pieces kept; vectorised, since a source can have millions."""
+    is_mine = rows.source_numbers == number
+    mine, seconds = np.flatnonzero(is_mine), rows.seconds[is_mine]
+    characters, vocabulary = read_texts(rows, mine)
+    rates = characters / np.maximum(seconds, 1e-3)  # evaluation keeps pieces of any length
+    dropped = dropped_of(rows, sources, number)
+    kept, lost = {"utterances": len(mine), "hours": float(seconds.sum()) / 3600}, total(dropped)
+    spread_out = rows.used[mine[np.linspace(0, len(mine) - 1, min(SCRIPT_SAMPLE, len(mine))).astype(int)]].tolist()
+    return {
+        "set": name,
+        "source": label(sources[number]),
+        "in": {unit: kept[unit] + lost[unit] for unit in kept},
+        "dropped": lost,
+        "kept": kept,
+        "recordings": count_distinct(take(rows, "recording", mine)).as_py(),
+        "seconds": distribution(seconds, SECONDS_BINS),
+        "characters_per_second": distribution(rates, RATE_BINS),
+        "vocabulary_words": vocabulary,
+        "script_shares_of_sample": script_shares("\n".join(rows.index["text"][i].as_py() for i in spread_out)),
+        "script_sample_texts": len(spread_out),
+        "dropped_by_reason": dropped,
+        "leaks": [drop for drop in dropped if drop["reason"].endswith(LEAK)],
+        "samples": samples(rows, mine),
+    }
+
+
+def label(source: Source) -> str:
+    """The source's path as a line of text, with what else tells it from another source."""
+    extra = ", ".join(filter(None, [source.config_name, source.split if source.split != "train" else None]))
+    return one_line(f"{source.path} ({extra})" if extra else source.path)
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks, control characters and bidi marks, which a console would act on."""
+    return INVISIBLE.sub("", " ".join(text.split()))
+
+
+def take(rows: SpeechRows, column: str, numbers: np.ndarray) -> pyarrow.ChunkedArray:
+    """A column of the pieces `numbers`, which lie near one another: only that stretch of the index is read."""
+    places = rows.used[numbers]
+    first = int(places.min()) if len(places) else 0
+    return rows.index[column].slice(first).take(places - first)
+
+
+def read_texts(rows: SpeechRows, mine: np.ndarray) -> tuple[np.ndarray, int]:
+    """Returns the characters of each text and the number of different words, without case and punctuation."""
+    words, characters = pyarrow.array([], pyarrow.string()), [np.zeros(0)]
+    for begin in range(0, len(mine), BATCH):
+        texts = take(rows, "text", mine[begin : begin + BATCH]).combine_chunks()
+        characters.append(utf8_length(texts).to_numpy())
+        words = pyarrow.concat_arrays([words, utf8_split_whitespace(texts).flatten().unique()]).unique()
+    plain = {"".join(SPOKEN.findall(word)).lower() for word in words.to_pylist()}
+    return np.concatenate(characters), len(plain - {""})
+
+
+def distribution(values: np.ndarray, bins: int) -> dict[str, Any]:
+    """Percentiles, and counts in bins of 1; the last bin has everything from `bins` on."""
+    percentiles = np.percentile(values, PERCENTILES).tolist() if len(values) else [None] * len(PERCENTILES)
+    counts = np.bincount(np.minimum(values, bins).astype(int), minlength=bins + 1)
+    return {
+        "percentiles": dict(zip(map(str, PERCENTILES), percentiles, strict=True)),
+        "counts_in_bins_of_1": counts.tolist(),
+    }
+
+
+def dropped_of(rows: SpeechRows, sources: list[Source], number: int) -> list[dict[str, Any]]:
+    """What was dropped of a source, most first.
+
+    `Dropped` knows its source by path; where several sources have one path, the first of them is given everything.
+    """
+    path, by_reason = sources[number].path, {}
+    if path in [source.path for source in sources[:number]]:
+        return []
+    for drop in (drop for drop in rows.dropped if drop.source == path):
+        nothing = {"reason": drop.reason, "utterances": 0, "hours": 0.0, "examples": []}
+        entry = by_reason.setdefault(drop.reason, nothing)
+        entry["utterances"] += drop.utterances
+        entry["hours"] += drop.hours
+        entry["examples"] += drop.examples
+    return sorted(by_reason.values(), key=lambda entry: -entry["utterances"])
+
+
+def total(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"utterances": sum(p["utterances"] for p in parts), "hours": float(sum(p["hours"] for p in parts))}
+
+
+def samples(rows: SpeechRows, mine: np.ndarray) -> list[dict[str, Any]]:
+    """One utterance from each tenth of a source, always the same; `number` is its place in `rows`."""
+    random, edges = np.random.default_rng(0), np.linspace(0, len(mine), min(SAMPLES, len(mine)) + 1).astype(int)
+    numbers = [int(mine[random.integers(*tenth)]) for tenth in itertools.pairwise(edges)]
+    columns = ("text", "previous", "recording", "row", "start", "seconds")
+    return [{"number": n} | {name: rows.index[name][int(rows.used[n])].as_py() for name in columns} for n in numbers]
+
+
+# ------------------------------------------------------------------------------------------------------------ As lines
+
+
+def table(summaries: list[Summary]) -> list[str]:
+    """The report as lines of text: counts, what is kept, what was dropped, leaks."""
+    counts, kept, dropped, leaks = [], [], [], []
+    for one in summaries:
+        names = [one["set"], one["source"]]
+        hours = [f"{one[part]['hours']:,.2f}" for part in ("in", "dropped", "kept")]
+        utterances = [f"{one[part]['utterances']:,}" for part in ("in", "dropped", "kept")]
+        counts.append([*names, *utterances, *hours, f"{one['recordings']:,}"])
+        spreads = [one[key]["percentiles"].values() for key in ("seconds", "characters_per_second")]
+        shares = [f"{100 * share:.1f} %" for share in one["script_shares_of_sample"].values()]
+        spreads = ["  ".join("-" if v is None else f"{v:4.1f}" for v in values) for values in spreads]
+        kept.append([*names, *spreads, f"{one['vocabulary_words']:,}", *shares])
+        for drop in one["dropped_by_reason"]:
+            dropped.append([*names, drop["reason"], f"{drop['utterances']:,}", f"{drop['hours']:,.2f}"])
+        for leak in one["leaks"]:
+            shown = ", ".join(map(one_line, leak["examples"][:3]))
+            leaks.append(f"leak, removed: {leak['utterances']:,} of {one['source']} have the {leak['reason']}: {shown}")
+    units = ["utterances in", "dropped", "kept", "hours in", "dropped", "kept", "recordings"]
+    percentiles = "  ".join(f"{p:2} %" for p in PERCENTILES)
+    tails = [f"seconds: {percentiles}", f"characters a second: {percentiles}"]
+    lines = aligned([["set", "source", *units], *counts], left=2)
+    lines += ["", *aligned([["kept of", "source", *tails, "words", "Hebrew", "Latin", "digits"], *kept], left=2)]
+    if dropped:
+        lines += ["", *aligned([["dropped of", "source", "because", "utterances", "hours"], *dropped], left=3)]
+    return lines + (["", *leaks] if leaks else [])
+
+
+def aligned(cells: list[list[str]], left: int) -> list[str]:
+    """Rows of cells as lines; the first `left` columns begin at the left, the others end at the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    sides = ["<"] * left + [">"] * (len(widths) - left)
+    formats = list(zip(sides, widths, strict=True))
+    return ["  ".join(f"{c:{s}{w}}" for c, (s, w) in zip(row, formats, strict=True)).rstrip() for row in cells]
+
+
+# ------------------------------------------------------------------------------------------------------------- As page
+
+# Runs that read from left to right inside of Hebrew: from a Latin letter to the last one before the next Hebrew letter,
+# with what stands between and in brackets (Google Cloud (GCP), C++), and numbers with a sign (-5 %)
+LEFT_TO_RIGHT = re.compile(
+    rf"([{LATIN}](?:[^{HEBREW}()\n]*(?:[{LATIN}\d+#%°]|\([^{HEBREW}()\n]*\)))*"
+    rf"|(?<![\w{HEBREW}])[-+−]\d(?:[\d.,:]*\d)?\s?[%°]?)"
+)
+
+
+def bidi_parts(text: str) -> list[str]:
+    """Splits a text at its left-to-right runs, which are every second part; one without Hebrew stays whole."""
+    return LEFT_TO_RIGHT.split(text) if has_hebrew(text) else [text]
+
+
+def playable(sample: dict[str, Any], rows: SpeechRows) -> dict[str, Any]:
+    """A sample with its piece of audio as base64 of Ogg/Opus, its size, and what is wrong with it."""
+    piece = rows[sample["number"]]
+    whole = piece["seconds"] <= SAMPLE_SECONDS
+    end = piece["end"] if whole else piece["start"] + SAMPLE_SECONDS
+    try:
+        waveform = decode_audio(piece["audio"], piece["start"], end)
+    except AudioError as error:
+        return sample | {"problem": str(error), "audio": ""}
+    problem = check_waveform(waveform, min(piece["seconds"], SAMPLE_SECONDS))
+    buffer = io.BytesIO()
+    if len(waveform):
+        sound = np.clip(np.nan_to_num(waveform), -1, 1)
+        soundfile.write(buffer, sound, SAMPLE_RATE, format="OGG", subtype="OPUS")
+    audio = base64.b64encode(buffer.getvalue()).decode()
+    return sample | {"problem": problem, "audio": audio, "kilobytes": len(audio) / 1e3, "whole": whole}
+
+
+def write_page(summaries: list[Summary], rows: dict[str, SpeechRows], file: Path) -> None:
+    """Writes one HTML file that needs no other: tables, histograms, and samples to read and hear.
+
+    `rows` has each set's rows by its name in the summaries. Everything from the corpora is escaped, and the page may
+    neither run scripts nor fetch anything.
+    """
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.globals |= {"bidi_parts": bidi_parts, "has_hebrew": has_hebrew, "percentiles": PERCENTILES}
+    template = environment.from_string(Path(__file__).with_suffix(".html.jinja").read_text(encoding="utf-8"))
+    shown = [
+        summary | {"samples": [playable(sample, rows[summary["set"]]) for sample in summary["samples"]]}
+        for summary in summaries
+    ]
+    file.write_text(template.render(summaries=shown), encoding="utf-8")
+
+
+def write_report(folder: Path, train_rows: SpeechRows, eval_rows: SpeechRows, config: DataConfig) -> list[str]:
+    """Writes corpus.json, corpus.md and corpus.html into `folder`; returns what the console is to show."""
+    rows = {"training": train_rows, "evaluation": eval_rows}
+    summaries = summarize("training", train_rows, config.train_sources)
+    summaries += summarize("evaluation", eval_rows, config.eval_sources or config.train_sources)
+    content = json.dumps(summaries, ensure_ascii=False, indent=1, allow_nan=False)
+    (folder / "corpus.json").write_text(content + "\n", encoding="utf-8")
+    lines = table(summaries)
+    (folder / "corpus.md").write_text("\n".join(["# Corpora", "", "```text", *lines, "```", ""]), encoding="utf-8")
+    page = folder / "corpus.html"
+    write_page(summaries, rows, page)
+    return [*lines, "", f"histograms and samples to hear: {page} ({page.stat().st_size / 1e6:.1f} MB)"]
