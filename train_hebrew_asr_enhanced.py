@@ -272,13 +272,14 @@ def parse_config(argv: list[str], defaults: TrainingConfig) -> TrainingConfig:
         for name, value in list(vars(given).items()):
             if dataclasses.is_dataclass(nested := getattr(defaults, name, None)):
                 given[name] = jsonargparse.Namespace(dataclasses.asdict(nested) | value.as_dict())
-        given = parser.instantiate(given)
+        # Also of what was not given: `instantiate` makes every nested dataclass, with the class's own values.
+        values = parser.instantiate(given)
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         names = [f"--{f.name}" for f in dataclasses.fields(TrainingConfig)]
         unknown = [a.split("=")[0] for a in argv if a.startswith("--") and a.split("=")[0].split(".")[0] not in names]
         near = [match for a in unknown for match in difflib.get_close_matches(a, names, n=1)]
         raise InputError(str(error) + (f" (did you mean {', '.join(near)}?)" if near else "")) from error
-    return dataclasses.replace(defaults, **{name: value for name, value in given.items() if name != "config"})
+    return dataclasses.replace(defaults, **{name: values[name] for name in vars(given) if name != "config"})
 
 
 # ------------------------------------------------------------------------------------------------ Features and collator

@@ -321,6 +321,9 @@ def test_any_field_can_be_given_and_the_saved_settings_read_back(uploaded):
     assert json.loads(json.dumps(again)) == json.loads(saved.read_text())
     rules = parse_config(["--text_rules.niqqud", "false"], demo()).text_rules
     assert (rules.niqqud, rules.quote_style) == (False, "keep"), "the recipe's other rules stay"
+    assert parse_config(["--seed", "1"], demo()) == dataclasses.replace(demo(), seed=1), (
+        "and so does all that is not given"
+    )
     assert recipe(["--demo", "--seed", "7"]).seed == 7
 
 
