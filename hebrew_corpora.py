@@ -6,7 +6,7 @@ found by the workers that decode. Imports nothing of the training scripts.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 import pyarrow
 import pyarrow.compute
+import pyarrow.parquet
 
 import hebrew_audio
 import hebrew_text
@@ -76,6 +77,10 @@ class DataConfig:
     """The same audio bytes a second time, in the same source or another."""
     leak_min_words: int = 4
     """A training utterance with the same words as an evaluation utterance of at least so many is removed."""
+    audit_scores: str | None = None
+    """Scores that audit_corpus.py wrote; with drop_worst_share, what is most likely a wrong transcript is dropped."""
+    drop_worst_share: float = 0.0
+    """Share of the audited utterances."""
     max_broken_share: float = 0.05
     """More unreadable rows than this share of a source end the run before it starts."""
     preprocessing_num_workers: int = 8
@@ -85,6 +90,8 @@ class DataConfig:
         """Raises InputError for a mixture that is none."""
         if not self.train_sources:
             raise InputError("train_sources is empty: name at least one dataset")
+        if not 0 <= self.drop_worst_share < 1 or (self.audit_scores is None) != (self.drop_worst_share == 0):
+            raise InputError("audit_scores and drop_worst_share (above 0, below 1) go together: give both or neither")
         given = [source.probability for source in self.train_sources if source.probability is not None]
         if given and (len(given) < len(self.train_sources) or min(given) <= 0 or abs(sum(given) - 1) > 1e-6):
             raise InputError(
@@ -435,6 +442,30 @@ def without_leaks(train: SpeechRows, heldout: SpeechRows, config: DataConfig) ->
     return drop(train, config.train_sources, by_text, "text of an evaluation set", named=None)
 
 
+def worst(scores: pyarrow.Table, share: float) -> pyarrow.Table:
+    """The utterances of an audit whose rank is within `share` of all that have one."""
+    limit = round(share * (len(scores) - scores["rank"].null_count))
+    return scores.filter(pyarrow.compute.less_equal(scores["rank"], limit))
+
+
+def without_worst(train: SpeechRows, config: DataConfig) -> SpeechRows:
+    """Drops what the audit ranks worst; a transcript that was corrected since has other words, and stays."""
+    try:
+        scores = pyarrow.parquet.read_table(config.audit_scores, columns=["digest", "words", "rank"])
+    except (OSError, KeyError, pyarrow.ArrowException) as error:
+        raise InputError(f"{config.audit_scores} is no table of audit_corpus.py: {error}") from error
+
+    def names(column: Callable[[str], pyarrow.ChunkedArray]) -> pyarrow.ChunkedArray:
+        return pyarrow.compute.binary_join_element_wise(column("digest"), column("words"), " ")
+
+    mine = names(train.arrow)
+    if not pyarrow.compute.any(pyarrow.compute.is_in(mine, names(scores.column).combine_chunks())).as_py():
+        raise InputError(f"{config.audit_scores}: none of its utterances is in train_sources")
+    is_bad = pyarrow.compute.is_in(mine, names(worst(scores, config.drop_worst_share).column).combine_chunks())
+    reason = f"among the audit's worst {config.drop_worst_share:.0%}"
+    return drop(train, config.train_sources, is_bad.to_numpy(), reason)
+
+
 def load_train_and_eval(config: DataConfig, seed: int) -> tuple[SpeechRows, SpeechRows]:
     train = load_rows(config.train_sources, config, for_training=True)
     if config.eval_sources:
@@ -449,6 +480,8 @@ def load_train_and_eval(config: DataConfig, seed: int) -> tuple[SpeechRows, Spee
         heldout, train = train.keep(is_heldout), train.keep(~is_heldout)
         heldout.dropped = []  # what was dropped is the training set's
     train = without_leaks(train, heldout, config)
+    if config.audit_scores:
+        train = without_worst(train, config)
     if config.max_eval_utterances and len(heldout) > config.max_eval_utterances:
         chosen_rows = np.zeros(len(heldout), bool)
         chosen_rows[np.linspace(0, len(heldout) - 1, config.max_eval_utterances).astype(int)] = True

@@ -1090,8 +1090,9 @@ def main(config: TrainingConfig) -> None:
     transformers.set_seed(config.seed)
     folder = new_run_folder(config, state)
     run_log = RunLog(folder, state.process_index)
+    load = functools.partial(load_train_and_eval, config, config.seed)
     if config.inspect_data:
-        train_rows, eval_rows = load_data(config, state)
+        train_rows, eval_rows = load_in_turn(state, load)
         report_data(folder, train_rows, eval_rows, config, run_log)
         leave_process_group()
         return
@@ -1107,7 +1108,7 @@ def main(config: TrainingConfig) -> None:
         check_disk(folder, model)
 
     # 3. Data
-    train_rows, eval_rows = load_data(config, state)
+    train_rows, eval_rows = load_in_turn(state, load)
     report_data(folder, train_rows, eval_rows, config, run_log)
 
     # 4. What will run
@@ -1204,12 +1205,12 @@ def announce(trainer: GradualUnfreezeTrainer, eval_rows: SpeechRows, processes: 
     say(stage_line(trainer.model, trainer.stage))
 
 
-def load_data(config: TrainingConfig, state: accelerate.PartialState) -> tuple[SpeechRows, SpeechRows]:
+def load_in_turn(state: accelerate.PartialState, load: Callable[[], Any]) -> Any:
     """The first process of each machine reads and caches, the others find the cache; InputError on all or on none."""
     data, problem = None, None
     with state.local_main_process_first():
         try:
-            data = load_train_and_eval(config, config.seed)
+            data = load()
         except InputError as error:
             problem = error  # raised below: this block must be left by every rank
     with together():
@@ -1235,14 +1236,14 @@ def quiet_libraries(is_main: bool) -> None:
         datasets.disable_progress_bars()
 
 
-def launch(recipe: Callable[[list[str]], TrainingConfig]) -> None:
-    """Runs `main` with what `recipe` makes of the command line; an InputError is one message and exit status 1.
+def launch(command: Callable[[list[str]], None]) -> None:
+    """Runs a command with its command line's arguments; an InputError is one message and exit status 1.
 
     Every rank meets an InputError at the same place, and they leave together. What else fails may fail on one rank
     alone: that one shows its traceback and ends at once, since on NCCL an orderly end would wait for the others.
     """
     try:
-        main(recipe(sys.argv[1:]))
+        command(sys.argv[1:])
     except InputError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -1262,4 +1263,4 @@ def leave_process_group() -> None:
 
 
 if __name__ == "__main__":
-    launch(functools.partial(parse_config, defaults=TrainingConfig()))
+    launch(lambda arguments: main(parse_config(arguments, TrainingConfig())))

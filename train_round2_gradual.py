@@ -9,7 +9,7 @@ Every field of TrainingConfig can be given after it: `--num_epochs 3 --use_speca
 from pathlib import Path
 
 from hebrew_corpora import Source
-from train_hebrew_asr_enhanced import Stage, TrainingConfig, launch, parse_config
+from train_hebrew_asr_enhanced import Stage, TrainingConfig, launch, main, parse_config
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -56,4 +56,4 @@ def recipe(arguments: list[str]) -> TrainingConfig:
 
 
 if __name__ == "__main__":
-    launch(recipe)
+    launch(lambda arguments: main(recipe(arguments)))

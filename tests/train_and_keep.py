@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from safetensors.torch import save_file
 
-from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig, freeze_for, launch, parse_config
+from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig, freeze_for, launch, main, parse_config
 
 
 def enter_stage_without_rewrap(self, stage):
@@ -45,7 +45,7 @@ def run(settings: str, folder: str, *flags: str) -> None:
     if "without_rewrap" in flags:
         GradualUnfreezeTrainer.enter_stage = enter_stage_without_rewrap
     _, GradualUnfreezeTrainer.train = keep_after_training(Path(folder))
-    launch(lambda _: parse_config(["--config", settings], TrainingConfig()))
+    launch(lambda _: main(parse_config(["--config", settings], TrainingConfig())))
 
 
 if __name__ == "__main__":
