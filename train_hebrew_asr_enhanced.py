@@ -1132,24 +1132,7 @@ def main(config: TrainingConfig) -> None:
     best = Qwen3ASRForConditionalGeneration.from_pretrained(trainer.final_folder, dtype="auto")
     final = trainer.evaluate(metric_key_prefix="final", model=best.to(trainer.args.device))
     if state.is_main_process:
-        write_model_card(
-            trainer.final_folder,
-            model_id=config.hf_repo_id or str(trainer.final_folder),
-            base_model=config.model_name_or_path,
-            train_sources=[source.path for source in config.train_sources],
-            eval_name=", ".join(source.path for source in config.eval_sources) or "held-out recordings",
-            final=final,
-            best_step=trainer.best_step,
-            settings=dataclasses.asdict(config),
-            tags=config.tags,
-        )
-        draw_curves(run_log.rows, trainer.stage_ends, folder / "curves.png")
-        vocab_size = model.config.text_config.vocab_size
-        for line in (
-            *success_criteria(run_log.rows, config.target_loss, config.target_wer, vocab_size),
-            *wer_summary(run_log.rows, trainer.stage_ends, trainer.stage.name),
-        ):
-            run_log.say(line)
+        describe_result(trainer, final)
     run_log.finish()
     leave_process_group()
 
@@ -1160,6 +1143,29 @@ def main(config: TrainingConfig) -> None:
         else:
             run_log.say(f"not uploaded; to do it: {upload_command(config, trainer.final_folder)}")
         run_log.say(run_log.dashboard())
+
+
+def describe_result(trainer: GradualUnfreezeTrainer, final: dict[str, float]) -> None:
+    """The model card, the curves, and the verdict's lines."""
+    config, run_log, folder = trainer.config, trainer.run_log, trainer.final_folder
+    write_model_card(
+        folder,
+        model_id=config.hf_repo_id or str(folder),
+        base_model=config.model_name_or_path,
+        train_sources=[source.path for source in config.train_sources],
+        eval_name=", ".join(source.path for source in config.eval_sources) or "held-out recordings",
+        final=final,
+        best_step=trainer.best_step,
+        settings=dataclasses.asdict(config),
+        tags=config.tags,
+    )
+    draw_curves(run_log.rows, trainer.stage_ends, folder.parent / "curves.png")
+    vocab_size = trainer.model.config.text_config.vocab_size
+    for line in (
+        *success_criteria(run_log.rows, config.target_loss, config.target_wer, vocab_size),
+        *wer_summary(run_log.rows, trainer.stage_ends, trainer.stage.name),
+    ):
+        run_log.say(line)
 
 
 def run_facts(trainer: GradualUnfreezeTrainer, train_rows: SpeechRows, processes: int) -> dict[str, Any]:
