@@ -20,6 +20,7 @@ from train_hebrew_asr_enhanced import (
     check_stages,
     component_of,
     freeze_for,
+    schedule_factor,
     training_arguments,
     trains_in,
 )
@@ -121,6 +122,13 @@ def test_rates_are_one_cosine_with_warmup_times_the_stage(trainer):
             assert group["lr"] == pytest.approx(expected, rel=1e-9, abs=1e-15), (step, group["component"])
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
+
+
+def test_warmup_steps_count_when_the_ratio_is_zero():
+    by_steps = schedule_factor(TrainingConfig(warmup_ratio=0.0, warmup_steps=500), 1000)
+    by_ratio = schedule_factor(TrainingConfig(warmup_ratio=0.1, warmup_steps=500), 1000)
+    assert [by_steps(step) for step in (0, 250, 500, 1000)] == pytest.approx([0.0, 0.5, 1.0, 0.0])
+    assert [by_ratio(step) for step in (0, 50, 100, 550)] == pytest.approx([0.0, 0.5, 1.0, 0.5])
 
 
 def test_every_parameter_that_ever_trains_is_in_exactly_one_group(trainer):
