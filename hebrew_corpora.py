@@ -483,9 +483,10 @@ def load_train_and_eval(config: DataConfig, seed: int) -> tuple[SpeechRows, Spee
     if config.audit_scores:
         train = without_worst(train, config)
     if config.max_eval_utterances and len(heldout) > config.max_eval_utterances:
-        chosen_rows = np.zeros(len(heldout), bool)
-        chosen_rows[np.linspace(0, len(heldout) - 1, config.max_eval_utterances).astype(int)] = True
-        heldout = heldout.keep(chosen_rows)
+        is_left_out = np.ones(len(heldout), bool)
+        is_left_out[np.linspace(0, len(heldout) - 1, config.max_eval_utterances).astype(int)] = False
+        reason = f"more than max_eval_utterances ({config.max_eval_utterances})"
+        heldout = drop(heldout, config.eval_sources or config.train_sources, is_left_out, reason)
     if not config.eval_sources:
         heldout = drop(heldout, config.train_sources, ~np.array([decodes(row) for row in heldout]), "does not decode")
     used = set(np.unique(train.source_numbers).tolist())

@@ -5,7 +5,7 @@
     uv run train_hebrew_asr_enhanced.py --help                            every setting
 
 Every setting is a field of TrainingConfig: edit it here, or override it on the command line (`--num_epochs 3`).
-The run's folder (`--output_dir`) gets config.yaml, metrics.jsonl, curves.png and final_model/.
+The run's folder (`--output_dir`) gets config.yaml, corpus.html, metrics.jsonl, curves.png and final_model/.
 """
 
 import contextlib
@@ -117,7 +117,7 @@ class TrainingConfig(DataConfig):
         ]
     )
     lr_scheduler_type: str = "cosine"
-    """A schedule of transformers.get_scheduler: cosine, linear, constant_with_warmup, constant, …"""
+    """cosine, linear, constant_with_warmup or constant, as transformers.get_scheduler has them."""
     warmup_ratio: float = 0.1
     """Share of the run's steps; 0: warmup_steps is used instead."""
     warmup_steps: int = 500
@@ -1017,7 +1017,7 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def together():
-    """Runs its block on every rank; a InputError on any of them becomes the same InputError on all."""
+    """Runs its block on every rank; an InputError on any of them becomes the same InputError on all."""
     problem = None
     try:
         yield
@@ -1138,11 +1138,13 @@ def main(config: TrainingConfig) -> None:
 
     # 7. Upload: the other ranks are done
     if state.is_main_process:
-        if config.uploads:
-            run_log.say(f"uploaded: {upload(config, trainer.final_folder)}")
-        else:
-            run_log.say(f"not uploaded; to do it: {upload_command(config, trainer.final_folder)}")
-        run_log.say(run_log.dashboard())
+        try:
+            if config.uploads:
+                run_log.say(f"uploaded: {upload(config, trainer.final_folder)}")
+            else:
+                run_log.say(f"not uploaded; to do it: {upload_command(config, trainer.final_folder)}")
+        finally:
+            run_log.say(run_log.dashboard())
 
 
 def describe_result(trainer: GradualUnfreezeTrainer, final: dict[str, float]) -> None:

@@ -139,7 +139,11 @@ def test_without_an_evaluation_set_whole_recordings_are_held_out(corpus, tmp_pat
     assert len(set(heldout.column("recording"))) == round(0.2 * len(recordings)) > 1
     assert not set(train.column("recording")) & set(heldout.column("recording"))
     config.max_eval_utterances = 5
-    assert len(load_train_and_eval(config, seed=1)[1]) == 5
+    thinned = load_train_and_eval(config, seed=1)[1]
+    assert len(thinned) == 5
+    assert [(drop.reason, drop.utterances) for drop in thinned.dropped] == [
+        ("more than max_eval_utterances (5)", len(heldout) - 5)
+    ]
 
 
 def test_a_recording_that_does_not_decode_is_left_out_of_its_step_and_listed(config, tmp_path):
