@@ -67,9 +67,7 @@ def summarize_source(name: str, rows: SpeechRows, sources: list[Source], number:
 
 
 def label(source: Source) -> str:
-    """The source's path as a line of text, with what else tells it from another source."""
-    extra = ", ".join(filter(None, [source.config_name, source.split if source.split != "train" else None]))
-    return one_line(f"{source.path} ({extra})" if extra else source.path)
+    return one_line(str(source))
 
 
 def one_line(text: str) -> str:
@@ -106,14 +104,11 @@ def distribution(values: np.ndarray, bins: int) -> dict[str, Any]:
 
 
 def dropped_of(rows: SpeechRows, sources: list[Source], number: int) -> list[dict[str, Any]]:
-    """What was dropped of a source, most first.
-
-    `Dropped` knows its source by path; where several sources have one path, the first of them is given everything.
-    """
-    path, by_reason = sources[number].path, {}
-    if path in [source.path for source in sources[:number]]:
+    """What was dropped of a source, most first; of two that are the same, the first is given everything."""
+    name, by_reason = str(sources[number]), {}
+    if name in map(str, sources[:number]):
         return []
-    for drop in (drop for drop in rows.dropped if drop.source == path):
+    for drop in (drop for drop in rows.dropped if drop.source == name):
         nothing = {"reason": drop.reason, "utterances": 0, "hours": 0.0, "examples": []}
         entry = by_reason.setdefault(drop.reason, nothing)
         entry["utterances"] += drop.utterances
@@ -232,4 +227,5 @@ def write_report(folder: Path, train_rows: SpeechRows, eval_rows: SpeechRows, co
     (folder / "corpus.md").write_text("\n".join(["# Corpora", "", "```text", *lines, "```", ""]), encoding="utf-8")
     page = folder / "corpus.html"
     write_page(summaries, rows, page)
+    lines += ["", *train_rows.notes] if train_rows.notes else []
     return [*lines, "", f"histograms and samples to hear: {page} ({page.stat().st_size / 1e6:.1f} MB)"]

@@ -1,12 +1,13 @@
 """Corpora of Hebrew speech: from a Hub id or a folder to pieces of audio, each with exactly the text spoken in it.
 
 At the start only texts and audio headers are read. What decoding alone can show (silence, clipping, truncation) is
-found by the workers that decode. Imports nothing of the training scripts.
+found by the workers that decode, or beforehand by prepare_corpora.py. Imports nothing of the training scripts.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,22 @@ class Source:
     """One dataset of recordings with transcripts."""
 
     path: str
-    """Hub id, a parquet file, or a folder: of parquet files, of `save_to_disk`, or of audio with a metadata.csv or
-    .jsonl that has a column `file_name`."""
+    """Hub id, a parquet file, a .jsonl file with `audio` (a path) and `text`, or a folder: of parquet files, of
+    `save_to_disk`, or of audio with a metadata.csv or .jsonl that has a column `file_name`."""
     config_name: str | None = None
+    revision: str | None = None
+    """Branch, tag or commit on the Hub; where a dataset is a script, `refs/convert/parquet` is the Hub's copy of it."""
     split: str = "train"
     """A split, or a slice of one as `datasets` writes it (`train[:1000]`); folders name theirs in the file names."""
     text_column: str | None = None
     """The transcript's column; None takes the first of transcript, text, sentence, transcription."""
     probability: float | None = None
     """Share of an epoch's utterances; for all sources or for none, where an epoch is every utterance once."""
+
+    def __str__(self) -> str:
+        """The path, with what else tells it from another source."""
+        extra = ", ".join(filter(None, [self.config_name, self.split if self.split != "train" else None]))
+        return f"{self.path} ({extra})" if extra else self.path
 
 
 @dataclass
@@ -84,7 +92,9 @@ class DataConfig:
     max_broken_share: float = 0.05
     """More unreadable rows than this share of a source end the run before it starts."""
     preprocessing_num_workers: int = 8
-    """Processes that read headers and transcripts at the start."""
+    """Processes that read headers and transcripts at the start, and the audio in `--prepare`."""
+    prepared_dir: str | None = None
+    """Where `--prepare` keeps what it heard; None: beside a local corpus, in the cache of `datasets` for the Hub's."""
 
     def check_sources(self) -> None:
         """Raises InputError for a mixture that is none."""
@@ -113,28 +123,39 @@ def load_source(source: Source) -> datasets.Dataset:
             rows = saved_rows(source)
         elif folder.suffix == ".parquet":
             rows = datasets.load_dataset("parquet", data_files=source.path, split=source.split)
+        elif folder.suffix == ".jsonl":
+            rows = listed_rows(source)
         elif any(folder.glob("**/*.parquet")):
             rows = datasets.load_dataset(source.path, source.config_name, split=source.split)
         elif folder.is_dir():
             rows = manifest_rows(source)
-        elif source.path.startswith((".", "/", "~")):
+        elif source.path.startswith((".", "/", "~")) and not folder.exists():
             raise InputError(f"{source.path}: no such folder")
         else:
-            rows = datasets.load_dataset(source.path, source.config_name, split=source.split)
+            rows = datasets.load_dataset(**hub_arguments(source))
     except datasets.exceptions.DatasetNotFoundError as error:
         raise InputError(
             f"{source.path}: {error}. If it is gated, accept its terms on its page and log in with `uv run hf auth"
             " login` or HF_TOKEN; if it is a folder, the path is wrong"
         ) from error
     except RuntimeError as error:
-        raise InputError(f"{source.path}: {error}. Use the dataset's parquet revision or a local copy") from error
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(
+            f"{source.path}: {error}. Give the source `revision: refs/convert/parquet`, the Hub's own copy as parquet,"
+            " or the path of a local copy in one of the forms that the README names"
+        ) from error
+    except (ValueError, OSError, StopIteration, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
-        raise InputError(f"{source.path}: {str(cause).splitlines()[0]}") from error
+        raise InputError(f"{source.path}: {(str(cause).splitlines() or ['it has no rows'])[0]}") from error
     if "audio" not in rows.column_names:
         raise InputError(f"{source.path}: no column `audio`, there are {', '.join(rows.column_names)}")
     is_audio = isinstance(rows.features["audio"], datasets.Audio)
     return rows.cast_column("audio", datasets.Audio(decode=False)) if is_audio else rows
+
+
+def hub_arguments(source: Source) -> dict[str, Any]:
+    """What `datasets.load_dataset` takes for a Hub id; in the Hub's parquet copies a config is a folder."""
+    config = {"data_dir" if source.revision == "refs/convert/parquet" else "name": source.config_name}
+    return {"path": source.path, "split": source.split, "revision": source.revision} | config
 
 
 def saved_rows(source: Source) -> datasets.Dataset:
@@ -164,7 +185,21 @@ def manifest_rows(source: Source) -> datasets.Dataset:
     table = datasets.load_dataset(kind, data_files=str(file), split="train")
     if "file_name" not in table.column_names:
         raise InputError(f"{file}: no column `file_name`, there are {', '.join(table.column_names)}")
-    audio = [{"bytes": None, "path": str(folder / name)} for name in table["file_name"]]
+    return with_audio_files(table, folder, table["file_name"])
+
+
+def listed_rows(source: Source) -> datasets.Dataset:
+    """The official script's JSONL: `audio`, a path (a relative one begins beside the file), and `text`."""
+    table = datasets.load_dataset("json", data_files=source.path, split=source.split)
+    if missing := {"audio", source.text_column or "text"} - set(table.column_names):
+        raise InputError(
+            f"{source.path}: no column {' and '.join(sorted(missing))}, there are {', '.join(table.column_names)}"
+        )
+    return with_audio_files(table.remove_columns("audio"), Path(source.path).parent, table["audio"])
+
+
+def with_audio_files(table: datasets.Dataset, folder: Path, names: Iterable[Any]) -> datasets.Dataset:
+    audio = [{"bytes": None, "path": str(folder / str(name)) if name else None} for name in names]
     feature = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     return table.add_column("audio", audio, feature=feature)
 
@@ -195,7 +230,7 @@ INDEX = datasets.Features(
         "dropped": datasets.Value("string"),  # why it cannot be used, or ""
     }
 )
-BROKEN = {
+BROKEN = {  # reasons that count for max_broken_share
     "zero bytes of audio",
     "unreadable audio",
     "no samples of audio",
@@ -205,6 +240,8 @@ BROKEN = {
     "text outside of the segments",
     "unknown token in the text",
     "text is not a string",
+    "truncated",  # these two only where the audio was listened to, see prepare_corpora.py
+    "not finite",
 }
 
 
@@ -232,6 +269,9 @@ def describe_rows(rows: dict[str, list], numbers: list[int], settings: RowSettin
     return {name: [piece.get(name) for piece in described] for name in INDEX}
 
 
+OFFICIAL_PREFIX = re.compile(r"^language [A-Za-z]+<asr_text>")  # of the targets in the official script's JSONL
+
+
 def describe_row(row: dict[str, Any], settings: RowSettings) -> list[dict[str, Any]]:
     """Reads one row's text and audio header; evaluation audio is decoded once too, so that it cannot fail later."""
     known = {"start": 0.0, "text": "", "previous": "", "seconds": 0.0, "dropped": ""}
@@ -247,6 +287,7 @@ def describe_row(row: dict[str, Any], settings: RowSettings) -> list[dict[str, A
             decode_audio(audio)
         if not isinstance(transcript, str):
             raise ValueError("empty text" if transcript is None else "text is not a string")
+        transcript = OFFICIAL_PREFIX.sub("", transcript)
         pieces, gaps = cut_into_pieces(read_segments(transcript), seconds, settings.longest)
     except ValueError as error:  # AudioError is one
         return [known | {"dropped": str(error)}]
@@ -314,7 +355,7 @@ def described(rows: datasets.Dataset, source: Source, settings: RowSettings, wor
 class Dropped:
     """Pieces of one source left out for one reason."""
 
-    source: str
+    source: str  # as `str(source)` has it
     reason: str
     utterances: int
     hours: float
@@ -327,9 +368,17 @@ class SpeechRows:
     The columns stay in the memory-mapped files of `datasets`; only which rows of them are used is held here.
     """
 
-    def __init__(self, sources: list[datasets.Dataset], index: pyarrow.Table, used: np.ndarray, dropped: list[Dropped]):
+    def __init__(
+        self,
+        sources: list[datasets.Dataset],
+        index: pyarrow.Table,
+        used: np.ndarray,
+        dropped: list[Dropped],
+        seconds: np.ndarray | None = None,
+    ):
         self.sources, self.index, self.used, self.dropped = sources, index, used, dropped
-        self.seconds = index["seconds"].to_numpy()[used]  # (pieces,)
+        self.notes: list[str] = []  # for the report's reader
+        self.seconds = index["seconds"].to_numpy()[used] if seconds is None else seconds  # (pieces,)
         self.source_numbers = index["source"].to_numpy()[used]  # (pieces,)
 
     def __len__(self) -> int:
@@ -338,6 +387,7 @@ class SpeechRows:
     def __getitem__(self, number: int) -> dict[str, Any]:
         """One piece: the columns of INDEX, and `audio` with its compressed bytes."""
         (piece,) = self.index.slice(int(self.used[number]), 1).to_pylist()
+        piece["seconds"] = float(self.seconds[number])
         return piece | {"audio": self.sources[piece["source"]][piece["row"]]["audio"]}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -350,7 +400,9 @@ class SpeechRows:
         return self.arrow(name).to_pylist()
 
     def keep(self, mask: np.ndarray) -> "SpeechRows":
-        return SpeechRows(self.sources, self.index, self.used[mask], self.dropped)
+        kept = SpeechRows(self.sources, self.index, self.used[mask], self.dropped, self.seconds[mask])
+        kept.notes = self.notes
+        return kept
 
     @property
     def hours(self) -> float:
@@ -376,32 +428,44 @@ def load_rows(sources: list[Source], config: DataConfig, for_training: bool) -> 
         wanted = {"audio", settings.column, "metadata", "prev_transcript"}
         rows = rows.select_columns([name for name in rows.column_names if name in wanted])
         table = described(rows, source, settings, config.preprocessing_num_workers).with_format("arrow")[:]
-        reasons = tally(table, source.path)
-        broken = sum(drop.utterances for reason, drop in reasons.items() if reason in BROKEN)
-        counts = {reason: drop.utterances for reason, drop in reasons.items()}
-        if sum(counts.values()) == len(table):
-            raise InputError(f"{source.path}: none of its {len(rows)} rows can be used: {counts}")
-        if broken > config.max_broken_share * len(rows):
-            names = [name for reason, drop in reasons.items() if reason in BROKEN for name in drop.examples]
-            raise InputError(
-                f"{source.path}: {broken} of its {len(rows)} rows are broken, more than max_broken_share"
-                f" ({config.max_broken_share:g}): {counts}, among them {', '.join(names[:5])}"
-            )
+        found = list(tally(table, str(source)).values())
+        if sum(drop.utterances for drop in found) == len(table):
+            raise InputError(f"{source}: none of its {len(rows)} rows can be used: {counts(found)}")
+        check_broken(source, found, len(rows), config.max_broken_share)
         loaded.append(rows.select_columns(["audio"]))
         tables.append(table.append_column("source", pyarrow.array(np.full(len(table), number, np.int32))))
-        dropped += reasons.values()
+        dropped += found
     index = pyarrow.concat_tables(tables)
     used = np.flatnonzero(pyarrow.compute.equal(index["dropped"], "").to_numpy())
     rows = SpeechRows(loaded, index, used, dropped)
     return without_duplicates(rows, sources) if for_training and config.drop_duplicates else rows
 
 
-def tally(table: pyarrow.Table, path: str) -> dict[str, Dropped]:
+def total_dropped(rows: SpeechRows, source: Source) -> int:
+    return sum(drop.utterances for drop in rows.dropped if drop.source == str(source))
+
+
+def counts(dropped: list[Dropped]) -> dict[str, int]:
+    return {drop.reason: drop.utterances for drop in dropped}
+
+
+def check_broken(source: Source, dropped: list[Dropped], rows: int, share: float) -> None:
+    """Raises InputError, with names, when more than `share` of a source's rows are broken."""
+    broken = [drop for drop in dropped if drop.source == str(source) and drop.reason in BROKEN]
+    if sum(drop.utterances for drop in broken) > share * rows:
+        names = [name for drop in broken for name in drop.examples]
+        raise InputError(
+            f"{source}: {sum(drop.utterances for drop in broken)} of its {rows} rows are broken, more than"
+            f" max_broken_share ({share:g}): {counts(broken)}, among them {', '.join(names[:5])}"
+        )
+
+
+def tally(table: pyarrow.Table, source: str) -> dict[str, Dropped]:
     """The dropped pieces of a described source, by reason."""
     found: dict[str, Dropped] = {}
     lost = table.filter(pyarrow.compute.not_equal(table["dropped"], "")).select(["dropped", "seconds", "recording"])
     for piece in lost.to_pylist():
-        drop = found.setdefault(piece["dropped"], Dropped(path, piece["dropped"], 0, 0.0, []))
+        drop = found.setdefault(piece["dropped"], Dropped(source, piece["dropped"], 0, 0.0, []))
         drop.utterances += 1
         drop.hours += piece["seconds"] / 3600
         if len(drop.examples) < 5:
@@ -418,7 +482,7 @@ def drop(
         if mine.any():
             lost = rows.keep(mine)
             names = SpeechRows(rows.sources, rows.index, lost.used[:named], []).column("recording")
-            rows.dropped.append(Dropped(source.path, reason, len(lost), lost.hours, names))
+            rows.dropped.append(Dropped(str(source), reason, len(lost), lost.hours, names))
     return rows.keep(~is_dropped) if is_dropped.any() else rows
 
 
@@ -429,13 +493,105 @@ def without_duplicates(rows: SpeechRows, sources: list[Source]) -> SpeechRows:
     return drop(rows, sources, ~is_first, "duplicate audio")
 
 
+# --------------------------------------------------------------------------------------------- What was heard before
+
+PREPARED = pyarrow.schema(
+    {
+        "name": pyarrow.string(),  # of a piece of audio, see `piece_names`
+        "seconds": pyarrow.float64(),  # as decoded
+        "problem": pyarrow.string(),  # why it cannot be used, or ""
+        "fingerprint": pyarrow.binary(),  # of its sound, one uint32 every 16 ms
+    }
+)
+LEAKED = pyarrow.schema(
+    {
+        "name": pyarrow.string(),  # of a piece of training audio
+        "recording": pyarrow.string(),  # of the evaluation utterance that sounds alike
+        "bit_error_rate": pyarrow.float64(),
+    }
+)
+
+
+def prepared_folder(source: Source, config: DataConfig) -> Path:
+    """Where prepare_corpora.py keeps what it heard of a source: heard-*.parquet, leaks-<evaluation set>/*.parquet."""
+    local = Path(source.path).resolve()
+    if config.prepared_dir is None and local.exists():
+        return local.with_name(f"{local.name}.prepared")
+    name = local.name if local.exists() else source.path.replace("/", "--")
+    return Path(config.prepared_dir or Path(datasets.config.HF_DATASETS_CACHE) / "prepared") / f"{name}.prepared"
+
+
+def piece_names(rows: SpeechRows) -> pyarrow.ChunkedArray:
+    """A name for each piece of audio: the digest of its content and its start, and its end; no row or source."""
+    ends = pyarrow.compute.round(rows.arrow("end"), 2).cast(pyarrow.string())
+    return pyarrow.compute.binary_join_element_wise(rows.arrow("digest"), ends.fill_null("end"), " ")
+
+
+def evaluation_key(heldout: SpeechRows) -> str:
+    return digest("".join(sorted(heldout.column("digest"))).encode())
+
+
+def read_parts(folders: list[Path], pattern: str, columns: pyarrow.Schema) -> pyarrow.Table:
+    files = [file for folder in folders for file in sorted(folder.glob(pattern))]
+    tables = [pyarrow.parquet.read_table(file, columns=columns.names) for file in files]
+    return pyarrow.concat_tables([columns.empty_table(), *tables])
+
+
+def with_prepared(train: SpeechRows, config: DataConfig) -> SpeechRows:
+    """Uses what `--prepare` heard: exact durations, and what only decoding shows is dropped and counted.
+
+    Pieces that were not listened to yet stay as their headers describe them.
+    """
+    folders = list(dict.fromkeys(prepared_folder(source, config) for source in config.train_sources))
+    heard = read_parts(folders, "heard-*.parquet", pyarrow.schema([PREPARED.field(i) for i in range(3)]))
+    if not len(heard):
+        return train
+    places = pyarrow.compute.index_in(piece_names(train), heard["name"].combine_chunks())
+    is_heard = pyarrow.compute.is_valid(places).to_numpy()
+    places = places.fill_null(0).to_numpy()
+    seconds = np.where(is_heard, heard["seconds"].to_numpy()[places], train.seconds)
+    problems = np.where(is_heard, heard["problem"].to_numpy(zero_copy_only=False)[places], "")
+    sizes = np.bincount(train.source_numbers, minlength=len(config.train_sources)).tolist()
+    sizes = [size + total_dropped(train, source) for size, source in zip(sizes, config.train_sources, strict=True)]
+    train = SpeechRows(train.sources, train.index, train.used, train.dropped, seconds)
+    train.notes.append(f"listened to before: {is_heard.mean():.1%} of the training utterances (--prepare)")
+    characters = pyarrow.compute.utf8_length(train.arrow("text")).to_numpy()
+    rate = characters / np.maximum(seconds, 1e-9)
+    slowest, fastest = config.min_characters_per_second, config.max_characters_per_second
+    reasons = {
+        f"shorter than {config.min_audio_length_seconds:g} s": seconds < config.min_audio_length_seconds,
+        f"longer than {config.max_audio_length_seconds:g} s": seconds
+        > config.max_audio_length_seconds + hebrew_text.PAST_THE_END,
+        f"not {slowest:g}–{fastest:g} characters a second": (rate < slowest) | (rate > fastest),
+    }
+    for reason, is_so in reasons.items():
+        problems = np.where(is_heard & is_so & (problems == ""), reason, problems)
+    for reason in sorted(set(problems.tolist()) - {""}):
+        mask = problems == reason
+        train, problems = drop(train, config.train_sources, mask, reason), problems[~mask]
+    for source, size in zip(config.train_sources, sizes, strict=True):
+        check_broken(source, train.dropped, size, config.max_broken_share)
+    return train
+
+
 # --------------------------------------------------------------------------------------------- Split, leaks and mixture
 
 
 def without_leaks(train: SpeechRows, heldout: SpeechRows, config: DataConfig) -> SpeechRows:
-    """Removes training pieces with the words of an evaluation utterance, or with its very audio."""
+    """Removes training pieces with the words of an evaluation utterance, with its very bytes, or with its sound.
+
+    The sound is compared by `--prepare`, so that it is found under another codec, rate or level.
+    """
     by_audio = pyarrow.compute.is_in(train.arrow("digest"), heldout.arrow("digest").combine_chunks()).to_numpy()
     train = drop(train, config.train_sources, by_audio, "audio of an evaluation set", named=None)
+    folders = list(dict.fromkeys(prepared_folder(source, config) for source in config.train_sources))
+    compared = f"leaks-{evaluation_key(heldout)}"
+    if leaks := sorted(read_parts(folders, f"{compared}/*.parquet", LEAKED)["name"].to_pylist()):
+        by_sound = pyarrow.compute.is_in(piece_names(train), pyarrow.array(leaks)).to_numpy()
+        train = drop(train, config.train_sources, by_sound, "sound of an evaluation set", named=None)
+    parts = [part for folder in folders for part in folder.glob("heard-*.parquet")]
+    if any(not (part.parent / compared / part.name).exists() for part in parts):
+        train.notes.append("not all of it was compared by sound with this evaluation set: run --prepare again")
     is_long = pyarrow.compute.greater_equal(heldout.arrow("word_count"), config.leak_min_words)
     sentences = heldout.arrow("words").filter(is_long).combine_chunks()
     by_text = pyarrow.compute.is_in(train.arrow("words"), sentences).to_numpy()
@@ -466,7 +622,8 @@ def without_worst(train: SpeechRows, config: DataConfig) -> SpeechRows:
     return drop(train, config.train_sources, is_bad.to_numpy(), reason)
 
 
-def load_train_and_eval(config: DataConfig, seed: int) -> tuple[SpeechRows, SpeechRows]:
+def split(config: DataConfig, seed: int) -> tuple[SpeechRows, SpeechRows]:
+    """Training and evaluation rows, as texts and headers describe them; leaks are still in."""
     train = load_rows(config.train_sources, config, for_training=True)
     if config.eval_sources:
         heldout = load_rows(config.eval_sources, config, for_training=False)
@@ -477,9 +634,14 @@ def load_train_and_eval(config: DataConfig, seed: int) -> tuple[SpeechRows, Spee
         count = max(1, round(config.eval_fraction * len(recordings)))
         chosen = set(np.random.default_rng(seed).choice(recordings, count, replace=False).tolist())
         is_heldout = pyarrow.compute.is_in(train.arrow("recording"), pyarrow.array(sorted(chosen))).to_numpy()
-        heldout, train = train.keep(is_heldout), train.keep(~is_heldout)
-        heldout.dropped = []  # what was dropped is the training set's
-    train = without_leaks(train, heldout, config)
+        heldout = SpeechRows(train.sources, train.index, train.used[is_heldout], [])
+        train = drop(train, config.train_sources, is_heldout, "held out for evaluation")
+    return train, heldout
+
+
+def load_train_and_eval(config: DataConfig, seed: int) -> tuple[SpeechRows, SpeechRows]:
+    train, heldout = split(config, seed)
+    train = without_leaks(with_prepared(train, config), heldout, config)
     if config.audit_scores:
         train = without_worst(train, config)
     if config.max_eval_utterances and len(heldout) > config.max_eval_utterances:

@@ -45,6 +45,7 @@ from hebrew_audio import SAMPLE_RATE, AudioError, WaveformAugmentation, augment,
 from hebrew_corpora import DataConfig, InputError, Mixture, SpeechRows, load_train_and_eval
 from hebrew_scoring import score
 from model_card import write_model_card
+from prepare_corpora import prepare
 from run_log import TRACKERS, RunLog, draw_curves, success_criteria, wer_summary
 
 MEL_BINS = 128
@@ -167,6 +168,8 @@ class TrainingConfig(DataConfig):
     # Run
     inspect_data: bool = False
     """Only read the corpora and write their report (corpus.html, .md, .json) into the run's folder."""
+    prepare: bool = False
+    """Only listen to the corpora (prepare_corpora.py) and write their report; later starts use what was heard."""
     output_dir: str | None = None
     """None: a new folder under runs/."""
     seed: int = 42
@@ -264,8 +267,8 @@ def parse_config(argv: list[str], defaults: TrainingConfig) -> TrainingConfig:
     parser.add_class_arguments(TrainingConfig, as_group=False)
     parser.add_argument("--config", action="config", help="a config.yaml of an earlier run")
     parser.set_defaults(dataclasses.asdict(defaults))
-    if argv[-1:] == ["--inspect_data"] or "--inspect_data" in [a for a, b in pairwise(argv) if b.startswith("--")]:
-        argv = [a + "=true" if a == "--inspect_data" else a for a in argv]  # a flag, like --demo
+    flags = ("--inspect_data", "--prepare")  # like --demo
+    argv = [a + "=true" if a in flags and b.startswith("--") else a for a, b in pairwise([*argv, "--"])]
     try:
         # Without defaults: jsonargparse would fill a given list's items up from the default list's items.
         given = parser.parse_args(argv, defaults=False)
@@ -1091,7 +1094,11 @@ def main(config: TrainingConfig) -> None:
     folder = new_run_folder(config, state)
     run_log = RunLog(folder, state.process_index)
     load = functools.partial(load_train_and_eval, config, config.seed)
-    if config.inspect_data:
+    if config.prepare:
+        if state.num_processes > 1:
+            raise InputError("--prepare runs without torchrun; preprocessing_num_workers says in how many processes")
+        prepare(config, config.seed, run_log.say)
+    if config.inspect_data or config.prepare:
         train_rows, eval_rows = load_in_turn(state, load)
         report_data(folder, train_rows, eval_rows, config, run_log)
         leave_process_group()

@@ -1,0 +1,126 @@
+"""Corpora that are broken in every way seen so far: what is dropped is counted, what is wrong is one message."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+from conftest import ROOT
+from hub_server import HubServer
+from test_corpora import parquet, wav
+
+from hebrew_corpora import DataConfig, InputError, Source, load_rows, load_train_and_eval
+
+
+def load(*paths, **settings):
+    return load_rows([Source(str(path)) for path in paths], DataConfig(**settings), for_training=True)
+
+
+def test_every_rate_and_channel_count_is_read_and_an_hour_is_cut_or_dropped(tmp_path):
+    hour = wav(tmp_path / "hour.wav", 3600, rate=8_000)
+    segments = "".join(f"<|{start}.00|>שלום<|{start + 5}.00|>" for start in range(0, 3600, 600))
+    rows = [
+        {"audio": wav(tmp_path / "8k.wav", 1.0, 8_000), "transcript": "שלום"},
+        {"audio": wav(tmp_path / "48k.wav", 1.5, 48_000, channels=3), "transcript": "שלום"},
+        {"audio": hour, "transcript": "שלום"},
+        {"audio": hour, "transcript": segments},
+    ]
+    found = load(parquet(tmp_path / "data", rows), drop_duplicates=False, min_characters_per_second=0.5)
+    assert found.seconds.tolist() == pytest.approx([1.0, 1.5, *[5.0] * 6])
+    assert [(drop.reason, drop.utterances) for drop in found.dropped] == [("longer than 30 s, without timestamps", 1)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"audio": "a.wav"}'], "no column text, there are audio"),
+        (['{"audio": "a.wav", "text": "שלום", "text": '], "JSON"),
+        (['{"audio": "a.wav", "text": "שלום"}', '{"audio": "a.wav", "text": ["שלום", 5]}'], "text"),
+        ([], "no rows"),
+    ],
+)
+def test_a_list_of_files_that_is_none(tmp_path, lines, message):
+    wav(tmp_path / "a.wav")
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=f"list.jsonl.*{message}"):
+        load(tmp_path / "list.jsonl")
+
+
+def test_the_official_scripts_list(tmp_path):
+    """Absolute and relative paths, with and without the language, and speech that is none."""
+    for name, seconds in (("a", 1.0), ("b", 1.2), ("c", 1.4)):
+        wav(tmp_path / "clips" / f"{name}.wav", seconds)
+    lines = [
+        {"audio": str(tmp_path / "clips" / "a.wav"), "text": "language Hebrew<asr_text>שלום עולם"},
+        {"audio": "clips/b.wav", "text": "שלום"},
+        {"audio": "clips/c.wav", "text": "language None<asr_text>"},
+        {"audio": "clips/d.wav", "text": "language Hebrew<asr_text>שלום"},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+    rows = load(tmp_path / "list.jsonl", max_broken_share=0.5)
+    assert rows.column("text") == ["שלום עולם", "שלום"] and rows.seconds.tolist() == [1.0, 1.2]
+    assert {drop.reason: drop.utterances for drop in rows.dropped} == {"empty text": 1, "no such audio file": 1}
+
+
+def test_a_transcript_that_is_no_text_is_broken(tmp_path):
+    clip = wav(tmp_path / "a.wav").read_bytes()
+    data = [{"audio": {"bytes": clip, "path": "a"}, "transcript": 5}]
+    datasets.Dataset.from_list(data).save_to_disk(tmp_path / "data")
+    with pytest.raises(InputError, match="none of its 1 rows can be used.*text is not a string"):
+        load(tmp_path / "data")
+
+
+def test_an_unreadable_shard_is_named(tmp_path):
+    folder = parquet(tmp_path / "data", [{"audio": wav(tmp_path / "a.wav"), "transcript": "שלום"}])
+    (folder / "train-00001.parquet").write_bytes(b"PAR1 torn")
+    with pytest.raises(InputError, match=f"{folder}.*[Pp]arquet"):
+        load(folder)
+
+
+def test_an_empty_source_beside_a_good_one_is_named(tmp_path):
+    good = parquet(tmp_path / "good", [{"audio": wav(tmp_path / "a.wav"), "transcript": "שלום"}])
+    empty = parquet(tmp_path / "empty", [{"audio": wav(tmp_path / "b.wav"), "transcript": "..."}])
+    with pytest.raises(InputError, match="empty: none of its 1 rows can be used: {'empty text': 1}"):
+        load(good, empty)
+    config = DataConfig(train_sources=[Source(str(good))], eval_sources=[Source(str(empty))])
+    with pytest.raises(InputError, match="none of its 1 rows"):
+        load_train_and_eval(config, seed=1)
+
+
+def test_a_script_is_refused_with_the_way_around_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fleurs.py").write_text("raise SystemError('was run')")
+    with pytest.raises(InputError, match="scripts are no longer supported.*refs/convert/parquet"):
+        load("fleurs.py")
+
+
+def test_the_hubs_parquet_copy_of_a_script(tmp_path):
+    clip = io.BytesIO()
+    soundfile.write(clip, 0.1 * np.sin(np.arange(16_000)), 16_000, format="WAV")
+    table = datasets.Dataset.from_list([{"audio": {"bytes": clip.getvalue(), "path": "a"}, "transcription": "שלום"}])
+    table.to_parquet(tmp_path / "0000.parquet")
+    with HubServer(users={"hf_r": ("someone", "read")}) as hub:
+        copies = {f"{name}/test/0000.parquet": (tmp_path / "0000.parquet").read_bytes() for name in ("he_il", "xx")}
+        repo = hub.add_repo("google/fleurs", {"fleurs.py": b"raise SystemError", **copies}, repo_type="dataset")
+        repo.commit("refs/convert/parquet", copies, "", "", "parquet-converter")
+        code = """
+            from hebrew_corpora import *
+            try:
+                load_source(Source("google/fleurs", "he_il", split="test"))
+            except InputError as error:
+                print(error)
+            copy = Source("google/fleurs", "he_il", revision="refs/convert/parquet", split="test")
+            print(load_rows([copy], DataConfig(), False).column("text"))
+        """
+        environment = {**os.environ, **hub.env(home=tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True
+        )
+    assert "refs/convert/parquet" in done.stdout.splitlines()[0], done.stderr
+    assert done.stdout.splitlines()[1:] == ["['שלום']"], done.stderr
