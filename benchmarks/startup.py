@@ -2,8 +2,9 @@
 
     uv run python benchmarks/startup.py [--rows 2300000] [--folder DIR] [--json FILE]
 
-Makes a corpus of short rows (their audio are paths to a few recordings, so that it fits a disk), indexes it once, then
-starts twice in fresh processes and reports seconds and peak memory of each.
+Makes a corpus of short rows (their audio are paths to a few recordings, so it fits a disk), indexes it once, starts
+again in a fresh process, then writes what `--prepare` would have heard of it and starts twice more. Reports seconds and
+peak memory of each.
 """
 
 import argparse
@@ -16,6 +17,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from train_hebrew_asr_enhanced import TrainingConfig
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -59,24 +64,49 @@ def make_corpus(folder: Path, rows: int) -> None:
             writer.write_table(pa.table(columns, schema=schema))
 
 
+def write_prepared(folder: str) -> None:
+    """What `--prepare` leaves, for every piece; its fingerprints are not read at a start and stay empty."""
+    import pyarrow as pa
+
+    import hebrew_corpora
+    import prepare_corpora
+
+    config = settings(folder)
+    train, heldout = hebrew_corpora.split(config, seed=42)
+    place = hebrew_corpora.prepared_folder(config.train_sources[0], config)
+    names = hebrew_corpora.piece_names(train).to_pylist()
+    for part, begin in enumerate(range(0, len(names), prepare_corpora.PART), start=1):
+        mine = names[begin : begin + prepare_corpora.PART]
+        columns = [mine, train.seconds[begin : begin + len(mine)], [""] * len(mine), [b""] * len(mine)]
+        file = place / f"heard-{part:06}.parquet"
+        prepare_corpora.write_part(pa.table(columns, schema=hebrew_corpora.PREPARED), file)
+        compared = place / f"leaks-{hebrew_corpora.evaluation_key(heldout)}" / file.name
+        prepare_corpora.write_part(hebrew_corpora.LEAKED.empty_table(), compared)
+
+
+def settings(folder: str) -> "TrainingConfig":
+    from hebrew_corpora import Source
+    from train_hebrew_asr_enhanced import TrainingConfig
+
+    source = Source(f"{folder}/train-00000.parquet")
+    return TrainingConfig(train_sources=[source], preprocessing_num_workers=os.cpu_count())
+
+
 def start(folder: str) -> dict[str, float]:
     """From the settings to the first collated batch, in this process."""
     began = time.perf_counter()
     import transformers
 
-    from hebrew_corpora import Mixture, Source, load_train_and_eval
+    from hebrew_corpora import Mixture, load_train_and_eval
     from train_hebrew_asr_enhanced import (
         DataCollatorSpeechSeq2SeqWithPadding,
         GlobalBatchSampler,
         SpeechDataset,
-        TrainingConfig,
         collate_step,
     )
 
     imported = time.perf_counter()
-    config = TrainingConfig(
-        train_sources=[Source(f"{folder}/train-00000.parquet")], preprocessing_num_workers=os.cpu_count()
-    )
+    config = settings(folder)
     train, heldout = load_train_and_eval(config, config.seed)
     loaded = time.perf_counter()
     processor = transformers.AutoProcessor.from_pretrained(ROOT / "demo" / "base")
@@ -104,7 +134,11 @@ def main() -> None:
     parser.add_argument("--folder", help="where the corpus is made, and found again; default: a temporary folder")
     parser.add_argument("--json", help="file for the results")
     parser.add_argument("--start", help=argparse.SUPPRESS)
+    parser.add_argument("--write_prepared", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.write_prepared:
+        write_prepared(arguments.write_prepared)
+        return
     if arguments.start:
         print(json.dumps(start(arguments.start)))
         return
@@ -115,8 +149,11 @@ def main() -> None:
             make_corpus(folder, arguments.rows)
         os.environ["HF_HOME"] = str(folder / "hf")
         results = {}
-        for name in ("index", "first start", "second start"):
-            command = [sys.executable, __file__, "--start", str(folder)]
+        for name in ("index", "start", "prepared", "prepared, start", "prepared, again"):
+            command = [sys.executable, __file__, "--write_prepared" if name == "prepared" else "--start", str(folder)]
+            if name == "prepared":
+                subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+                continue
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             results[name] = json.loads(done.stdout.splitlines()[-1])
             print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in results[name].items()), flush=True)
