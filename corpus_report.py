@@ -216,10 +216,13 @@ def write_page(summaries: list[Summary], rows: dict[str, SpeechRows], file: Path
     file.write_text(template.render(summaries=shown), encoding="utf-8")
 
 
-def write_report(folder: Path, train_rows: SpeechRows, eval_rows: SpeechRows, config: DataConfig) -> list[str]:
-    """Writes corpus.json, corpus.md and corpus.html into `folder`; returns what the console is to show."""
+def write_report(folder: Path, train_rows: SpeechRows | None, eval_rows: SpeechRows, config: DataConfig) -> list[str]:
+    """Writes corpus.json, corpus.md and corpus.html into `folder`; returns what the console is to show.
+
+    `train_rows` is None where training data is streamed: nobody knows yet what is in it.
+    """
     rows = {"training": train_rows, "evaluation": eval_rows}
-    summaries = summarize("training", train_rows, config.train_sources)
+    summaries = summarize("training", train_rows, config.train_sources) if train_rows else []
     summaries += summarize("evaluation", eval_rows, config.eval_sources or config.train_sources)
     content = json.dumps(summaries, ensure_ascii=False, indent=1, allow_nan=False)
     (folder / "corpus.json").write_text(content + "\n", encoding="utf-8")
@@ -227,5 +230,5 @@ def write_report(folder: Path, train_rows: SpeechRows, eval_rows: SpeechRows, co
     (folder / "corpus.md").write_text("\n".join(["# Corpora", "", "```text", *lines, "```", ""]), encoding="utf-8")
     page = folder / "corpus.html"
     write_page(summaries, rows, page)
-    lines += ["", *train_rows.notes] if train_rows.notes else []
+    lines += ["", *train_rows.notes] if train_rows and train_rows.notes else []
     return [*lines, "", f"histograms and samples to hear: {page} ({page.stat().st_size / 1e6:.1f} MB)"]

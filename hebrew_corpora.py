@@ -91,6 +91,10 @@ class DataConfig:
     """Share of the audited utterances."""
     max_broken_share: float = 0.05
     """More unreadable rows than this share of a source end the run before it starts."""
+    streaming: bool = False
+    """Training data is read while it is trained on, for corpora that do not fit the disk: see corpus_stream.py."""
+    steps_per_epoch: int | None = None
+    """Steps that are called an epoch when streaming, where nobody knows how many there are."""
     preprocessing_num_workers: int = 8
     """Processes that read headers and transcripts at the start, and the audio in `--prepare`."""
     prepared_dir: str | None = None
@@ -102,6 +106,8 @@ class DataConfig:
             raise InputError("train_sources is empty: name at least one dataset")
         if not 0 <= self.drop_worst_share < 1 or (self.audit_scores is None) != (self.drop_worst_share == 0):
             raise InputError("audit_scores and drop_worst_share (above 0, below 1) go together: give both or neither")
+        if self.streaming:
+            self._check_streaming()
         given = [source.probability for source in self.train_sources if source.probability is not None]
         if given and (len(given) < len(self.train_sources) or min(given) <= 0 or abs(sum(given) - 1) > 1e-6):
             raise InputError(
@@ -109,30 +115,42 @@ class DataConfig:
                 f" {len(self.train_sources)} sources"
             )
 
+    def _check_streaming(self) -> None:
+        needed = {
+            "eval_sources (nothing can be held out of a stream)": bool(self.eval_sources),
+            "steps_per_epoch (at least 1)": (self.steps_per_epoch or 0) >= 1,
+            "a probability for each of its sources": len(self.train_sources) == 1
+            or all(source.probability for source in self.train_sources),
+            "audit_scores left out": self.audit_scores is None,
+        }
+        if missing := [name for name, is_there in needed.items() if not is_there]:
+            raise InputError(f"streaming needs {', and '.join(missing)}")
+
 
 # -------------------------------------------------------------------------------------------------------- Loading rows
 
+STREAM_SHARDS = 64  # of a local dataset that is not in parquet files, when it is streamed
 TEXT_COLUMNS = ("transcript", "text", "sentence", "transcription")
 
 
-def load_source(source: Source) -> datasets.Dataset:
+def load_source(source: Source, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
     """Loads one dataset with its audio left as compressed bytes; raises InputError with the remedy."""
-    folder = Path(source.path)
+    folder, how = Path(source.path), {"split": source.split, "streaming": streaming}
     try:
         if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
             rows = saved_rows(source)
         elif folder.suffix == ".parquet":
-            rows = datasets.load_dataset("parquet", data_files=source.path, split=source.split)
+            rows = datasets.load_dataset("parquet", data_files=source.path, **how)
         elif folder.suffix == ".jsonl":
             rows = listed_rows(source)
         elif any(folder.glob("**/*.parquet")):
-            rows = datasets.load_dataset(source.path, source.config_name, split=source.split)
+            rows = datasets.load_dataset(source.path, source.config_name, **how)
         elif folder.is_dir():
             rows = manifest_rows(source)
         elif source.path.startswith((".", "/", "~")) and not folder.exists():
             raise InputError(f"{source.path}: no such folder")
         else:
-            rows = datasets.load_dataset(**hub_arguments(source))
+            rows = datasets.load_dataset(**hub_arguments(source), **how)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise InputError(
             f"{source.path}: {error}. If it is gated, accept its terms on its page and log in with `uv run hf auth"
@@ -146,6 +164,10 @@ def load_source(source: Source) -> datasets.Dataset:
     except (ValueError, OSError, StopIteration, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         raise InputError(f"{source.path}: {(str(cause).splitlines() or ['it has no rows'])[0]}") from error
+    if streaming and isinstance(rows, datasets.Dataset):
+        rows = rows.to_iterable_dataset(num_shards=min(STREAM_SHARDS, len(rows)))
+    if rows.features is None:
+        rows = rows._resolve_features()
     if "audio" not in rows.column_names:
         raise InputError(f"{source.path}: no column `audio`, there are {', '.join(rows.column_names)}")
     is_audio = isinstance(rows.features["audio"], datasets.Audio)
@@ -155,7 +177,7 @@ def load_source(source: Source) -> datasets.Dataset:
 def hub_arguments(source: Source) -> dict[str, Any]:
     """What `datasets.load_dataset` takes for a Hub id; in the Hub's parquet copies a config is a folder."""
     config = {"data_dir" if source.revision == "refs/convert/parquet" else "name": source.config_name}
-    return {"path": source.path, "split": source.split, "revision": source.revision} | config
+    return {"path": source.path, "revision": source.revision} | config
 
 
 def saved_rows(source: Source) -> datasets.Dataset:
@@ -258,6 +280,20 @@ class RowSettings:
     fastest: float  # characters a second
     min_quality: float | None
     require_hebrew: bool
+
+
+def row_settings(source: Source, columns: list[str], config: DataConfig, for_training: bool) -> RowSettings:
+    return RowSettings(
+        column=text_column(source, columns),
+        text_rules=config.text_rules,
+        for_training=for_training,
+        shortest=config.min_audio_length_seconds,
+        longest=config.max_audio_length_seconds if for_training else float("inf"),
+        slowest=config.min_characters_per_second,
+        fastest=config.max_characters_per_second,
+        min_quality=config.min_quality_score if for_training else None,
+        require_hebrew=config.require_hebrew,
+    )
 
 
 def describe_rows(rows: dict[str, list], numbers: list[int], settings: RowSettings) -> dict[str, list]:
@@ -414,17 +450,7 @@ def load_rows(sources: list[Source], config: DataConfig, for_training: bool) -> 
     loaded, tables, dropped = [], [], []
     for number, source in enumerate(sources):
         rows = load_source(source)
-        settings = RowSettings(
-            column=text_column(source, rows.column_names),
-            text_rules=config.text_rules,
-            for_training=for_training,
-            shortest=config.min_audio_length_seconds,
-            longest=config.max_audio_length_seconds if for_training else float("inf"),
-            slowest=config.min_characters_per_second,
-            fastest=config.max_characters_per_second,
-            min_quality=config.min_quality_score if for_training else None,
-            require_hebrew=config.require_hebrew,
-        )
+        settings = row_settings(source, rows.column_names, config, for_training)
         wanted = {"audio", settings.column, "metadata", "prev_transcript"}
         rows = rows.select_columns([name for name in rows.column_names if name in wanted])
         table = described(rows, source, settings, config.preprocessing_num_workers).with_format("arrow")[:]
@@ -644,17 +670,23 @@ def load_train_and_eval(config: DataConfig, seed: int) -> tuple[SpeechRows, Spee
     train = without_leaks(with_prepared(train, config), heldout, config)
     if config.audit_scores:
         train = without_worst(train, config)
-    if config.max_eval_utterances and len(heldout) > config.max_eval_utterances:
-        is_left_out = np.ones(len(heldout), bool)
-        is_left_out[np.linspace(0, len(heldout) - 1, config.max_eval_utterances).astype(int)] = False
-        reason = f"more than max_eval_utterances ({config.max_eval_utterances})"
-        heldout = drop(heldout, config.eval_sources or config.train_sources, is_left_out, reason)
+    heldout = without_too_many(heldout, config)
     if not config.eval_sources:
         heldout = drop(heldout, config.train_sources, ~np.array([decodes(row) for row in heldout]), "does not decode")
     used = set(np.unique(train.source_numbers).tolist())
     if lost := [source.path for number, source in enumerate(config.train_sources) if number not in used]:
         raise InputError(f"nothing is left to train on of {', '.join(lost)}, after the split and the removal of leaks")
     return train, heldout
+
+
+def without_too_many(heldout: SpeechRows, config: DataConfig) -> SpeechRows:
+    """At most `max_eval_utterances`, spread over the set."""
+    if not config.max_eval_utterances or len(heldout) <= config.max_eval_utterances:
+        return heldout
+    is_left_out = np.ones(len(heldout), bool)
+    is_left_out[np.linspace(0, len(heldout) - 1, config.max_eval_utterances).astype(int)] = False
+    reason = f"more than max_eval_utterances ({config.max_eval_utterances})"
+    return drop(heldout, config.eval_sources or config.train_sources, is_left_out, reason)
 
 
 def decodes(piece: dict[str, Any]) -> bool:

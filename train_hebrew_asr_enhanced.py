@@ -41,6 +41,7 @@ from tqdm.auto import tqdm
 from transformers import Qwen3ASRForConditionalGeneration, Qwen3ASRProcessor, Trainer, TrainerCallback
 
 from corpus_report import write_report
+from corpus_stream import Leaks, SpeechStream, StreamedSource, StreamLoader, load_streams_and_eval
 from hebrew_audio import SAMPLE_RATE, AudioError, WaveformAugmentation, augment, check_waveform, decode_audio
 from hebrew_corpora import DataConfig, InputError, Mixture, SpeechRows, load_train_and_eval
 from hebrew_scoring import score
@@ -294,7 +295,7 @@ class SpeechDataset(torch.utils.data.Dataset):
     Features are taken of each clip alone: in a batch the extractor gives most clips one more valid frame.
     """
 
-    def __init__(self, rows: SpeechRows, processor: Qwen3ASRProcessor, config: TrainingConfig, training: bool):
+    def __init__(self, rows: SpeechRows | None, processor: Qwen3ASRProcessor, config: TrainingConfig, training: bool):
         self.rows, self.config, self.training = rows, config, training
         self.feature_extractor = processor.feature_extractor
 
@@ -304,7 +305,9 @@ class SpeechDataset(torch.utils.data.Dataset):
     def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
         """One utterance, or, in training, `dropped` with the reason why it cannot be heard."""
         epoch, number = draw
-        row = self.rows[number]
+        return self.utterance(self.rows[number], epoch, number)
+
+    def utterance(self, row: dict[str, Any], epoch: int, number: int) -> dict[str, Any]:
         try:
             waveform = self.waveform(row, epoch, number)
         except AudioError as error:
@@ -341,6 +344,16 @@ class SpeechDataset(torch.utils.data.Dataset):
     def __getitems__(self, micro_batches: list[list[tuple[int, int]]]) -> list[list[dict[str, Any]]]:
         """One step's share of one process, as torch's loader asks for it: a list of micro-batches."""
         return [[self[draw] for draw in micro_batch] for micro_batch in micro_batches]
+
+
+class StreamedEpochs:
+    """What GlobalBatchSampler is to the trainer, where epochs are so many steps of a stream."""
+
+    def __init__(self, steps: int):
+        self.steps, self.epoch = steps, 1
+
+    def __len__(self) -> int:
+        return self.steps
 
 
 class GlobalBatchSampler(torch.utils.data.Sampler):
@@ -573,7 +586,7 @@ class GradualUnfreezeTrainer(Trainer):
         args: transformers.TrainingArguments,
         model: Qwen3ASRForConditionalGeneration,
         processor: Qwen3ASRProcessor,
-        train_rows: SpeechRows,
+        train_rows: SpeechRows | list[StreamedSource],
         eval_rows: SpeechRows,
         run_log: RunLog,
         use_bf16: bool,
@@ -586,11 +599,15 @@ class GradualUnfreezeTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=SpeechDataset(train_rows, processor, config, training=True),
+            train_dataset=None if config.streaming else SpeechDataset(train_rows, processor, config, training=True),
             eval_dataset=SpeechDataset(eval_rows, processor, config, training=False),
         )
-        self.mixture = Mixture(train_rows, config.train_sources, config.seed)
-        self.sampler = GlobalBatchSampler(self.mixture, config, args.process_index, args.world_size)
+        if config.streaming:
+            self.sampler = StreamedEpochs(config.steps_per_epoch)
+            self.stream_loader = self.open_stream(train_rows, eval_rows)
+        else:
+            self.mixture = Mixture(train_rows, config.train_sources, config.seed)
+            self.sampler = GlobalBatchSampler(self.mixture, config, args.process_index, args.world_size)
         self.total_steps = config.max_steps or config.num_epochs * len(self.sampler)
         ends = {stage.last_epoch * len(self.sampler): stage.name for stage in config.stages}
         self.stage_ends = {step: name for step, name in ends.items() if step < self.total_steps}
@@ -605,7 +622,24 @@ class GradualUnfreezeTrainer(Trainer):
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """One item is this process's share of one optimizer step: a list of micro-batches. Already sharded by rank."""
+        if self.config.streaming:
+            return self.stream_loader
         return self._loader(self.train_dataset, self.sampler, functools.partial(collate_step, self.collator))
+
+    def open_stream(self, streams: list[StreamedSource], heldout: SpeechRows) -> StreamLoader:
+        config, size = self.config, self.config.batch_size
+        stream = SpeechStream(
+            streams,
+            Leaks(heldout, config),
+            SpeechDataset(None, self.processor, config, training=True).utterance,
+            lambda step: [self.collator(step[i : i + size], training=True) for i in range(0, len(step), size)],
+            share=config.target_effective_batch // self.args.world_size,
+            seed=config.seed,
+            rank=self.args.process_index,
+            processes=self.args.world_size,
+        )
+        pin_memory = torch.cuda.is_available()
+        return StreamLoader(stream, config.steps_per_epoch, config.dataloader_num_workers, pin_memory)
 
     def get_eval_dataloader(self, eval_dataset: SpeechDataset | None = None) -> torch.utils.data.DataLoader:
         """This process's batches of the evaluation set, longest first; the batches are the same for any rank count.
@@ -1093,7 +1127,7 @@ def main(config: TrainingConfig) -> None:
     transformers.set_seed(config.seed)
     folder = new_run_folder(config, state)
     run_log = RunLog(folder, state.process_index)
-    load = functools.partial(load_train_and_eval, config, config.seed)
+    load = functools.partial(load_streams_and_eval if config.streaming else load_train_and_eval, config, config.seed)
     if config.prepare:
         if state.num_processes > 1:
             raise InputError("--prepare runs without torchrun; preprocessing_num_workers says in how many processes")
@@ -1177,7 +1211,9 @@ def describe_result(trainer: GradualUnfreezeTrainer, final: dict[str, float]) ->
         run_log.say(line)
 
 
-def run_facts(trainer: GradualUnfreezeTrainer, train_rows: SpeechRows, processes: int) -> dict[str, Any]:
+def run_facts(
+    trainer: GradualUnfreezeTrainer, train_rows: SpeechRows | list[StreamedSource], processes: int
+) -> dict[str, Any]:
     """What the dashboard should hold beside the settings."""
     return {
         "processes": processes,
@@ -1185,8 +1221,8 @@ def run_facts(trainer: GradualUnfreezeTrainer, train_rows: SpeechRows, processes
         "gradient_accumulation_steps": trainer.config.gradient_accumulation_steps(processes),
         "effective_batch_size": trainer.config.target_effective_batch,
         "steps": trainer.total_steps,
-        "train_utterances": len(train_rows),
-        "train_hours": train_rows.hours,
+        "train_utterances": None if trainer.config.streaming else len(train_rows),
+        "train_hours": None if trainer.config.streaming else train_rows.hours,
         "bf16_autocast": trainer.use_bf16,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
     }
@@ -1195,7 +1231,7 @@ def run_facts(trainer: GradualUnfreezeTrainer, train_rows: SpeechRows, processes
 def announce(trainer: GradualUnfreezeTrainer, eval_rows: SpeechRows, processes: int) -> None:
     """Says what will run, and which stages are cut."""
     config, say = trainer.config, trainer.run_log.say
-    if config.train_sources[0].probability is not None:
+    if config.train_sources[0].probability is not None and not config.streaming:
         for source, count, rows in zip(config.train_sources, trainer.mixture.counts, trainer.mixture.rows, strict=True):
             share = count / len(trainer.mixture)
             say(f"mixture: {share:.1%} of an epoch from {source.path}, {count} of its {len(rows)} utterances")
@@ -1235,12 +1271,18 @@ def load_in_turn(state: accelerate.PartialState, load: Callable[[], Any]) -> Any
 
 
 def report_data(
-    folder: Path, train_rows: SpeechRows, eval_rows: SpeechRows, config: TrainingConfig, run_log: RunLog
+    folder: Path,
+    train_rows: SpeechRows | list[StreamedSource],
+    eval_rows: SpeechRows,
+    config: TrainingConfig,
+    run_log: RunLog,
 ) -> None:
     run_log.say(f"run folder {folder}")
     if run_log.is_main:
-        for line in write_report(folder, train_rows, eval_rows, config):
+        for line in write_report(folder, None if config.streaming else train_rows, eval_rows, config):
             run_log.say(line)
+        for stream in train_rows if config.streaming else []:
+            run_log.say(f"streamed: {stream.source}, {stream.rows.num_shards} shards, read while training")
 
 
 def quiet_libraries(is_main: bool) -> None:

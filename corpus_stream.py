@@ -1,0 +1,216 @@
+"""Training data that is read while it is trained on, for corpora that do not fit the disk.
+
+The reading, the shards and their division over processes are `datasets`' own. A row passes the filters of a start
+(texts, headers, leaks by words and by bytes), what is left out is reported with each step. Not looked for in a stream:
+duplicates, and leaks by sound. Imports nothing of the training scripts.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets.distributed import split_dataset_by_node
+
+from hebrew_corpora import (
+    DataConfig,
+    InputError,
+    RowSettings,
+    Source,
+    SpeechRows,
+    describe_row,
+    load_rows,
+    load_source,
+    row_settings,
+    without_too_many,
+)
+
+BLOCK_ROWS = 256  # rows that are read at once and shuffled; a resumed run reads the rest of its block again
+
+
+@dataclass
+class StreamedSource:
+    """A source whose rows are read as they are needed."""
+
+    source: Source
+    rows: datasets.IterableDataset
+    settings: RowSettings
+
+
+def open_stream(source: Source, config: DataConfig) -> StreamedSource:
+    """Finds the shards and reads the first row; raises InputError."""
+    rows = load_source(source, streaming=True)
+    return StreamedSource(source, rows, row_settings(source, rows.column_names, config, for_training=True))
+
+
+def load_streams_and_eval(config: DataConfig, seed: int) -> tuple[list[StreamedSource], SpeechRows]:
+    """Like `load_train_and_eval`, with the training sources opened and not read."""
+    heldout = without_too_many(load_rows(config.eval_sources, config, for_training=False), config)
+    return [open_stream(source, config) for source in config.train_sources], heldout
+
+
+class Leaks:
+    """What the evaluation sets hold, to be kept out of training."""
+
+    def __init__(self, heldout: SpeechRows, config: DataConfig):
+        self.digests = set(heldout.column("digest"))
+        counted = zip(heldout.column("words"), heldout.column("word_count"), strict=True)
+        self.sentences = {words for words, count in counted if count >= config.leak_min_words}
+
+    def reason(self, piece: dict[str, Any]) -> str:
+        if piece["digest"] in self.digests:
+            return "audio of an evaluation set"
+        return "text of an evaluation set" if piece["words"] in self.sentences else ""
+
+
+class EndlessPieces:
+    """The pieces of one source for one process, pass after pass, each with another order of the shards.
+
+    `state` is all that an equal object needs to go on from here.
+    """
+
+    def __init__(self, stream: StreamedSource, seed: tuple[int, ...], leaks: Leaks):
+        self.stream, self.seed, self.leaks = stream, seed, leaks
+        self.rows = copy.deepcopy(stream.rows)  # the number of the pass is in memory that workers would share
+        self.state: dict[str, Any] = {"pass": 1, "block": 0, "rows": None, "taken": 0}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yields pieces with `audio`, `pass` and, where one cannot be used, `dropped`."""
+        while True:
+            state, usable = self.state, 0
+            from_the_start = state["block"] == state["taken"] == 0
+            self.rows.set_epoch(state["pass"])
+            self.rows.load_state_dict(state["rows"])
+            rows = iter(self.rows)
+            while block := list(islice(rows, BLOCK_ROWS)):
+                after = self.rows.state_dict()
+                pieces = [piece | {"pass": state["pass"]} for row in block for piece in self.described(row)]
+                usable += sum(not piece["dropped"] for piece in pieces)
+                random = np.random.default_rng([*self.seed, state["pass"], state["block"]])
+                for place in random.permutation(len(pieces))[state["taken"] :].tolist():
+                    state["taken"] += 1
+                    yield pieces[place]
+                state |= {"block": state["block"] + 1, "rows": after, "taken": 0}
+            if from_the_start and not usable:
+                raise InputError(
+                    f"{self.stream.source}: a whole pass over this process's share gave nothing to train on"
+                )
+            state |= {"pass": state["pass"] + 1, "block": 0, "rows": None, "taken": 0}
+
+    def described(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        pieces = [piece | {"audio": row["audio"]} for piece in describe_row(row, self.stream.settings)]
+        return [p if p["dropped"] else p | {"dropped": self.leaks.reason(p)} for p in pieces]
+
+
+class SpeechStream(torch.utils.data.IterableDataset):
+    """One process's share of the steps of a run, for ever.
+
+    Args:
+        streams: the sources; where there are several, each has a probability.
+        leaks: what is kept out.
+        featurize: makes an utterance of (piece, pass, number), or a dict with `dropped`.
+        collate: makes a step's micro-batches of utterances.
+        share: this process's utterances in a step.
+    """
+
+    def __init__(
+        self,
+        streams: list[StreamedSource],
+        leaks: Leaks,
+        featurize: Callable[[dict[str, Any], int, int], dict[str, Any]],
+        collate: Callable[[list[dict[str, Any]]], list[Any]],
+        share: int,
+        seed: int,
+        rank: int,
+        processes: int,
+    ):
+        self.leaks, self.featurize, self.collate, self.share = leaks, featurize, collate, share
+        self.seed, self.rank = seed, rank
+        self.streams = [
+            StreamedSource(s.source, split_by_process(s.rows, rank, processes), s.settings) for s in streams
+        ]
+        self.shares = np.array([1.0 if s.source.probability is None else s.source.probability for s in streams])
+        self.start: dict[str, Any] = {"steps": 0, "workers": {}}
+
+    def workers(self, wanted: int) -> int:
+        """At most as many as every source has shards for this process."""
+        return min(wanted, *(per_process(stream.rows) for stream in self.streams))
+
+    def __iter__(self) -> Iterator[tuple[list[Any], list[str], int, dict[str, Any]] | None]:
+        """Yields (micro-batches, what was dropped, worker, its state after the step)."""
+        info = torch.utils.data.get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        sources = [
+            EndlessPieces(stream, (self.seed, number, self.rank, worker), self.leaks)
+            for number, stream in enumerate(self.streams)
+        ]
+        taken = np.zeros(len(sources), np.int64)
+        if before := self.start["workers"].get(str(worker)):
+            taken = np.array(before["taken"])
+            for source, state in zip(sources, before["sources"], strict=True):
+                source.state = copy.deepcopy(state)
+        if worker < self.start["steps"] % workers:
+            yield None  # its turn in this round was before the start
+        pieces = [iter(source) for source in sources]
+        while True:
+            utterances, dropped = [], []
+            while len(utterances) < self.share:
+                number = int(np.argmax(self.shares * (taken.sum() + 1) - taken))  # the one furthest behind
+                piece = next(pieces[number])
+                utterance = {"dropped": f"{piece['dropped']}: {piece['recording']}"}
+                if not piece["dropped"]:
+                    utterance = self.featurize(piece, piece["pass"], int(piece["digest"][:15], 16))
+                if "dropped" in utterance:
+                    dropped.append(utterance["dropped"])
+                else:
+                    utterances.append(utterance)
+                    taken[number] += 1
+            state = {"taken": taken.tolist(), "sources": [copy.deepcopy(source.state) for source in sources]}
+            yield self.collate(utterances), dropped, worker, state
+
+
+def split_by_process(rows: datasets.IterableDataset, rank: int, processes: int) -> datasets.IterableDataset:
+    """Whole shards for each process; where there are fewer shards, each reads all and uses its own rows."""
+    strategy = "shards" if rows.num_shards >= processes else "auto"
+    return split_dataset_by_node(rows, rank, processes, strategy=strategy)
+
+
+def per_process(rows: datasets.IterableDataset) -> int:
+    """Shards that the process with the fewest has, of a dataset that was split."""
+    processes = rows._distributed.world_size
+    return rows.num_shards if rows.num_shards < processes else rows.num_shards // processes
+
+
+class StreamLoader(torch.utils.data.DataLoader):
+    """Runs a SpeechStream in workers; an epoch is so many steps of it, and the next epoch goes on from there."""
+
+    def __init__(self, stream: SpeechStream, steps_per_epoch: int, workers: int, pin_memory: bool):
+        workers = stream.workers(workers)
+        prefetch = 2 if workers else None
+        super().__init__(
+            stream,
+            None,
+            num_workers=workers,
+            prefetch_factor=prefetch,
+            pin_memory=pin_memory,
+            collate_fn=lambda item: item,
+        )
+        self.steps_per_epoch, self.steps = steps_per_epoch, None
+        self.state = copy.deepcopy(stream.start)
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[tuple[list[Any], list[str]]]:
+        self.steps = super().__iter__() if self.steps is None else self.steps
+        for _ in range(self.steps_per_epoch):
+            while (item := next(self.steps)) is None:
+                pass
+            micro_batches, dropped, worker, state = item
+            self.state["steps"] += 1
+            self.state["workers"][str(worker)] = state
+            yield micro_batches, dropped

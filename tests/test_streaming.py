@@ -1,0 +1,134 @@
+"""A streamed corpus is heard whole, once a pass, by two processes without overlap, and goes on exactly where it was."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pyarrow.parquet
+import pytest
+from conftest import DEMO, ROOT
+from test_corpora import parquet, wav
+
+from corpus_stream import Leaks, SpeechStream, StreamLoader, load_streams_and_eval
+from hebrew_corpora import DataConfig, InputError, Source, load_rows
+
+
+def shards(folder, counts: list[int], first: int = 0):
+    """Parquet shards of consecutive utterances of the demo corpus."""
+    (file,) = (DEMO / "corpus").glob("*.parquet")
+    table, begin = pyarrow.parquet.read_table(file), first
+    folder.mkdir(parents=True)
+    for i, count in enumerate(counts):
+        pyarrow.parquet.write_table(table.slice(begin, count), folder / f"train-{i:05}-of-{len(counts):05}.parquet")
+        begin += count
+    return folder
+
+
+def config_of(folder, heldout, **settings) -> DataConfig:
+    settings = {"streaming": True, "steps_per_epoch": 10} | settings
+    sources = settings.pop("train_sources", [Source(str(folder))])
+    return DataConfig(train_sources=sources, eval_sources=[Source(str(heldout))], **settings)
+
+
+def loader(config, rank: int = 0, processes: int = 1, workers: int = 0, share: int = 4, start=None) -> StreamLoader:
+    """A step is a list of the utterances' (source's text, pass)."""
+    streams, heldout = load_streams_and_eval(config, seed=1)
+
+    def featurize(piece, epoch, number):
+        return {"text": piece["text"], "pass": epoch, "number": number, "recording": piece["recording"]}
+
+    stream = SpeechStream(streams, Leaks(heldout, config), featurize, lambda step: step, share, 1, rank, processes)
+    if start:
+        stream.start = copy.deepcopy(start)
+    return StreamLoader(stream, config.steps_per_epoch, workers, pin_memory=False)
+
+
+def take(stream: StreamLoader, steps: int) -> list:
+    stream.steps_per_epoch = steps
+    return list(stream)
+
+
+@pytest.mark.parametrize("counts", [[12, 12, 12, 12], [20, 9, 19], [48]])
+def test_two_processes_hear_every_utterance_once_a_pass_and_none_twice(tmp_path, heldout, counts):
+    config = config_of(shards(tmp_path / "c", counts), heldout, drop_duplicates=False)
+    wanted = Counter(load_rows(config.train_sources, config, for_training=True).column("text"))
+    heard = Counter()
+    for rank in (0, 1):
+        steps = take(loader(config, rank, processes=2, share=1), 80)
+        first_pass = [u for step, _ in steps for u in step if u["pass"] == 1]
+        assert {u["pass"] for step, _ in steps for u in step} >= {1, 2}, "the pass ended"
+        heard += Counter(u["text"] for u in first_pass)
+    assert heard == wanted
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_stream_goes_on_exactly_where_it_was(tmp_path, heldout, workers):
+    folder = shards(tmp_path / "c", [30, 20, 25, 25])
+    config = config_of(folder, heldout, train_sources=[Source(str(folder))])
+    whole = take(loader(config, workers=workers), 31)
+    assert {u["pass"] for step, _ in whole for u in step} == {1, 2}
+    for stop in (3, 16):
+        before = loader(config, workers=workers)
+        assert take(before, stop) == whole[:stop]
+        state = json.loads(json.dumps(before.state))
+        assert take(loader(config, workers=workers, start=state), 31 - stop) == whole[stop:]
+
+
+def test_shares_of_two_sources_and_what_is_left_out(tmp_path, heldout):
+    leaking = load_rows([Source(str(heldout))], DataConfig(), for_training=False)
+    rows = [
+        {"audio": wav(tmp_path / f"{i}.wav", 1 + i / 10), "transcript": text}
+        for i, text in enumerate(["א ב", "...", leaking.column("reference")[1]])
+    ]
+    small = parquet(tmp_path / "small", rows)
+    sources = [
+        Source(str(shards(tmp_path / "c", [30, 30])), probability=0.75),
+        Source(str(small), probability=0.25),
+    ]
+    config = config_of(None, heldout, train_sources=sources, leak_min_words=1, min_characters_per_second=0.1)
+    steps = take(loader(config, share=8), 10)
+    assert [sum(u["text"] == "א ב" for u in step) for step, _ in steps] == [2] * 10
+    reasons = Counter(line.split(":")[0] for _, dropped in steps for line in dropped)
+    assert reasons["empty text"] > 10 and reasons["text of an evaluation set"] > 10
+
+
+def test_a_source_of_which_nothing_can_be_used_ends_the_stream(tmp_path, heldout):
+    rows = [{"audio": wav(tmp_path / "a.wav"), "transcript": "..."}]
+    config = config_of(parquet(tmp_path / "c", rows), heldout)
+    with pytest.raises(InputError, match="gave nothing to train on"):
+        take(loader(config), 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eval_sources": []}, "eval_sources"),
+        ({"steps_per_epoch": None}, "steps_per_epoch"),
+        ({"train_sources": [Source("a"), Source("b")]}, "a probability for each"),
+    ],
+)
+def test_what_a_stream_needs(settings, message):
+    whole = {"train_sources": [Source("a")], "eval_sources": [Source("b")], "streaming": True, "steps_per_epoch": 5}
+    DataConfig(**whole).check_sources()
+    with pytest.raises(InputError, match=f"streaming needs.*{message}"):
+        DataConfig(**(whole | settings)).check_sources()
+
+
+def test_the_command_trains_on_a_stream_with_two_processes(tmp_path, heldout):
+    """Four shards, two workers on each process; the loss is logged and what is dropped is counted."""
+    folder = shards(tmp_path / "c", [20, 20, 20, 20], first=200)
+    sources = json.dumps([{"path": str(folder)}])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [ROOT / "train_round2_gradual.py", "--demo", "--streaming", "true", "--steps_per_epoch", "4"]
+    command += ["--num_epochs", "3", "--train_sources", sources, "--logging_steps", "1", "--eval_steps", "100"]
+    command += ["--eval_sources", json.dumps([{"path": str(heldout)}]), "--dataloader_num_workers", "2"]
+    command += ["--tracker", "none", "--output_dir", tmp_path / "run"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "4 shards, read while training" in done.stdout and "stage A" in done.stdout
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["train/loss"] for row in logged if "train/loss" in row]
+    assert len(losses) == 12 and losses[-1] < losses[0]
