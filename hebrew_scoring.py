@@ -3,6 +3,7 @@
 Imports nothing of this project, so that training, evaluation and rewards can all use it.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,13 @@ class ErrorCounts:
         """Character error rate in percent."""
         return 100 * self.character_edits / self.characters
 
+    @property
+    def wil(self) -> float:
+        """Word information lost in percent: 1 - hits / reference words * hits / hypothesis words, all pooled."""
+        hits = self.words - self.substitutions - self.deletions
+        hypothesis_words = hits + self.substitutions + self.insertions
+        return 100 * (1 - hits / self.words * hits / hypothesis_words) if hypothesis_words else 100.0
+
 
 def count_errors(reference: str, hypothesis: str) -> ErrorCounts:
     """Aligns one utterance with jiwer; both texts are taken as they are, and `reference` must hold a word."""
@@ -65,6 +73,61 @@ def count_errors(reference: str, hypothesis: str) -> ErrorCounts:
         characters=characters.hits + characters.substitutions + characters.deletions,
         character_edits=characters.substitutions + characters.deletions + characters.insertions,
     )
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One utterance as it is compared; counts of many add up to those of the corpus."""
+
+    reference: str
+    """Normalised, as the hypothesis is."""
+    hypothesis: str
+    counts: ErrorCounts | None
+    """On the normalised texts; None where nothing of the reference survives normalisation."""
+    raw_counts: ErrorCounts | None
+    """On the texts as they are but for whitespace, each run of which is one space; None where `counts` is."""
+
+
+def count_utterance(reference: str, hypothesis: str) -> Utterance:
+    """Normalises and aligns one utterance; an empty hypothesis counts as all deletions."""
+    normalized = leaderboard_normalize(reference), leaderboard_normalize(hypothesis)
+    if not normalized[0]:
+        return Utterance(*normalized, counts=None, raw_counts=None)
+    raw = " ".join(reference.split()), " ".join(hypothesis.split())
+    return Utterance(*normalized, counts=count_errors(*normalized), raw_counts=count_errors(*raw))
+
+
+LONGEST_REPEATED_PHRASE = 12  # words
+REPEATED_LETTER = re.compile(r"([^\W\d_])\1{5,}")
+REPEATED_SYLLABLES = re.compile(r"([^\W\d_]{2,4})\1{3,}")
+
+
+def repeats(text: str) -> bool:
+    """Whether the normalised text runs in a loop, as a decoder does that no longer listens.
+
+    A loop is, without a pause,
+    - one word five times or more, two words four times or more, or a phrase of 3 to 12 words three times or more;
+    - inside a word, one letter six times or more, or 2 to 4 letters four times or more; digits do not count.
+
+    People do repeat: Hebrew doubles words to intensify or distribute (לאט לאט, אחד אחד), and emphasis says כן כן כן or
+    לא לא לא לא, so a single word needs one more than four; the longer a phrase, the sooner its return is no accident.
+    No Hebrew word has a letter six times in a row (חחחח for laughter and אההה are written with fewer), and reduplicated
+    stems (גלגל, צמצם) double their syllable only. Speech itself can loop (songs, slogans, a number read out in digits):
+    a loop counts against a hypothesis only where its reference has none, `repeats(hypothesis) and not
+    repeats(reference)`.
+    """
+    text = leaderboard_normalize(text)
+    if REPEATED_LETTER.search(text) or REPEATED_SYLLABLES.search(text):
+        return True
+    words = text.split()
+    for length in range(1, LONGEST_REPEATED_PHRASE + 1):
+        times = max(3, 6 - length)
+        same = 0  # words in a row that equal the one a phrase earlier
+        for earlier, word in zip(words, words[length:], strict=False):
+            same = same + 1 if word == earlier else 0
+            if same == length * (times - 1):
+                return True
+    return False
 
 
 def score(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
@@ -85,16 +148,14 @@ def score(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, flo
     total, nonempty, raw = ErrorCounts(), ErrorCounts(), ErrorCounts()
     empty_predictions = empty_references = 0
     for reference, hypothesis in zip(references, hypotheses, strict=True):
-        normalized_reference = leaderboard_normalize(reference)
-        if not normalized_reference:
+        utterance = count_utterance(reference, hypothesis)
+        if utterance.counts is None or utterance.raw_counts is None:
             empty_references += 1
             continue
-        normalized_hypothesis = leaderboard_normalize(hypothesis)
-        counts = count_errors(normalized_reference, normalized_hypothesis)
-        total += counts
-        raw += count_errors(reference.strip(), hypothesis.strip())
-        if normalized_hypothesis:
-            nonempty += counts
+        total += utterance.counts
+        raw += utterance.raw_counts
+        if utterance.hypothesis:
+            nonempty += utterance.counts
         else:
             empty_predictions += 1
     if not total.words:

@@ -4,9 +4,10 @@ import random
 import unicodedata
 
 import hebrew
+import jiwer
 import pytest
 
-from hebrew_scoring import leaderboard_normalize, score
+from hebrew_scoring import ErrorCounts, count_utterance, leaderboard_normalize, repeats, score
 
 REMOVED = "\u061c\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff\"'"
 
@@ -80,6 +81,93 @@ def test_score_equals_an_independent_computation_on_random_pairs():
     assert result["cer"] == pytest.approx(100 * sum(edits(list(r), list(h)) for r, h in scored) / characters, abs=1e-9)
     assert result["empty_references"] == sum(not r for r, _ in pairs) > 0
     assert result["empty_predictions"] == sum(not h for _, h in scored) > 0
+
+
+def alignment_counts(reference: list, hypothesis: list) -> set[tuple[int, int, int, int]]:
+    """Hits, substitutions, deletions, insertions of every alignment with the fewest edits."""
+    rows = [[{(0, 0, 0, j)} for j in range(len(hypothesis) + 1)]]
+    for i, r in enumerate(reference, 1):
+        row = [{(0, 0, i, 0)}]
+        for j, h in enumerate(hypothesis, 1):
+            ways = {(a + (r == h), b + (r != h), c, d) for a, b, c, d in rows[-1][j - 1]}
+            ways |= {(a, b, c + 1, d) for a, b, c, d in rows[-1][j]} | {(a, b, c, d + 1) for a, b, c, d in row[-1]}
+            fewest = min(sum(way[1:]) for way in ways)
+            row.append({way for way in ways if sum(way[1:]) == fewest})
+        rows.append(row)
+    return rows[-1][-1]
+
+
+def test_pooled_counts_and_their_rates_equal_an_independent_computation_normalised_and_raw():
+    rng = random.Random(8)
+    texts = [text for text in (random_text(rng) for _ in range(600)) if leaderboard(text)]
+    pairs = []
+    for text in texts:
+        words = text.split()
+        for _ in range(rng.randrange(3)):  # a word or two exchanged, left out or added
+            place = rng.randrange(len(words) + 1)
+            words[place : place + rng.randrange(2)] = random_text(rng).split()[: rng.randrange(2)]
+        pairs.append((text, "" if rng.random() < 0.1 else " ".join(words) + rng.choice(["", "\n", "\t."])))
+    utterances = [count_utterance(*pair) for pair in pairs]
+    by_leaderboard = [(leaderboard(r), leaderboard(h)) for r, h in pairs]
+    assert [(u.reference, u.hypothesis) for u in utterances] == by_leaderboard
+    as_they_are = [(" ".join(r.split()), " ".join(h.split())) for r, h in pairs]
+    for compared, counted in (
+        (by_leaderboard, [u.counts for u in utterances]),
+        (as_they_are, [u.raw_counts for u in utterances]),
+    ):
+        hits = substitutions = deletions = insertions = 0
+        for (r, h), counts in zip(compared, counted, strict=True):
+            kept = counts.words - counts.substitutions - counts.deletions
+            found = (kept, counts.substitutions, counts.deletions, counts.insertions)
+            assert found in alignment_counts(r.split(), h.split())
+            hits, substitutions = hits + found[0], substitutions + found[1]
+            deletions, insertions = deletions + found[2], insertions + found[3]
+        total = sum(counted, ErrorCounts())
+        assert min(substitutions, deletions, insertions) > 20
+        assert (total.substitutions, total.deletions, total.insertions) == (substitutions, deletions, insertions)
+        words, hypothesis_words = sum(len(r.split()) for r, _ in compared), sum(len(h.split()) for _, h in compared)
+        assert total.words == words
+        assert total.wer == pytest.approx(100 * (substitutions + deletions + insertions) / words, abs=1e-9)
+        assert total.wil == pytest.approx(100 - 100 * (hits / words) * (hits / hypothesis_words), abs=1e-9)
+        assert total.wil == pytest.approx(100 * jiwer.wil(*map(list, zip(*compared, strict=True))), abs=1e-9)
+        letters = sum(len(r) for r, _ in compared)
+        assert total.cer == pytest.approx(100 * sum(edits(list(r), list(h)) for r, h in compared) / letters, abs=1e-9)
+
+
+def test_an_utterance_without_words_has_no_counts_and_an_empty_hypothesis_loses_all_information():
+    utterance = count_utterance("(לא ברור) ...", "שלום")
+    assert (utterance.reference, utterance.hypothesis) == ("", "שלום")
+    assert utterance.counts is None and utterance.raw_counts is None
+    counts = count_utterance("אחת, שתיים", "").counts
+    assert (counts.wer, counts.wil, counts.deletions) == (100.0, 100.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("תודה תודה תודה תודה תודה", True),
+        ("תודה, תודה. תודה! תודה, תודה", True),
+        ("אז אמרתי לו תודה רבה תודה רבה תודה רבה תודה רבה והלכתי", True),
+        ("אני לא יודע אני לא יודע אני לא יודע", True),
+        ("כל מה שרציתי להגיד לכם הערב זה שאני שמח מאוד להיות כאן " * 3, True),
+        ("כל מה שרציתי להגיד לכם הערב זה שאני שמח מאוד להיות כאן " * 2, False),
+        ("לא " * 4, False),
+        ("כן כן כן", False),
+        ("לא לא", False),
+        ("לאט לאט, אחד אחד, יום יום", False),
+        ("תודה רבה תודה רבה תודה רבה", False),
+        ("תודה רבה תודה לך תודה רבה תודה לכם תודה רבה", False),
+        ("אני לא יודע אני לא יודע אני לא זוכר", False),
+        ("חחחחחחחח", True),
+        ("הוא צחק חחחח", False),
+        ("בלהבלהבלהבלה", True),
+        ("אההה גלגל צמצם טיקטקטיקטק", False),
+        ("1000000 שקלים", False),
+        ("", False),
+    ],
+)
+def test_a_loop_repeats_and_what_people_say_twice_does_not(text, expected):
+    assert repeats(text) is expected
 
 
 def test_an_empty_hypothesis_counts_as_all_deletions():
