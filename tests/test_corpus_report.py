@@ -4,13 +4,12 @@ import html.parser
 import io
 import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 import soundfile
+from chromium import look
 from conftest import first_rows
 
 from corpus_report import bidi_parts, one_line, playable, summarize, table, write_page, write_report
@@ -109,41 +108,25 @@ def test_the_page_holds_everything_and_runs_nothing(report):
     assert "default-src 'none'" in text and "script-src" not in text
 
 
-# The browser prints the page when it has loaded, which an open frame puts off until the audio has played
-PROBE = """<script>window.alert = () => { window.attacked = true };
-addEventListener("DOMContentLoaded", async () => {
-  const frame = document.body.appendChild(document.createElement("iframe")).contentDocument;
-  frame.open();
-  const all = (selector, node = document) => [...node.querySelectorAll(selector)];
+PROBE = """
   const players = all("audio"), texts = all(".text"), mixed = texts.find(node => node.innerText.includes("iPhone"));
   players[0].muted = true;
   await players[0].play();
   await new Promise(resolve => players[0].addEventListener("ended", resolve));
   await Promise.all(players.map(p => p.readyState || new Promise(resolve => p.addEventListener("canplay", resolve))));
-  document.title = JSON.stringify({
-    attacked: !!window.attacked, played: players[0].currentTime, durations: players.map(player => player.duration),
+  return {
+    played: players[0].currentTime, durations: players.map(player => player.duration),
     texts: texts.map(node => node.textContent), directions: texts.map(node => getComputedStyle(node).direction),
     runs: all("bdi", mixed).map(node => [node.textContent, node.getBoundingClientRect().left]),
-    overflow: document.documentElement.scrollWidth - innerWidth });
-  frame.close() })</script>"""
+    overflow: document.documentElement.scrollWidth - innerWidth };"""
 
 
 def test_a_browser_plays_the_audio_and_reads_hebrew_from_the_right(report, tmp_path):
-    if not shutil.which("chromium"):
-        pytest.skip("no chromium: apt-get install chromium")
     samples = [s for one in json.loads((report[0] / "corpus.json").read_text()) for s in one["samples"]]
-    text = (report[0] / "corpus.html").read_text().replace("default-src 'none'", "script-src 'unsafe-inline'")
-    (tmp_path / "probed.html").write_text(text.replace("</head>", PROBE + "</head>"))
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --autoplay-policy=no-user-gesture-required --dump-dom"
-    flags += f" --user-data-dir={tmp_path / 'profile'} --window-size=500,900"  # as narrow as it goes
-    command = ["chromium", *flags.split(), (tmp_path / "probed.html").as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    seen = json.loads(html.unescape(re.search("<title>(.*?)</title>", dom, re.DOTALL)[1]))
-    assert not seen["attacked"]
+    seen = look(report[0] / "corpus.html", PROBE, tmp_path)
     assert seen["texts"] == [sample["text"] for sample in samples] and HOSTILE in seen["texts"]
-    assert seen["durations"] == pytest.approx([sample["seconds"] for sample in samples], abs=0.01)
-    assert seen["played"] == pytest.approx(samples[0]["seconds"], abs=0.01)
+    assert seen["durations"] == pytest.approx([sample["seconds"] for sample in samples], abs=0.02)
+    assert seen["played"] == pytest.approx(samples[0]["seconds"], abs=0.02)
     assert set(seen["directions"]) == {"rtl"}
     (first, right), (second, left) = seen["runs"]
     assert (first, second) == ("iPhone 15 Pro", "C++") and left < right
