@@ -4,6 +4,7 @@ At the start only texts and audio headers are read. What decoding alone can show
 found by the workers that decode, or beforehand by prepare_corpora.py. Imports nothing of the training scripts.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -280,6 +281,7 @@ class RowSettings:
     fastest: float  # characters a second
     min_quality: float | None
     require_hebrew: bool
+    without_speech: bool = False  # an empty transcript is the right one
 
 
 def row_settings(source: Source, columns: list[str], config: DataConfig, for_training: bool) -> RowSettings:
@@ -321,6 +323,8 @@ def describe_row(row: dict[str, Any], settings: RowSettings) -> list[dict[str, A
         known["seconds"] = seconds
         if not settings.for_training:
             decode_audio(audio)
+        if settings.without_speech:
+            transcript = transcript or ""
         if not isinstance(transcript, str):
             raise ValueError("empty text" if transcript is None else "text is not a string")
         transcript = OFFICIAL_PREFIX.sub("", transcript)
@@ -353,7 +357,7 @@ def digest(content: bytes) -> str:
 
 def why_unusable(text: str, seconds: float, settings: RowSettings) -> str:
     if not SPOKEN.search(text):
-        return "empty text"
+        return "" if settings.without_speech else "empty text"
     if not settings.for_training:
         return ""
     if settings.require_hebrew and not has_hebrew(text):
@@ -445,12 +449,18 @@ class SpeechRows:
         return float(self.seconds.sum()) / 3600
 
 
-def load_rows(sources: list[Source], config: DataConfig, for_training: bool) -> SpeechRows:
-    """Loads sources; raises InputError when one cannot be read, nothing of it is left, or too much of it is broken."""
+def load_rows(
+    sources: list[Source], config: DataConfig, for_training: bool, without_speech: bool = False
+) -> SpeechRows:
+    """Loads sources; raises InputError when one cannot be read, nothing of it is left, or too much of it is broken.
+
+    `without_speech`: recordings in which nobody speaks, whose right transcript is empty.
+    """
     loaded, tables, dropped = [], [], []
     for number, source in enumerate(sources):
         rows = load_source(source)
         settings = row_settings(source, rows.column_names, config, for_training)
+        settings = dataclasses.replace(settings, without_speech=without_speech)
         wanted = {"audio", settings.column, "metadata", "prev_transcript"}
         rows = rows.select_columns([name for name in rows.column_names if name in wanted])
         table = described(rows, source, settings, config.preprocessing_num_workers).with_format("arrow")[:]

@@ -289,6 +289,14 @@ def parse_config(argv: list[str], defaults: TrainingConfig) -> TrainingConfig:
 # ------------------------------------------------------------------------------------------------ Features and collator
 
 
+def log_mel(feature_extractor: transformers.Qwen3ASRFeatureExtractor, waveform: np.ndarray) -> np.ndarray:
+    """Features (mel, frames) of one waveform (samples,) at 16 kHz, without padding."""
+    extracted = feature_extractor(
+        waveform, sampling_rate=SAMPLE_RATE, padding=True, return_attention_mask=True, return_tensors="np"
+    )
+    return extracted["input_features"][0, :, : int(extracted["attention_mask"].sum())]
+
+
 class SpeechDataset(torch.utils.data.Dataset):
     """Utterances with log-mel features, addressed by (epoch, number): what is drawn for one depends on nothing else.
 
@@ -315,12 +323,8 @@ class SpeechDataset(torch.utils.data.Dataset):
                 raise
             return {"dropped": f"{error}: {row['recording']} (utterance {number}, {row['text']!r})"}
         has_context = self.training and self.random(epoch, number, 1).random() < self.config.prev_context_prob
-        extracted = self.feature_extractor(
-            waveform, sampling_rate=SAMPLE_RATE, padding=True, return_attention_mask=True, return_tensors="np"
-        )
-        frames = int(extracted["attention_mask"].sum())
         return {
-            "features": extracted["input_features"][0, :, :frames],  # (mel, frames)
+            "features": log_mel(self.feature_extractor, waveform),
             "text": row["text"],
             "context": row["previous"] if has_context else "",
             "epoch": int(epoch),
@@ -822,23 +826,16 @@ class GradualUnfreezeTrainer(Trainer):
         """
         module = self.accelerator.unwrap_model(model)
         inputs = self._prepare_inputs(dict(inputs))
-        prompts = {"input_ids": inputs.pop("prompt_input_ids"), "attention_mask": inputs.pop("prompt_attention_mask")}
+        prompts = {name: inputs.pop(name) for name in ("prompt_input_ids", "prompt_attention_mask")}
         inputs["input_features"] = inputs["input_features"].to(module.model.audio_tower.conv2d1.weight.dtype)
         any_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
         with torch.no_grad(), torch.autocast(self.args.device.type, torch.bfloat16, enabled=any_bf16):
             loss = module(**inputs).loss.float()
             if prediction_loss_only:
                 return loss, None, None
-            seconds = inputs["input_features"].shape[2] / FRAMES_PER_CHUNK
-            generated = module.generate(
-                **prompts,
-                input_features=inputs["input_features"],
-                input_features_mask=inputs["input_features_mask"],
-                max_new_tokens=max(self.config.generation_max_new_tokens, math.ceil(TOKENS_PER_SECOND * seconds)),
-                do_sample=False,
-                num_beams=1,
-            )
-        return loss, generated[:, prompts["input_ids"].shape[1] :], inputs["labels"]
+        seconds = inputs["input_features"].shape[2] / FRAMES_PER_CHUNK
+        most = max(self.config.generation_max_new_tokens, math.ceil(TOKENS_PER_SECOND * seconds))
+        return loss, generate(module, inputs | prompts, most), inputs["labels"]
 
     def evaluate(
         self,
@@ -948,6 +945,29 @@ class StepEvents(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run_log.bar.close()
+
+
+def generate(
+    model: Qwen3ASRForConditionalGeneration, batch: dict[str, torch.Tensor], max_new_tokens: int, num_beams: int = 1
+) -> torch.Tensor:
+    """Transcribes a batch of the collator from its prompts alone, never sampling; returns (batch, new tokens).
+
+    Features are cast to the type of the encoder's first convolution, and everything runs under autocast when any
+    weight is bf16.
+    """
+    any_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    prompts = batch["prompt_input_ids"].to(model.device)
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=any_bf16):
+        generated = model.generate(
+            input_ids=prompts,
+            attention_mask=batch["prompt_attention_mask"].to(model.device),
+            input_features=batch["input_features"].to(model.device, model.model.audio_tower.conv2d1.weight.dtype),
+            input_features_mask=batch["input_features_mask"].to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=num_beams,
+        )
+    return generated[:, prompts.shape[1] :]
 
 
 def collate_step(collator: DataCollatorSpeechSeq2SeqWithPadding, micro_batches: list) -> tuple[list[dict], list[str]]:
