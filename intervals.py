@@ -120,14 +120,20 @@ def pooled_ratio(errors: np.ndarray, words: np.ndarray, clusters: Sequence | Non
         _, unit = np.unique(np.asarray(clusters), return_inverse=True)
         errors, words = np.bincount(unit, errors), np.bincount(unit, words)
     units, share = len(words), words / words.sum()
-    value, rates = errors.sum() / words.sum(), errors / words
+    value, rates = float(errors.sum() / words.sum()), errors / words
     standard_error, tail_degrees = 0.0, 1.0
     if np.ptp(rates) > 1e-9:
         residuals = share * (rates - value) / (1 - share)
         standard_error = math.sqrt((units - 1) * residuals.var())
         kurtosis = np.mean(residuals**4) / np.mean(residuals**2) ** 2
-        tail_degrees = max(2 * units / max(kurtosis - 1, 1e-9), 1)
-    return Ratio(100 * value, 100 * standard_error, 1 / (share @ share), tail_degrees, 100 * rates.max())
+        tail_degrees = max(float(2 * units / max(kurtosis - 1, 1e-9)), 1.0)
+    return Ratio(
+        value=100 * value,
+        standard_error=100 * standard_error,
+        effective_units=float(1 / (share @ share)),
+        tail_degrees=tail_degrees,
+        highest=100 * float(rates.max()),
+    )
 
 
 def interval_of_alike(ratio: Ratio, lowest: float, confidence: float) -> Interval:
