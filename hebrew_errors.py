@@ -8,6 +8,7 @@ vouches for it, and for another word everywhere else. What this cannot see:
 - A full or short spelling of the same word that is not listed (דבר meant as דיבר, he spoke) is counted as `word`.
 - A listed spelling that also is a rare other word (מיד: at once, or from a hand) is counted as `spelling`.
 - `joined` looks at letters only: בלילה (at night) against בלי לה (without her) is counted there.
+- `gershayim` looks at letters only: a lone last letter that no ״ left behind (של ו for שלו) is counted there.
 - `prefix` looks at letters only: שחור (black) against בחור (lad), מדבר (desert) against דבר (thing) are counted there.
 - `number` leaves out what is no whole number below a million: 3.5 and 8:30 (two words each after normalisation),
   fractions, ordinals, millions.
@@ -60,7 +61,7 @@ class Chunk(NamedTuple):
 
 # ——— Letters ———
 ordinary_letters = str.maketrans("ךםןףץ", "כמנפצ")
-LATIN = re.compile("[a-zà-öø-ÿāēīōūœæß]")  # normalised text is in lower case
+LATIN = re.compile("[a-z\u00df-\u00f6\u00f8-\u024f]")  # normalised text is in lower case
 PREFIX_LETTERS = "והבכלמש"
 PREFIXES = re.compile("ו?(?:לכש|מש|כש|ש)?[בכלמ]?ה?")  # in the order in which they may follow one another
 LONGEST_PREFIX = 6  # letters: ו, לכש, מ, ה

@@ -14,7 +14,7 @@ import pytest
 from chromium import look
 
 import evaluation_page
-from evaluation_page import difference, markdown_table, rates_in_bins, read_columns, write_page
+from evaluation_page import difference, markdown_table, rate_plots, rates_in_bins, read_columns, write_page
 from hebrew_text import INVISIBLE
 
 HOSTILE = (
@@ -214,6 +214,32 @@ def test_rates_in_bins_are_those_of_jiwer_on_the_bin(by, edges):
             texts = [[row[f"{kind}_normalized"] for row in mine] for kind in ("reference", "hypothesis")]
             assert one["wer"] == pytest.approx(100 * jiwer.wer(*texts))
     assert {one["wer"] is None for one in found} == {True, False}
+
+
+def test_sets_are_pooled_only_where_every_model_has_them_and_drawn_where_their_rates_are(tmp_path):
+    results = results_of()
+    about = results["sets"][0]
+    results["sets"] = [about | {"name": name} for name in ("heldout", "noisy", "partly")]
+    measured = [one for one in results["results"] if one["set"] == "heldout"]
+    results["results"] = [one | {"set": name} for name in ("heldout", "noisy") for one in measured]
+    results["results"].append(measured[0] | {"set": "partly"})
+    rows = rows_of(200) + [row | {"set": "noisy", "number": row["number"] + 500} for row in rows_of(200, seed=1)]
+    rows += [row | {"set": "partly"} for row in rows_of(40, seed=2) if row["model"] == "base"]
+    (pooled, *apart) = rate_plots(results, read_columns(pyarrow.Table.from_pylist(rows)))
+    assert pooled["sets"] == ["heldout", "noisy"]
+    assert [one["sets"] for one in apart] == [["heldout"], ["noisy"], ["partly"]]
+    assert [len(one["seconds"]["lines"]) for one in (pooled, *apart)] == [2, 2, 2, 1]
+    figure = re.search("<figure>(.*?)</figure>", page_of(tmp_path, results, rows), re.DOTALL)[1]
+    points = re.findall(r'class="point" x="([\d.]+)%" y="([\d.]+)".*?<title>([^<]*)', figure)
+    lines = pooled["seconds"]["lines"]
+    expected = [
+        (100 * (place + 0.5) / 6, 150 - 140 * one["wer"] / pooled["seconds"]["ticks"][-1], one["utterances"])
+        for line in lines
+        for place, one in enumerate(line["bins"])
+        if one["wer"] is not None
+    ]
+    found = [(float(x), float(y), int(re.search(r"(\d+) utterances", said)[1])) for x, y, said in points]
+    assert found == [pytest.approx(one, abs=0.06) for one in expected] and len(found) > 6
 
 
 def test_errors_are_apart_by_kind_and_class_with_the_rules_beside(tmp_path):
