@@ -135,8 +135,8 @@ def parse(argv: list[str]) -> EvaluationConfig:
     parser.add_argument("--num_workers", type=int, default=4)
     parser.add_argument("--update_card", action="store_true", help="write the figures into the model's card")
     for one in dataclasses.fields(Decoding):
-        kind = {"int": int, "float": float}.get(str(one.type).split(" ")[0].removeprefix("<class '").strip("'>"), str)
-        parser.add_argument(f"--{one.name}", type=kind, default=one.default)
+        kinds = {int: int, int | None: int, float: float}
+        parser.add_argument(f"--{one.name}", type=kinds.get(one.type, str), default=one.default)
     given = parser.parse_args(argv)
     if bool(given.score) == bool(given.model or given.demo):
         raise InputError("give either --model (or --demo), or --score")
@@ -263,7 +263,7 @@ def summarize(records: list[dict[str, Any]], one: EvaluationSet) -> dict[str, An
 
 
 def limits(interval: Interval) -> dict[str, float]:
-    return dataclasses.asdict(interval)
+    return {name: float(value) for name, value in dataclasses.asdict(interval).items()}
 
 
 def counted(records: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
@@ -291,8 +291,8 @@ def compare_models(records: dict[tuple[str, str], list[dict]], models: list[str]
         result = compare(errors, others, words, clusters(first))
         found.append(
             {"first": models[0], "second": other, "set": name, "difference": limits(result.difference)}
-            | {"probability_first_better": result.first_better, "verdict": verdict(result, models[0], other)}
-            | {"more_than_noise": result.more_than_noise}
+            | {"probability_first_better": float(result.first_better), "verdict": verdict(result, models[0], other)}
+            | {"more_than_noise": bool(result.more_than_noise)}
         )
     return found
 

@@ -29,6 +29,7 @@ from prepare_corpora import in_processes
 
 MOST_TOKENS = (64, 12)  # of a transcript: so many, and so many a second; a fast speaker's Hebrew has 8 a second
 MOST_AT_ONCE = 256  # pieces of a batch, however short
+PROGRESS = "{desc}: {percentage:3.0f}% {bar} {n:.0f}/{total:.0f} s of audio, {elapsed} so far, {remaining} left"
 FRAME = 320  # samples in which loudness is measured: 20 ms
 PAUSE_FRAMES = 15  # averaged: the quietest 0.3 s, not the quietest closure of a plosive
 
@@ -270,11 +271,11 @@ def transcribe_set(
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    total = sum(p.seconds for batch in left for p in batch)
+    total, hides_progress = sum(p.seconds for batch in left for p in batch), hides_progress or not left
     began = time.perf_counter()
     with (
         (folder / f"{rank}.jsonl").open("a", encoding="utf-8") as file,
-        tqdm(total=round(total), desc="transcribing", unit=" s of audio", disable=hides_progress) as bar,
+        tqdm(total=total, desc="transcribing", disable=hides_progress, bar_format=PROGRESS) as bar,
     ):
         file.write("\n" if file.tell() else "")  # after a torn line
         for batch, heard in zip(left, in_processes(left, hear, workers), strict=True):

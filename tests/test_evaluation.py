@@ -1,0 +1,320 @@
+"""The evaluation command: the same transcripts however they are batched, resumed and shared out, and honest gaps."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import huggingface_hub
+import jiwer
+import numpy as np
+import pyarrow.parquet
+import pytest
+import soundfile
+import torch
+import transformers
+from conftest import DEMO, ROOT
+from test_corpora import parquet
+
+import evaluate_hebrew_asr as evaluation
+from evaluate_hebrew_asr import EvaluationSet, parse
+from hebrew_audio import decode_audio
+from hebrew_corpora import InputError, Source
+from hebrew_scoring import leaderboard_normalize
+from transcription import Decoding, batches_of, cut_at_pauses, load_speech_model, plan
+
+BASE = str(DEMO / "base")
+
+
+def settings(tmp_path, heldout, *arguments, sets=None):
+    own = json.dumps({"name": "few", "path": str(heldout), "split": "train"})
+    config = parse(["--model", BASE, "--sets", own, "--output_dir", str(tmp_path / "out"), *arguments])
+    config.num_workers, config.quoted = 0, []
+    if sets:
+        config.sets = sets
+    return config
+
+
+def results_of(folder) -> dict:
+    results = json.loads((folder / "results.json").read_text())
+    results["settings"]["output_dir"] = ""
+    for result in results["results"]:
+        for name in ("audio_seconds_per_second", "peak_memory_gb"):
+            result.pop(name, None)
+    return results
+
+
+def hypotheses_of(folder) -> list[str]:
+    return pyarrow.parquet.read_table(folder / "utterances.parquet")["hypothesis"].to_pylist()
+
+
+def transcribe_alone(rows: list[dict]) -> list[str]:
+    """As the model card tells a user to: one clip at a time, transformers alone."""
+    processor = transformers.AutoProcessor.from_pretrained(BASE)
+    model = transformers.Qwen3ASRForConditionalGeneration.from_pretrained(BASE, dtype=torch.float32)
+    texts = []
+    for row in rows:
+        turn = {"role": "user", "content": [{"type": "audio", "audio": decode_audio(row["audio"])}]}
+        inputs = processor.apply_chat_template(
+            [[turn]], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        written = model.generate(**inputs, max_new_tokens=100, do_sample=False)
+        (text,) = processor.decode(written[:, inputs["input_ids"].shape[1] :], return_format="transcription_only")
+        texts.append(text)
+    return texts
+
+
+def test_transcripts_and_rates_are_those_of_a_user_whatever_the_batch(tmp_path, heldout):
+    evaluation.main(settings(tmp_path, heldout))
+    found = results_of(tmp_path / "out")
+    (file,) = heldout.glob("*.parquet")
+    rows = pyarrow.parquet.read_table(file).to_pylist()
+    assert hypotheses_of(tmp_path / "out") == transcribe_alone(rows)
+    evaluation.main(settings(tmp_path / "alone", heldout, "--batch_seconds", "1"))
+    assert hypotheses_of(tmp_path / "alone" / "out") == hypotheses_of(tmp_path / "out")
+    references = [leaderboard_normalize(row["transcript"]) for row in rows]
+    written = [leaderboard_normalize(text) for text in hypotheses_of(tmp_path / "out")]
+    (result,) = found["results"]
+    assert result["wer"]["value"] == pytest.approx(100 * jiwer.wer(references, written), abs=1e-9)
+    assert result["cer"]["value"] == pytest.approx(100 * jiwer.cer(references, written), abs=1e-9)
+    assert result["wil"] == pytest.approx(100 * jiwer.wil(references, written), abs=1e-9)
+    assert result["wer"]["low"] < result["wer"]["value"] < result["wer"]["high"]
+    errors = result["substitutions"] + result["deletions"] + result["insertions"]
+    assert sum(result["error_classes"].values()) == errors and result["utterances"] == 11
+    assert result["language_accuracy"] == 100 and result["failures"]["truncated"] == 0
+    page = (tmp_path / "out" / "evaluation.html").read_text()
+    assert "few" in page and "data:audio/ogg;base64," in page
+
+
+@pytest.mark.slow
+def test_two_processes_and_an_interrupted_run_write_the_same(tmp_path):
+    """The first run is killed when some batches are on disk; the same command then ends as if nothing had been."""
+
+    def command(folder, processes: int) -> list[str]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        own = json.dumps({"name": "heldout", "path": str(DEMO / "heldout"), "split": "test[:60]"})
+        arguments = ["--model", BASE, "--sets", own, "--batch_seconds", "8", "--num_workers", "0"]
+        return [*launcher, str(ROOT / "evaluate_hebrew_asr.py"), *arguments, "--output_dir", str(folder)]
+
+    subprocess.run(command(tmp_path / "whole", 1), check=True, capture_output=True, timeout=300)
+    killed = subprocess.Popen(command(tmp_path / "cut", 2), stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 200
+    while sum(len(f.read_bytes().splitlines()) for f in (tmp_path / "cut").glob("transcripts/*/*.jsonl")) < 4:
+        assert time.monotonic() < deadline and killed.poll() is None
+        time.sleep(0.02)
+    os.killpg(killed.pid, 9)
+    killed.wait()
+    assert not (tmp_path / "cut" / "results.json").exists()
+    (part, *_) = (tmp_path / "cut").glob("transcripts/*/0.jsonl")
+    part.write_bytes(part.read_bytes()[:-20])  # a line torn by the machine's end
+    lines = sum(len(f.read_bytes().splitlines()) for f in (tmp_path / "cut").glob("transcripts/*/*.jsonl"))
+    subprocess.run(command(tmp_path / "cut", 2), check=True, capture_output=True, timeout=300)
+    assert lines < 20, "it was killed in the middle"
+    assert results_of(tmp_path / "cut") == results_of(tmp_path / "whole")
+    assert hypotheses_of(tmp_path / "cut") == hypotheses_of(tmp_path / "whole")
+
+
+def test_what_cannot_be_measured_is_said_and_the_rest_measured(tmp_path, heldout):
+    (tmp_path / "noise").mkdir()
+    rows = [{"audio": tmp_path / "noise" / f"{i}.wav", "transcript": "שלום"} for i in range(3)]
+    for row in rows:
+        row["audio"].write_bytes(b"no audio")
+    broken = parquet(tmp_path / "broken", rows)
+    empty = parquet(tmp_path / "empty", [{"audio": rows[0]["audio"], "transcript": "(...)"}])
+    sets = [
+        EvaluationSet("few", Source(str(heldout))),
+        EvaluationSet("gone", Source(str(tmp_path / "gone"))),
+        EvaluationSet("broken", Source(str(broken))),
+        EvaluationSet("empty", Source(str(empty))),
+    ]
+    (tmp_path / "no-weights").mkdir()
+    for file in ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / "base" / file, tmp_path / "no-weights" / file)
+    shutil.copytree(DEMO / "base", tmp_path / "no-processor", ignore=shutil.ignore_patterns("processor*", "token*"))
+    transformers.BertConfig().save_pretrained(tmp_path / "bert")
+    others = [str(tmp_path / name) for name in ("no-weights", "no-processor", "bert")]
+    config = settings(tmp_path, heldout, "--compare", *others, sets=sets)
+    with pytest.raises(InputError) as problem:
+        evaluation.main(config)
+    results = results_of(tmp_path / "out")["results"]
+    measured = {(r["model"], r["set"]) for r in results if r["reason"] is None}
+    assert measured == {("base", "few")} and len(results) == 16
+    assert not any("wer" in r for r in results if r["reason"])
+    reasons = {(r["model"], r["set"]): r["reason"] for r in results}
+    assert "no such folder" in reasons["base", "gone"] and "can be used" in reasons["base", "broken"]
+    assert "does not transcribe speech (its model_type is bert)" in reasons["bert", "few"]
+    assert "no-weights cannot be loaded" in reasons["no-weights", "few"]
+    assert "no-processor cannot be loaded" in reasons["no-processor", "few"]
+    assert "not measured: base on gone" in str(problem.value)
+    assert "not measured: " in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_forgetting_makes_the_command_fail_and_silence_is_answered_with_silence(tmp_path, heldout, model, processor):
+    """A checkpoint whose language model was shaken forgets; the base, on itself, does not."""
+    shaken = tmp_path / "shaken"
+    with torch.no_grad():
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "language_model.layers" in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(shaken)
+    processor.save_pretrained(shaken)
+    sets = [
+        EvaluationSet("english", Source(str(DEMO / "english"), split="test[:20]"), "English"),
+        EvaluationSet("silence", Source(str(DEMO / "nonspeech"), split="test[:20]"), "None"),
+    ]
+    evaluation.main(settings(tmp_path, heldout, "--compare", BASE, sets=sets))
+    found = results_of(tmp_path / "out")
+    assert len(found["gates"]) == 3 and all(gate["passed"] for gate in found["gates"])
+    assert found["results"][1]["none_accuracy"] == 100 and found["results"][1]["failures"]["text_on_non_speech"] == 0
+    assert found["comparisons"][0]["difference"]["value"] == 0 and not found["comparisons"][0]["more_than_noise"]
+    config = settings(tmp_path / "b", heldout, "--compare", BASE, sets=sets)
+    config.models[0] = str(shaken)
+    with pytest.raises(InputError, match=r"forgotten: english: WER"):
+        evaluation.main(config)
+    config.max_wer_rise = None
+    evaluation.main(config)
+
+
+def test_long_recordings_are_cut_at_pauses_and_scored_whole(tmp_path, heldout):
+    (file,) = heldout.glob("*.parquet")
+    rows = pyarrow.parquet.read_table(file).to_pylist()
+    pause, parts, speech, place = np.zeros(12_800, np.float32), [], [], 0
+    for row in rows:
+        clip = decode_audio(row["audio"])
+        speech.append((place / 16_000, (place + len(clip)) / 16_000))
+        parts += [clip, pause]
+        place += len(clip) + len(pause)
+    whole = np.concatenate(parts)
+    soundfile.write(tmp_path / "long.flac", whole, 16_000)
+    stretches = cut_at_pauses(whole, longest=8.0)
+    assert stretches[0][0] == 0 and stretches[-1][1] == len(whole) / 16_000
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(stretches))
+    assert all(0 < end - start <= 8 for start, end in stretches) and len(stretches) > 3
+    inside = [cut for cut, _ in stretches[1:] for start, end in speech if start + 0.05 < cut < end - 0.05]
+    assert not inside, "no cut is in a word"
+    text = " ".join(row["transcript"] for row in rows)
+    data = parquet(tmp_path / "data", [{"audio": tmp_path / "long.flac", "transcript": text}])
+    evaluation.main(
+        settings(tmp_path, heldout, "--longest_seconds", "4", sets=[EvaluationSet("long", Source(str(data)))])
+    )
+    (long,) = results_of(tmp_path / "out")["results"]
+    assert long["utterances"] == 1 and long["words"] == len(leaderboard_normalize(text).split())
+    pieces = []
+    for start, end in cut_at_pauses(whole, longest=4.0):
+        soundfile.write(tmp_path / "piece.flac", whole[round(start * 16_000) : round(end * 16_000)], 16_000)
+        pieces.append({"audio": {"bytes": (tmp_path / "piece.flac").read_bytes()}})
+    assert hypotheses_of(tmp_path / "out") == [" ".join(filter(None, transcribe_alone(pieces)))]
+
+
+def test_batches_are_sorted_within_their_budget_and_hold_everything_once(tmp_path, heldout):
+    config = settings(tmp_path, heldout)
+    rows = evaluation.load_set(config.sets[0], config)
+    pieces = plan(rows, 30.0, workers=0)
+    batches = batches_of(pieces, batch_seconds=6.0)
+    assert sorted(p for batch in batches for p in batch) == sorted(pieces) and len(pieces) == 11
+    assert all(len(batch) == 1 or len(batch) * batch[0].seconds <= 6.0 for batch in batches)
+    lengths = [p.seconds for batch in batches for p in batch]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_a_transcript_that_the_limit_cuts_is_counted(tmp_path, heldout):
+    evaluation.main(settings(tmp_path, heldout, "--max_new_tokens", "25"))
+    (found,) = results_of(tmp_path / "out")["results"]
+    assert 0 < found["failures"]["truncated"] <= 11
+
+
+def test_the_language_can_be_given(tmp_path, heldout):
+    evaluation.main(settings(tmp_path, heldout, "--language", "Hebrew", "--context", "ספר"))
+    found = results_of(tmp_path / "out")
+    assert found["models"][0]["language"] == "Hebrew" and found["settings"]["decoding"]["context"] == "ספר"
+    assert not any("language" in text for text in hypotheses_of(tmp_path / "out"))
+
+
+def test_other_speech_models_are_run_by_their_own_pipeline(tmp_path, heldout):
+    """A Whisper and a CTC model, small and untrained: what they write is nonsense, and is measured."""
+    tokens = ["<|endoftext|>", "<|startoftranscript|>", "<|he|>", "<|transcribe|>", "<|notimestamps|>", *"אבגד "]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "<unk>": 1, "|": 2, "א": 3, "ב": 4}))
+    ctc = transformers.Wav2Vec2Config(
+        vocab_size=5, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        conv_dim=(8, 8, 8), conv_kernel=(10, 8, 8), conv_stride=(8, 8, 5), num_feat_extract_layers=3,
+        num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    transformers.Wav2Vec2ForCTC(ctc).save_pretrained(tmp_path / "ctc")
+    transformers.Wav2Vec2Processor(
+        transformers.Wav2Vec2FeatureExtractor(), transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"))
+    ).save_pretrained(tmp_path / "ctc")
+    whisper = transformers.WhisperConfig(
+        vocab_size=len(vocabulary), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, pad_token_id=0, eos_token_id=0,
+        bos_token_id=0, decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None,
+        max_target_positions=20,
+    )  # fmt: skip
+    whisper_model = transformers.WhisperForConditionalGeneration(whisper)
+    whisper_model.generation_config.max_length = 20
+    whisper_model.save_pretrained(tmp_path / "whisper")
+    transformers.WhisperTokenizer(vocab=vocabulary, merges=[], pad_token="<|endoftext|>").save_pretrained(
+        tmp_path / "whisper"
+    )
+    transformers.WhisperFeatureExtractor().save_pretrained(tmp_path / "whisper")
+    config = settings(tmp_path, heldout)
+    config.models = [str(tmp_path / "ctc"), str(tmp_path / "whisper")]
+    evaluation.main(config)
+    found = results_of(tmp_path / "out")
+    assert [r["reason"] for r in found["results"]] == [None, None]
+    assert all(r["wer"]["value"] > 50 and r["language_accuracy"] is None for r in found["results"])
+    with pytest.raises(InputError, match="only Qwen3-ASR takes a context"):
+        load_speech_model(str(tmp_path / "ctc"), Decoding(context="x"), torch.device("cpu"))
+
+
+def test_transcripts_made_elsewhere(tmp_path, capsys):
+    pairs = [("שלום עולם טוב", "שלום עולם"), ('צה"ל כאן', "צהל כאן"), ("...", "מה"), ("כן", "כן " * 9)]
+    for name, cut in (("a", 0), ("b", 1)):
+        lines = [{"reference": r, "hypothesis": h if not cut else ""} for r, h in pairs]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    files = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    evaluation.command(["--score", *files, "--output_dir", str(tmp_path / "out")])
+    first, second = results_of(tmp_path / "out")["results"]
+    assert first["wer"]["value"] == pytest.approx(100 * 9 / 6) and second["wer"]["value"] == 100
+    assert first["empty_references"] == 1 and first["failures"]["repetition"] == 1 and second["failures"]["empty"] == 4
+    assert "a.jsonl" in capsys.readouterr().out
+    for line, message in (("{", "line 5"), ('{"reference": "א"}', "'hypothesis'")):
+        (tmp_path / "c.jsonl").write_text((tmp_path / "a.jsonl").read_text() + f"\n{line}\n")
+        with pytest.raises(InputError, match=message):
+            evaluation.command(["--score", str(tmp_path / "c.jsonl"), "--output_dir", str(tmp_path / "out")])
+    (tmp_path / "d.jsonl").write_text('{"reference": "...", "hypothesis": ""}\n')
+    with pytest.raises(InputError, match="no reference with a word"):
+        evaluation.command(["--score", str(tmp_path / "d.jsonl")])
+
+
+def test_the_figures_land_in_the_model_card(tmp_path, heldout):
+    tuned = tmp_path / "tuned"
+    shutil.copytree(BASE, tuned)
+    (tuned / "README.md").write_text("---\nlicense: apache-2.0\n---\n\n# tuned\n\nText.\n")
+    for _ in range(2):
+        config = settings(tmp_path, heldout, "--update_card")
+        config.models = [str(tuned)]
+        evaluation.main(config)
+    card = huggingface_hub.ModelCard.load(tuned / "README.md")
+    (found,) = results_of(tmp_path / "out")["results"]
+    values = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert values == {metric: round(found[metric]["value"], 2) for metric in ("wer", "cer")}
+    assert card.data.license == "apache-2.0" and card.text.count("## Evaluation") == 1 and "Text." in card.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either --model"),
+        (["--model", "x", "--score", "y"], "either --model"),
+        (["--model", "x", "--sets", "eval-d2"], "no set 'eval-d2': there are eval-d1, whatsapp"),
+        (["--model", "x", "--sets", '{"path": "y"}'], "is no set"),
+    ],
+)
+def test_settings_that_cannot_be(arguments, message):
+    with pytest.raises(InputError, match=message):
+        parse(arguments)
