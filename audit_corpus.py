@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 import train_hebrew_asr_enhanced as training
 from hebrew_corpora import InputError, SpeechRows, load_rows
 from hebrew_scoring import count_errors, leaderboard_normalize
+from label_loss import IGNORED_LABEL, label_nats
 from run_log import RunLog
 from train_round2_gradual import recipe
 
@@ -61,15 +62,13 @@ def ranked(scores: pyarrow.Table) -> pyarrow.Table:
 def nats_per_token(trainer: training.GradualUnfreezeTrainer, batch: dict[str, torch.Tensor]) -> list[float]:
     """Mean nats of each transcript's tokens, the mark of its end included, the language's name before it not."""
     inputs = trainer._prepare_inputs({k: tensor for k, tensor in batch.items() if not k.startswith("prompt_")})
-    labels = inputs.pop("labels")[:, 1:]
     inputs["input_features"] = inputs["input_features"].to(trainer.model.model.audio_tower.conv2d1.weight.dtype)
     any_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in trainer.model.parameters())
     with torch.no_grad(), torch.autocast(trainer.args.device.type, torch.bfloat16, enabled=any_bf16):
-        logits = trainer.model(**inputs).logits[:, :-1]
-    supervised = labels != training.IGNORED_LABEL
-    nats = torch.nn.functional.cross_entropy(logits[supervised].float(), labels[supervised], reduction="none")
+        _, nats = label_nats(trainer.model, **inputs)
+    counts = (inputs["labels"] != IGNORED_LABEL).sum(dim=1).tolist()
     prefix = len(trainer.collator.language_prefix)
-    return [mine[prefix:].mean().item() for mine in nats.split(supervised.sum(dim=1).tolist())]
+    return [mine[prefix:].mean().item() for mine in nats.split(counts)]
 
 
 def character_error_rate(text: str, hypothesis: str) -> float:

@@ -40,22 +40,22 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import Qwen3ASRForConditionalGeneration, Qwen3ASRProcessor, Trainer, TrainerCallback
 
+from batching import FRAMES_PER_CHUNK, UtteranceTokens, audio_token_count, deal_step, has_context, pack
 from corpus_report import write_report
 from corpus_stream import Leaks, SpeechStream, StreamedSource, StreamLoader, load_streams_and_eval
 from hebrew_audio import SAMPLE_RATE, AudioError, WaveformAugmentation, augment, check_waveform, decode_audio
-from hebrew_corpora import DataConfig, InputError, Mixture, SpeechRows, load_train_and_eval
+from hebrew_corpora import BROKEN, DataConfig, InputError, Mixture, SpeechRows, load_train_and_eval
 from hebrew_scoring import score
+from label_loss import IGNORED_LABEL, SpeechModel, label_nats
 from model_card import write_model_card
 from prepare_corpora import prepare
 from run_log import TRACKERS, RunLog, draw_curves, success_criteria, wer_summary
 
 MEL_BINS = 128
-FRAMES_PER_CHUNK = 100  # the encoder's convolutions see the mel axis in chunks of 1 s, padded to a whole number of them
-TOKENS_PER_CHUNK = 13
 TOKENS_PER_SECOND = 8  # of a fast speaker's Hebrew: 3.8 words a second, 2.1 tokens a word
 AUDIO_TOKEN = "<|audio_pad|>"
 END_OF_TURN = "<|im_end|>"
-IGNORED_LABEL = -100  # torch's cross_entropy does not count these positions
+ENOUGH_TO_JUDGE = 1000  # utterances, before a share of broken ones means something
 COMPONENTS = ("projector", "audio_top", "llm_top", "lm_head")
 
 
@@ -129,8 +129,12 @@ class TrainingConfig(DataConfig):
     # Batch
     target_effective_batch: int = 64
     """Utterances of one optimizer step, over all processes."""
+    tokens_per_micro_batch: int | None = 4096
+    """Tokens (audio and text) of one forward pass of one process; it governs. None: batch_size does, in padded rows."""
     batch_size: int = 2
-    """Utterances of one forward pass of one process."""
+    """Utterances of one forward pass of one process, where tokens_per_micro_batch is None."""
+    gradient_checkpointing: bool = False
+    """Less memory for a third more time: what trains runs forward a second time in the backward pass."""
 
     # Optimizer: AdamW
     weight_decay: float = 0.01
@@ -177,8 +181,9 @@ class TrainingConfig(DataConfig):
     process_timeout_minutes: int = 60
     """How long processes wait for one another, above all while the first one reads the corpora."""
 
-    def gradient_accumulation_steps(self, processes: int) -> int:
-        return self.target_effective_batch // (self.batch_size * processes)
+    def gradient_accumulation_steps(self, processes: int) -> float:
+        """Micro-batches of one process in a step where batch_size governs, and then a whole number."""
+        return self.target_effective_batch / (self.batch_size * processes)
 
     @property
     def uploads(self) -> bool:
@@ -248,8 +253,10 @@ class TrainingConfig(DataConfig):
     def _check_batch(self, processes: int) -> None:
         if self.batch_size < 1 or self.target_effective_batch < 1:
             raise InputError("batch_size and target_effective_batch must be at least 1")
+        if self.tokens_per_micro_batch is not None and self.tokens_per_micro_batch < 1:
+            raise InputError("tokens_per_micro_batch must be at least 1, or None")
         target, at_once = self.target_effective_batch, self.batch_size * processes
-        if target % at_once == 0:
+        if self.tokens_per_micro_batch is not None or target % at_once == 0:
             return
         sizes = [size for size in range(1, target + 1) if target % (size * processes) == 0]
         nearest_sizes = sorted(sorted(sizes, key=lambda size: abs(size - self.batch_size))[:2])
@@ -322,11 +329,11 @@ class SpeechDataset(torch.utils.data.Dataset):
             if not self.training:
                 raise
             return {"dropped": f"{error}: {row['recording']} (utterance {number}, {row['text']!r})"}
-        has_context = self.training and self.random(epoch, number, 1).random() < self.config.prev_context_prob
+        given = self.training and has_context(self.config.seed, epoch, number, self.config.prev_context_prob)
         return {
             "features": log_mel(self.feature_extractor, waveform),
             "text": row["text"],
-            "context": row["previous"] if has_context else "",
+            "context": row["previous"] if given else "",
             "epoch": int(epoch),
             "index": int(number),
         }
@@ -339,11 +346,9 @@ class SpeechDataset(torch.utils.data.Dataset):
         if problem := check_waveform(waveform, row["seconds"]):
             raise AudioError(problem)
         if self.config.use_waveform_augmentation:
-            waveform = augment(waveform, self.config.waveform_augmentation, self.random(epoch, number, 2))
+            random = np.random.default_rng([self.config.seed, epoch, number, 2])
+            waveform = augment(waveform, self.config.waveform_augmentation, random)
         return waveform
-
-    def random(self, epoch: int, number: int, purpose: int) -> np.random.Generator:
-        return np.random.default_rng([self.config.seed, epoch, number, purpose])
 
     def __getitems__(self, micro_batches: list[list[tuple[int, int]]]) -> list[list[dict[str, Any]]]:
         """One step's share of one process, as torch's loader asks for it: a list of micro-batches."""
@@ -364,12 +369,15 @@ class GlobalBatchSampler(torch.utils.data.Sampler):
     """Yields, for each optimizer step, this process's micro-batches of (epoch, number).
 
     An epoch's order is cut into steps of `target_effective_batch` utterances over all processes. The last step holds
-    what is left, shared as evenly as can be, and repeats nobody: a process may get an empty micro-batch.
+    what is left and repeats nobody: a process may get an empty micro-batch. Within a step the utterances are dealt by
+    their tokens (`batching.deal_step`), every process computing the deal of all; or, where `batch_size` governs, by
+    number alone.
     """
 
-    def __init__(self, mixture: Mixture, config: TrainingConfig, rank: int, processes: int):
-        self.mixture, self.rank, self.processes = mixture, rank, processes
+    def __init__(self, mixture: Mixture, tokens: UtteranceTokens, config: TrainingConfig, rank: int, processes: int):
+        self.mixture, self.tokens, self.rank, self.processes = mixture, tokens, rank, processes
         self.effective_batch, self.batch_size = config.target_effective_batch, config.batch_size
+        self.budget = config.tokens_per_micro_batch
         self.epoch = 1
 
     def __len__(self) -> int:
@@ -379,17 +387,13 @@ class GlobalBatchSampler(torch.utils.data.Sampler):
         order = self.mixture.order(self.epoch)
         for start in range(0, len(order), self.effective_batch):
             step = order[start : start + self.effective_batch]
-            slots = self.processes * math.ceil(len(step) / (self.processes * self.batch_size))
-            mine = np.array_split(step, slots)[self.rank :: self.processes]
+            if self.budget is None:
+                slots = self.processes * math.ceil(len(step) / (self.processes * self.batch_size))
+                mine = np.array_split(step, slots)[self.rank :: self.processes]
+            else:
+                deal = deal_step(self.tokens.of(self.epoch, step), self.processes, self.budget)
+                mine = [step[places] for places in deal[self.rank]]
             yield [[(self.epoch, int(number)) for number in micro_batch] for micro_batch in mine]
-
-
-def audio_token_count(frames: int) -> int:
-    """Placeholders for `frames` mel frames: three convolutions of stride 2 on each chunk of 100 frames."""
-    whole, rest = divmod(frames, FRAMES_PER_CHUNK)
-    for _ in range(3):
-        rest = (rest + 1) // 2
-    return whole * TOKENS_PER_CHUNK + rest
 
 
 class DataCollatorSpeechSeq2SeqWithPadding:
@@ -409,17 +413,29 @@ class DataCollatorSpeechSeq2SeqWithPadding:
     def tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def prompt(self, frames: int, context: str) -> list[int]:
-        """The base model's chat template around one clip's placeholders; `context` fills the system turn."""
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - the collator lives as long as the process
+    def around_audio(self, context: str) -> tuple[list[int], list[int]]:
+        """The base model's chat template before and after the audio; `context` fills the system turn."""
         turns = [{"role": "user", "content": [{"type": "audio", "audio": ""}]}]
         if context:
             turns.insert(0, {"role": "system", "content": [{"type": "text", "text": context}]})
         text = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         before, after = text.split(AUDIO_TOKEN)
-        return self.tokens(before) + [self.audio_token_id] * audio_token_count(frames) + self.tokens(after)
+        return self.tokens(before), self.tokens(after)
+
+    def prompt(self, frames: int, context: str) -> list[int]:
+        before, after = self.around_audio(context)
+        return before + [self.audio_token_id] * audio_token_count(frames) + after
+
+    def sequences(self, utterances: list[dict[str, Any]], frames: list[int]) -> tuple[list[list[int]], list[list[int]]]:
+        """Prompt and target of each utterance; for none, the prompt of a second of silence and no target."""
+        contexts = [u["context"] for u in utterances] or [""]
+        prompts = [self.prompt(count, context) for count, context in zip(frames, contexts, strict=True)]
+        targets = [self.language_prefix + self.tokens(u["text"]) + [self.end_of_turn_id] for u in utterances] or [[]]
+        return prompts, targets
 
     def __call__(self, utterances: list[dict[str, Any]], training: bool) -> dict[str, torch.Tensor]:
-        """Collates utterances of SpeechDataset.
+        """Collates utterances of SpeechDataset, one to a row.
 
         Args:
             utterances: at least one, or none for a process without work in a step: then one second of silence without
@@ -438,9 +454,7 @@ class DataCollatorSpeechSeq2SeqWithPadding:
         if training and self.config.use_specaugment:
             draws = [(u["epoch"], u["index"]) for u in utterances]
             features = self.apply_specaugment(features, frames, draws)
-        contexts = [u["context"] for u in utterances] or [""]
-        prompts = [self.prompt(count, context) for count, context in zip(frames, contexts, strict=True)]
-        targets = [self.language_prefix + self.tokens(u["text"]) + [self.end_of_turn_id] for u in utterances] or [[]]
+        prompts, targets = self.sequences(utterances, frames)
         batch = {
             "input_features": features,
             "input_features_mask": (torch.arange(width) < torch.tensor(frames)[:, None]).long(),
@@ -455,6 +469,17 @@ class DataCollatorSpeechSeq2SeqWithPadding:
                 prompts = [p + self.language_prefix for p in prompts]
             batch["prompt_input_ids"] = self.pad(prompts, self.end_of_turn_id, left=True)
             batch["prompt_attention_mask"] = self.pad([[1] * len(p) for p in prompts], 0, left=True)
+        return batch
+
+    def packed(self, utterances: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collates utterances (or none) for training, as `batching.pack` does, and masks them."""
+        clips = [u["features"] for u in utterances] or [np.zeros((MEL_BINS, FRAMES_PER_CHUNK), np.float32)]
+        prompts, targets = self.sequences(utterances, [clip.shape[1] for clip in clips])
+        batch, places = pack(clips, prompts, targets, self.end_of_turn_id)
+        if self.config.use_specaugment:
+            for utterance, place in zip(utterances, places, strict=False):
+                clip, draw = batch["input_features"][:, :, place], (utterance["epoch"], utterance["index"])
+                clip[:] = self.apply_specaugment(clip, [clip.shape[2]], [draw])
         return batch
 
     @staticmethod
@@ -543,7 +568,7 @@ def check_stages(model: torch.nn.Module, stages: list[Stage]) -> None:
             raise InputError(f"stage {stage.name}: the model has no parameter of {sorted(missing)}")
 
 
-def load_model(config: TrainingConfig, use_bf16: bool) -> Qwen3ASRForConditionalGeneration:
+def load_model(config: TrainingConfig, use_bf16: bool) -> SpeechModel:
     """Loads the checkpoint: fp32 for every parameter that some stage trains, bf16 for the others under bf16.
 
     AdamW on bf16 weights loses most updates to rounding at these rates, so trained weights are never bf16.
@@ -555,13 +580,18 @@ def load_model(config: TrainingConfig, use_bf16: bool) -> Qwen3ASRForConditional
                 f"{config.model_name_or_path} is not a Qwen3-ASR checkpoint in transformers' layout"
                 f" (model_type {model_config.model_type}): use Qwen/Qwen3-ASR-1.7B-hf or Qwen/Qwen3-ASR-0.6B-hf"
             )
-        model = Qwen3ASRForConditionalGeneration.from_pretrained(
+        model = SpeechModel.from_pretrained(
             config.model_name_or_path, dtype=torch.bfloat16 if use_bf16 else torch.float32
         )
     check_stages(model, config.stages)
     for name, parameter in model.named_parameters():
         if any(trains_in(name, stage, model.config) for stage in config.stages):
             parameter.data = parameter.data.float()
+    if config.gradient_checkpointing:
+        # The hooks would put a gradient on the output of the encoder's first convolution, and so run a frozen encoder
+        # backwards. Without them autograd begins at the first layer that trains.
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()
     return model
 
 
@@ -588,7 +618,7 @@ class GradualUnfreezeTrainer(Trainer):
         self,
         config: TrainingConfig,
         args: transformers.TrainingArguments,
-        model: Qwen3ASRForConditionalGeneration,
+        model: SpeechModel,
         processor: Qwen3ASRProcessor,
         train_rows: SpeechRows | list[StreamedSource],
         eval_rows: SpeechRows,
@@ -611,7 +641,9 @@ class GradualUnfreezeTrainer(Trainer):
             self.stream_loader = self.open_stream(train_rows, eval_rows)
         else:
             self.mixture = Mixture(train_rows, config.train_sources, config.seed)
-            self.sampler = GlobalBatchSampler(self.mixture, config, args.process_index, args.world_size)
+            around = len(self.collator.prompt(0, "")) + len(self.collator.language_prefix) + 1
+            tokens = UtteranceTokens(train_rows, around, self.collator.tokens, config)
+            self.sampler = GlobalBatchSampler(self.mixture, tokens, config, args.process_index, args.world_size)
         self.total_steps = config.max_steps or config.num_epochs * len(self.sampler)
         ends = {stage.last_epoch * len(self.sampler): stage.name for stage in config.stages}
         self.stage_ends = {step: name for step, name in ends.items() if step < self.total_steps}
@@ -619,7 +651,7 @@ class GradualUnfreezeTrainer(Trainer):
         self.best_wer, self.best_step = float("inf"), 0
         self.window_started = time.perf_counter()
         self.window_audio_seconds = 0.0
-        self.dropped_utterances = 0
+        self.dropped_utterances = self.broken_utterances = 0
         self.last_train_loss = float("nan")
 
     # Data
@@ -631,12 +663,12 @@ class GradualUnfreezeTrainer(Trainer):
         return self._loader(self.train_dataset, self.sampler, functools.partial(collate_step, self.collator))
 
     def open_stream(self, streams: list[StreamedSource], heldout: SpeechRows) -> StreamLoader:
-        config, size = self.config, self.config.batch_size
+        config = self.config
         stream = SpeechStream(
             streams,
             Leaks(heldout, config),
             SpeechDataset(None, self.processor, config, training=True).utterance,
-            lambda step: [self.collator(step[i : i + size], training=True) for i in range(0, len(step), size)],
+            functools.partial(collate_streamed, self.collator),
             share=config.target_effective_batch // self.args.world_size,
             seed=config.seed,
             rank=self.args.process_index,
@@ -768,15 +800,18 @@ class GradualUnfreezeTrainer(Trainer):
         model.train()
         micro_batches, dropped = inputs
         self.run_log.note_dropped(dropped, self.state.global_step + 1)
-        totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # target tokens, audio frames, dropped
-        totals[2] = len(dropped)
+        # Target tokens, audio frames, dropped, and of those the broken
+        totals = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        totals[2], totals[3] = len(dropped), sum(line.split(":")[0] in BROKEN for line in dropped)
         for batch in micro_batches:
-            supervised = batch["labels"] != IGNORED_LABEL
-            totals[0] += supervised.sum()
-            totals[1] += batch["input_features_mask"][supervised.any(dim=1)].sum()
+            supervised = (batch["labels"] != IGNORED_LABEL).sum()
+            totals[0] += supervised
+            totals[1] += batch["input_features_mask"].sum() * (supervised > 0)
         totals = self.accelerator.reduce(totals, reduction="sum")
         self.window_audio_seconds += totals[1].item() / FRAMES_PER_CHUNK
         self.dropped_utterances += int(totals[2].item())
+        self.broken_utterances += int(totals[3].item())
+        self.check_broken(self.state.global_step + 1)
         if not totals[0]:
             raise InputError(f"step {self.state.global_step + 1}: none of its utterances decodes")
         loss = torch.zeros((), device=self.args.device)
@@ -788,6 +823,15 @@ class GradualUnfreezeTrainer(Trainer):
                 self.accelerator.backward(share)
             loss += share.detach()
         return loss
+
+    def check_broken(self, step: int) -> None:
+        """Raises InputError, on all processes, when more was broken so far than `max_broken_share` allows."""
+        heard = step * self.config.target_effective_batch
+        if heard >= ENOUGH_TO_JUDGE and self.broken_utterances > self.config.max_broken_share * heard:
+            raise InputError(
+                f"{self.broken_utterances} of the {heard} utterances up to step {step} are broken, more than"
+                f" max_broken_share ({self.config.max_broken_share:g}): they are listed in dropped-*.txt"
+            )
 
     def negative_log_likelihood(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Summed nats of the supervised tokens of one micro-batch (the model's own loss divides by what it is told)."""
@@ -830,7 +874,7 @@ class GradualUnfreezeTrainer(Trainer):
         inputs["input_features"] = inputs["input_features"].to(module.model.audio_tower.conv2d1.weight.dtype)
         any_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
         with torch.no_grad(), torch.autocast(self.args.device.type, torch.bfloat16, enabled=any_bf16):
-            loss = module(**inputs).loss.float()
+            loss = label_nats(module, **inputs)[1].mean()
             if prediction_loss_only:
                 return loss, None, None
         seconds = inputs["input_features"].shape[2] / FRAMES_PER_CHUNK
@@ -974,7 +1018,21 @@ def collate_step(collator: DataCollatorSpeechSeq2SeqWithPadding, micro_batches: 
     """One step's share of one process, and the utterances left out of it because they do not decode."""
     dropped = [u["dropped"] for utterances in micro_batches for u in utterances if "dropped" in u]
     kept = [[u for u in utterances if "dropped" not in u] for utterances in micro_batches]
-    return [collator(utterances, training=True) for utterances in kept], dropped
+    if collator.config.tokens_per_micro_batch is None:
+        return [collator(utterances, training=True) for utterances in kept], dropped
+    return [collator.packed(utterances) for utterances in kept], dropped
+
+
+def collate_streamed(collator: DataCollatorSpeechSeq2SeqWithPadding, utterances: list[dict]) -> list[dict]:
+    """One process's share of a step of a stream, whose utterances are not known before they are read."""
+    prompts, targets = collator.sequences(utterances, [u["features"].shape[1] for u in utterances])
+    tokens = np.array([len(prompt + target) for prompt, target in zip(prompts, targets, strict=True)])
+    budget = collator.config.tokens_per_micro_batch
+    if budget is None:
+        deal = np.array_split(np.arange(len(tokens)), math.ceil(len(tokens) / collator.config.batch_size))
+    else:
+        (deal,) = deal_step(tokens, processes=1, budget=budget)
+    return [collator.packed([utterances[place] for place in places]) for places in deal]
 
 
 def collate_evaluation(collator: DataCollatorSpeechSeq2SeqWithPadding, batches: list) -> tuple[list[int], dict]:
@@ -1014,7 +1072,7 @@ def schedule_factor(config: TrainingConfig, total_steps: int) -> Callable[[int],
 def save_for_use(model: torch.nn.Module, processor: Any, folder: Path, dtype: torch.dtype) -> None:
     """Writes weights in one type (safetensors) with the processor; `folder` is replaced once all of it is written."""
     with torch.device("meta"):
-        copy = type(model)(type(model.config).from_dict(model.config.to_dict()))
+        copy = Qwen3ASRForConditionalGeneration(type(model.config).from_dict(model.config.to_dict()))
     weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
     copy.load_state_dict(weights, assign=True)
     copy.tie_weights()
@@ -1255,10 +1313,11 @@ def announce(trainer: GradualUnfreezeTrainer, eval_rows: SpeechRows, processes: 
         for source, count, rows in zip(config.train_sources, trainer.mixture.counts, trainer.mixture.rows, strict=True):
             share = count / len(trainer.mixture)
             say(f"mixture: {share:.1%} of an epoch from {source.path}, {count} of its {len(rows)} utterances")
+    budget = config.tokens_per_micro_batch
     say(
         f"{trainer.total_steps} steps, {len(trainer.sampler)} an epoch | {config.batch_size} utterances ×"
-        f" {config.gradient_accumulation_steps(processes)} micro-batches × {processes} processes ="
-        f" {config.target_effective_batch} a step |"
+        f" {config.gradient_accumulation_steps(processes):g} micro-batches × {processes} processes ="
+        f" {config.target_effective_batch} a step{f', dealt by tokens, at most {budget} at once' if budget else ''} |"
         f" {'bf16 autocast' if trainer.use_bf16 else 'fp32'} on {trainer.args.device.type}"
     )
     last_epoch = math.ceil(trainer.total_steps / len(trainer.sampler))

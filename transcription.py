@@ -74,7 +74,7 @@ class Transcript:
     """The limit of tokens ended it."""
 
 
-class SpeechModel(Protocol):
+class Transcriber(Protocol):
     """A model that transcribes; `features` runs in worker processes."""
 
     dtype: str
@@ -87,7 +87,7 @@ class SpeechModel(Protocol):
 # --------------------------------------------------------------------------------------------------------------- Models
 
 
-def load_speech_model(name: str, decoding: Decoding, device: torch.device) -> SpeechModel:
+def load_speech_model(name: str, decoding: Decoding, device: torch.device) -> Transcriber:
     """Loads a checkpoint by its kind; raises InputError for one that is not whole or does not transcribe."""
     bf16 = decoding.dtype == "bfloat16" or (
         decoding.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(False)
@@ -251,7 +251,7 @@ def read_lines(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def transcribe_set(
-    model: SpeechModel,
+    model: Transcriber,
     rows: SpeechRows,
     decoding: Decoding,
     folder: Path,

@@ -97,6 +97,7 @@ def start(folder: str) -> dict[str, float]:
     began = time.perf_counter()
     import transformers
 
+    from batching import UtteranceTokens
     from hebrew_corpora import Mixture, load_train_and_eval
     from train_hebrew_asr_enhanced import (
         DataCollatorSpeechSeq2SeqWithPadding,
@@ -110,10 +111,13 @@ def start(folder: str) -> dict[str, float]:
     train, heldout = load_train_and_eval(config, config.seed)
     loaded = time.perf_counter()
     processor = transformers.AutoProcessor.from_pretrained(ROOT / "demo" / "base")
-    sampler = GlobalBatchSampler(Mixture(train, config.train_sources, config.seed), config, rank=0, processes=8)
     dataset = SpeechDataset(train, processor, config, training=True)
     collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
-    micro_batches, _ = collate_step(collator, dataset.__getitems__(next(iter(sampler))))
+    tokens = UtteranceTokens(train, len(collator.prompt(0, "")), collator.tokens, config)
+    mixture = Mixture(train, config.train_sources, config.seed)
+    sampler = GlobalBatchSampler(mixture, tokens, config, rank=0, processes=8)
+    share = dataset.__getitems__(next(iter(sampler)))
+    collate_step(collator, share)
     ended = time.perf_counter()
     return {
         "import_seconds": imported - began,
@@ -124,7 +128,7 @@ def start(folder: str) -> dict[str, float]:
         "utterances": len(train),
         "heldout": len(heldout),
         "hours": train.hours,
-        "first_batch_utterances": sum(len(batch["labels"]) for batch in micro_batches),
+        "first_batch_utterances": sum(map(len, share)),
     }
 
 

@@ -82,6 +82,7 @@ def small_config(corpus: Path, heldout: Path, output_dir: Path) -> TrainingConfi
         ],
         num_epochs=2,
         target_effective_batch=8,
+        tokens_per_micro_batch=350,  # about half of a step
         batch_size=4,
         dataloader_num_workers=0,
         generation_max_new_tokens=30,

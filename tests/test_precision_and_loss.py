@@ -43,9 +43,10 @@ def nats(model, batch) -> tuple[float, int]:
 def test_logged_train_loss_is_nats_per_token_of_the_global_batch(config, model, make_trainer):
     config.use_specaugment, config.max_steps, config.eval_steps = False, 1, 1000
     trainer = make_trainer(model)
-    micro_batches, _ = next(iter(trainer.get_train_dataloader()))
-    assert [len(batch["labels"]) for batch in micro_batches] == [4, 4]
-    pairs = [nats(model, batch) for batch in micro_batches]
+    micro_batches = next(iter(trainer.sampler))
+    assert len(micro_batches) == 2 and sum(map(len, micro_batches)) == 8
+    utterances = [trainer.train_dataset[draw] for micro_batch in micro_batches for draw in micro_batch]
+    pairs = [nats(model, trainer.collator([utterance], training=True)) for utterance in utterances]
     expected = sum(total for total, _ in pairs) / sum(count for _, count in pairs)
     trainer.train()
     (logged,) = [row["train/loss"] for row in trainer.run_log.rows if "train/loss" in row]

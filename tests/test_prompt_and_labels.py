@@ -77,8 +77,9 @@ def test_audio_tokens_match_the_encoder_for_every_length(processor, model):
         assert outputs.shape[0] == audio_token_count(count)
 
 
-def test_an_empty_share_of_a_step_has_no_supervised_token(collator, model):
-    batch = collator([], training=True)
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_empty_share_of_a_step_has_no_supervised_token(collator, model, packed):
+    batch = collator.packed([]) if packed else collator([], training=True)
     assert (batch["labels"] == -100).all()
     loss = model(**batch, num_items_in_batch=1).loss
     loss.backward()

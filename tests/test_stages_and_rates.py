@@ -2,18 +2,15 @@
 
 import dataclasses
 import math
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import transformers
 
-from hebrew_corpora import InputError, Mixture, Source
+from hebrew_corpora import InputError
 from run_log import RunLog
 from train_hebrew_asr_enhanced import (
     COMPONENTS,
-    GlobalBatchSampler,
     GradualUnfreezeTrainer,
     Stage,
     TrainingConfig,
@@ -158,32 +155,15 @@ def test_freezing_follows_the_stage(model, config):
             assert parameter.requires_grad == trains_in(name, stage, model.config), name
 
 
-@pytest.mark.parametrize("processes", [1, 2, 8])
-def test_an_epoch_holds_every_utterance_once_and_its_steps_do_not_depend_on_the_processes(processes):
-    config = TrainingConfig(target_effective_batch=64, batch_size=2)
-    rows = SimpleNamespace(source_numbers=np.zeros(1001, int))
-    mixture = Mixture(rows, [Source("one")], config.seed)
-    samplers = [GlobalBatchSampler(mixture, config, rank, processes) for rank in range(processes)]
-    steps = [list(sampler) for sampler in samplers]
-    assert {len(s) for s in steps} == {len(samplers[0])} == {16}
-    order = mixture.order(1)
-    assert sorted(order.tolist()) == list(range(1001))
-    for number in range(16):
-        micro_batches = [micro for rank in range(processes) for micro in steps[rank][number]]
-        rows = sorted(row for micro in micro_batches for _, row in micro)
-        assert rows == sorted(order[64 * number : 64 * (number + 1)].tolist())
-        assert max(map(len, micro_batches)) <= 2
-        assert len({len(steps[rank][number]) for rank in range(processes)}) == 1, "every rank has as many forwards"
-    again = GlobalBatchSampler(mixture, config, 0, processes)
-    again.epoch = 2
-    assert list(again) != steps[0]
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 3}, r"not a multiple of batch_size × processes \(3 × 2 = 6\).*batch_size 2 or 4.*60 or 66"),
+        (
+            {"batch_size": 3, "tokens_per_micro_batch": None},
+            r"not a multiple of batch_size × processes \(3 × 2 = 6\).*batch_size 2 or 4.*60 or 66",
+        ),
         ({"batch_size": 0}, "at least 1"),
+        ({"tokens_per_micro_batch": 0}, "at least 1"),
         ({"stages": []}, "stages is empty"),
         ({"stages": [Stage("B", 2, {"projector": 1e-4}), Stage("A", 2, {"projector": 1e-4})]}, "must grow"),
         ({"stages": [Stage("B", 5, {"encoder": 1e-4})]}, "unknown component"),

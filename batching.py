@@ -1,0 +1,156 @@
+"""Deals the utterances of one optimizer step to processes and micro-batches, and packs a micro-batch into tensors.
+
+Nothing is padded to the longest utterance: several stand one after the other in a row of tokens, and attention does not
+reach from one into the next. So a process's share of a step may be any utterances, and only their tokens count.
+"""
+
+import heapq
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow
+import pyarrow.compute
+import torch
+
+from hebrew_corpora import DataConfig, SpeechRows
+from label_loss import IGNORED_LABEL
+
+FRAMES_PER_CHUNK = 100  # the encoder's convolutions see the mel axis in chunks of 1 s, padded to a whole number of them
+TOKENS_PER_CHUNK = 13
+WINDOW_TOKENS = 8 * TOKENS_PER_CHUNK  # the encoder's attention sees so many at once
+SHORTEST_CLIP = 0.5  # seconds; the extractor pads shorter ones to it
+TEXTS_TOKENISED = 1000  # to learn how many tokens a character is
+
+
+def audio_token_count(frames: int) -> int:
+    """Placeholders for `frames` mel frames: three convolutions of stride 2 on each chunk of 100 frames."""
+    whole, rest = divmod(frames, FRAMES_PER_CHUNK)
+    for _ in range(3):
+        rest = (rest + 1) // 2
+    return whole * TOKENS_PER_CHUNK + rest
+
+
+def has_context(seed: int, epoch: int, number: int, probability: float) -> bool:
+    """Whether an utterance is given with the text before it."""
+    return np.random.default_rng([seed, epoch, number, 1]).random() < probability
+
+
+class UtteranceTokens:
+    """How many tokens each utterance has, from its seconds and characters: nothing is decoded, few texts tokenised."""
+
+    def __init__(self, rows: SpeechRows, around: int, tokenize: Callable[[str], list[int]], config: DataConfig):
+        """`around`: tokens of the prompt without audio, of the language's name and of the end."""
+        self.seed, self.context_prob = config.seed, config.prev_context_prob
+        sample = np.unique(np.linspace(0, len(rows) - 1, min(TEXTS_TOKENISED, len(rows))).astype(int))
+        texts = rows.index["text"].take(pyarrow.array(rows.used[sample])).to_pylist()
+        per_character = sum(len(tokenize(text)) for text in texts) / max(1, sum(map(len, texts)))
+
+        def text_tokens(column: str) -> np.ndarray:
+            characters = pyarrow.compute.fill_null(pyarrow.compute.utf8_length(rows.index[column]), 0)
+            return per_character * characters.to_numpy()[rows.used]
+
+        audio = TOKENS_PER_CHUNK * np.maximum(rows.seconds, SHORTEST_CLIP)
+        self.utterance = (around + audio + text_tokens("text")).astype(np.float32)
+        self.context = text_tokens("previous").astype(np.float32)
+
+    def of(self, epoch: int, numbers: np.ndarray) -> np.ndarray:
+        tokens = self.utterance[numbers]
+        if self.context_prob:
+            given = [has_context(self.seed, epoch, number, self.context_prob) for number in numbers.tolist()]
+            tokens = tokens + given * self.context[numbers]
+        return tokens
+
+
+def balanced(sizes: np.ndarray, parts: int) -> list[np.ndarray]:
+    """Deals items to `parts` such that the largest sum is small: the largest first, each to the part with the least.
+
+    Returns:
+        The items' places of each part, in their own order; a part is empty where there are fewer items than parts.
+    """
+    sums = [(0.0, part) for part in range(parts)]
+    found: list[list[int]] = [[] for _ in range(parts)]
+    for place in np.argsort(-sizes, kind="stable").tolist():
+        size, part = sums[0]
+        found[part].append(place)
+        heapq.heapreplace(sums, (size + float(sizes[place]), part))
+    return [np.array(sorted(places), dtype=int) for places in found]
+
+
+def deal_step(tokens: np.ndarray, processes: int, budget: int) -> list[list[np.ndarray]]:
+    """Deals a step's utterances to processes, and each share to as few micro-batches as the budget of tokens allows.
+
+    Args:
+        tokens: (utterances,) tokens of each; one that is longer than the budget is alone in its micro-batch.
+
+    Returns:
+        For each process its micro-batches, as places in `tokens`: the same number for every process.
+    """
+    shares = balanced(tokens, processes)
+    count = max(1, *(math.ceil(tokens[share].sum() / budget) for share in shares))
+    while True:
+        cut = [[share[places] for places in balanced(tokens[share], count)] for share in shares]
+        if all(len(batch) < 2 or tokens[batch].sum() <= budget for batches in cut for batch in batches):
+            return cut
+        count += 1
+
+
+def rows_of(tokens: np.ndarray) -> list[np.ndarray]:
+    """Deals a micro-batch's utterances to rows that are equally full and not much wider than the longest utterance.
+
+    Attention costs as much as a row is wide, so of the cuts with little padding it is the one with the most rows.
+    """
+    most = max(1, int(tokens.sum() // tokens.max()))
+    cuts = [balanced(tokens, count) for count in range(1, most + 1)]
+    padded = [len(rows) * max(tokens[row].sum() for row in rows) for rows in cuts]
+    return [rows for rows, size in zip(cuts, padded, strict=True) if size <= 1.05 * min(padded)][-1]
+
+
+def pack(
+    clips: list[np.ndarray], prompts: list[list[int]], targets: list[list[int]], padding: int
+) -> tuple[dict[str, torch.Tensor], list[slice]]:
+    """The tensors of one forward pass over utterances that stand one after the other.
+
+    Args:
+        clips: (mel, frames) features of each utterance.
+        prompts: tokens without a label, with a placeholder for each audio token of the clip.
+        targets: tokens with one.
+
+    Returns:
+        input_features (1, mel, frames) with the clips in a row, each filled up to a whole second; input_features_mask
+        (1, frames); window_ends, in audio tokens, of the encoder's attention; input_ids, position_ids (from 0 in each
+        utterance) and labels (rows, tokens). And where each clip's frames are.
+    """
+    lengths = [len(prompt + target) for prompt, target in zip(prompts, targets, strict=True)]
+    rows = rows_of(np.array(lengths))
+    widths = [math.ceil(clip.shape[1] / FRAMES_PER_CHUNK) * FRAMES_PER_CHUNK for clip in clips]
+    features = torch.zeros(1, len(clips[0]), sum(widths))
+    mask = torch.zeros(1, sum(widths), dtype=torch.long)
+    places, begin, windows = {}, 0, [0]
+    for i in np.concatenate(rows).tolist():  # clips stand in the order in which the rows hold their placeholders
+        places[i] = slice(begin, begin + clips[i].shape[1])
+        features[0, :, places[i]] = torch.from_numpy(clips[i])
+        mask[0, places[i]] = 1
+        begin += widths[i]
+        last = windows[-1]
+        end = last + audio_token_count(clips[i].shape[1])
+        windows += [*range(last + WINDOW_TOKENS, end, WINDOW_TOKENS), end]
+    shape = len(rows), max(sum(lengths[i] for i in row) for row in rows)
+    tokens, positions, labels = (torch.full(shape, value) for value in (padding, 0, IGNORED_LABEL))
+    for number, row in enumerate(rows):
+        begin = 0
+        for i in row.tolist():
+            middle, end = begin + len(prompts[i]), begin + lengths[i]
+            tokens[number, begin:end] = torch.tensor(prompts[i] + targets[i])
+            positions[number, begin:end] = torch.arange(lengths[i])
+            labels[number, middle:end] = tokens[number, middle:end]
+            begin = end
+    batch = {
+        "input_features": features,
+        "input_features_mask": mask,
+        "window_ends": torch.tensor(windows, dtype=torch.int32),
+        "input_ids": tokens,
+        "position_ids": positions,
+        "labels": labels,
+    }
+    return batch, [places[i] for i in range(len(clips))]

@@ -1,0 +1,105 @@
+"""Qwen3-ASR's loss, computed where there are labels only, and never with all of its logits at once.
+
+With a vocabulary of 151,936 the logits of one micro-batch are larger than all else in a step. Most positions are audio
+or prompt and have no label; of the others, a few hundred are projected at a time.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from transformers import Qwen3ASRForConditionalGeneration
+from transformers.models.qwen3_asr.modeling_qwen3_asr import Qwen3ASRCausalLMOutputWithPast
+
+IGNORED_LABEL = -100  # marks positions without a label
+LOGITS_AT_ONCE = 2**26  # 268 MB in fp32: 441 positions of the real vocabulary
+
+
+class ChunkedNats(torch.autograd.Function):
+    """Nats of each target and their sum. The gradient is made on the way forward, while a chunk's logits are there.
+
+    So each chunk is projected once, and the gradient of the vocabulary's matrix is added up in one place.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor):
+        """hidden (positions, width), weight (vocabulary, width), targets (positions,)."""
+        wants_hidden, wants_weight, _ = ctx.needs_input_grad
+        device, dtype = hidden.device.type, weight.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        nats = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight) if wants_weight else None
+        with torch.autocast(device, enabled=False):
+            matrix = weight.to(dtype)
+            at_once = max(1, LOGITS_AT_ONCE // len(weight))
+            for places in (slice(begin, begin + at_once) for begin in range(0, len(targets), at_once)):
+                part, aims = hidden[places].to(dtype), targets[places, None]
+                log_p = (part @ matrix.T).float().log_softmax(dim=1)
+                nats[places] = -log_p.gather(1, aims)[:, 0]
+                if not (wants_hidden or wants_weight):
+                    continue
+                grad_logits = log_p.exp_().scatter_add_(1, aims, -torch.ones_like(aims, dtype=log_p.dtype)).to(dtype)
+                if wants_hidden:
+                    grad_hidden[places] = (grad_logits @ matrix).to(hidden.dtype)
+                if wants_weight and dtype == weight.dtype:
+                    grad_weight.addmm_(grad_logits.T, part)
+                elif wants_weight:
+                    grad_weight += grad_logits.T @ part
+        ctx.gradients = grad_hidden, grad_weight
+        ctx.mark_non_differentiable(nats)
+        return nats.sum(), nats
+
+    @staticmethod
+    def backward(ctx, grad_sum: torch.Tensor, _):
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: they are used once
+        return *(None if gradient is None else gradient.mul_(grad_sum) for gradient in gradients), None
+
+
+def label_nats(
+    model: Qwen3ASRForConditionalGeneration,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    input_features: torch.Tensor,
+    input_features_mask: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    window_ends: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of −log p over all labels, and −log p of each of them, row by row.
+
+    Args:
+        labels: (rows, tokens), IGNORED_LABEL where a token is not to be learnt; each is predicted by the token before.
+        position_ids: for rows that hold several utterances: 0 where one begins; attention stays inside of each.
+        window_ends: for features of several clips in a row: where the encoder's windows begin and end, in audio tokens.
+    """
+    inner = model.model
+    windows = {} if window_ends is None else {"cu_seqlens": window_ends}
+    audio = inner.get_audio_features(input_features, input_features_mask, return_dict=True, **windows).pooler_output
+    embedded = inner.get_input_embeddings()(input_ids)
+    is_audio = (input_ids == model.config.audio_token_id).unsqueeze(-1)
+    hidden = inner.language_model(
+        inputs_embeds=embedded.masked_scatter(is_audio, audio.to(embedded.dtype)),
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=False,
+    ).last_hidden_state
+    next_labels = labels[:, 1:]
+    has_label = next_labels != IGNORED_LABEL
+    return ChunkedNats.apply(hidden[:, :-1][has_label], model.lm_head.weight, next_labels[has_label])
+
+
+class SpeechModel(Qwen3ASRForConditionalGeneration):
+    """Qwen3ASRForConditionalGeneration that, given labels, returns their loss and no logits.
+
+    It is a model's forward so that DistributedDataParallel sees it, which reduces gradients of what its forward ran.
+    """
+
+    @functools.wraps(Qwen3ASRForConditionalGeneration.forward)
+    def forward(self, *args: Any, labels: torch.Tensor | None = None, **inputs: Any) -> Qwen3ASRCausalLMOutputWithPast:
+        if labels is None:
+            return super().forward(*args, **inputs)
+        items = inputs.pop("num_items_in_batch", None)
+        total, nats = label_nats(self, labels=labels, **inputs)
+        return Qwen3ASRCausalLMOutputWithPast(loss=total / (len(nats) if items is None else items))
