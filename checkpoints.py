@@ -132,8 +132,9 @@ class Writer:
     A checkpoint that cannot be written is said and counted, and the run goes on with the last one it has.
     """
 
-    def __init__(self, parent: Path, keep: int, say: Say):
-        self.parent, self.keep, self.say = parent, keep, say
+    def __init__(self, parent: Path, keep: int, say: Say, done: Callable[[Checkpoint], None]):
+        """`done` is called, in the thread, with each checkpoint that is on the disk."""
+        self.parent, self.keep, self.say, self.done = parent, keep, say, done
         self.newest: Checkpoint | None = None
         self.failures = 0
         self.stalls: list[float] = []  # seconds that training stood still for each save
@@ -178,6 +179,7 @@ class Writer:
                 f" still for {self.stalls[-1]:.3f} s"
             )
             prune(self.parent, self.keep, self.say)
+            self.done(self.newest)
         except Exception as error:  # safetensors has errors of its own for a full disk
             self.failures += 1
             last = self.newest.folder.name if self.newest else "none"

@@ -126,6 +126,8 @@ class RunLog:
             self.tracker.log({name: table}, step=step)
 
     def open_progress(self, steps: int, done: int) -> None:
+        if self.bar is not None:
+            self.bar.close()
         self.bar = tqdm(total=steps, initial=done, desc="training", unit="step", disable=self.hides_progress)
 
 

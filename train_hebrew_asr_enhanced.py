@@ -13,15 +13,12 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-import itertools
 import json
 import math
 import os
 import re
 import shutil
-import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections import Counter
@@ -42,17 +39,27 @@ import torch.distributed
 import transformers
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
-from transformers import Qwen3ASRForConditionalGeneration, Qwen3ASRProcessor, Trainer, TrainerCallback
+from transformers import Qwen3ASRForConditionalGeneration, Qwen3ASRProcessor, TrainerCallback
 
 import checkpoints
-from checkpoints import Checkpoint
 from corpus_report import write_report
 from hebrew_audio import SAMPLE_RATE, AudioError, WaveformAugmentation, augment, check_waveform, decode_audio
 from hebrew_corpora import DataConfig, InputError, Mixture, SpeechRows, load_train_and_eval
 from hebrew_scoring import score
 from model_card import write_model_card
+from resuming import (
+    ResumableTrainer,
+    checkpoint_to_resume,
+    ends_early,
+    failures_noted,
+    first_line,
+    load_weights,
+    open_run_folder,
+    together,
+    train,
+)
 from run_log import TRACKERS, RunLog, draw_curves, success_criteria, wer_summary
-from run_watch import LAUNCHER_ENDED, Watch, checksum, ignore_stop_signals, stop_name, take_lock
+from run_watch import ignore_stop_signals
 
 MEL_BINS = 128
 FRAMES_PER_CHUNK = 100  # the encoder's convolutions see the mel axis in chunks of 1 s, padded to a whole number of them
@@ -62,8 +69,6 @@ AUDIO_TOKEN = "<|audio_pad|>"
 END_OF_TURN = "<|im_end|>"
 IGNORED_LABEL = -100  # torch's cross_entropy does not count these positions
 COMPONENTS = ("projector", "audio_top", "llm_top", "lm_head")
-TIMES_TO_GO_BACK = 2  # to a checkpoint, before a run without finite gradients is given up
-WEIGHTS, ADAM = "model.safetensors", "optimizer.safetensors"  # the tensors of a checkpoint
 
 
 # ----------------------------------------------------------------------------------------------------------- Settings
@@ -600,15 +605,7 @@ def checkpoint_problems(name: str):
 # ------------------------------------------------------------------------------------------------------------- Trainer
 
 
-class Stopped(Exception):
-    """A process was asked to stop, and all have agreed to."""
-
-
-class BadSteps(InputError):
-    """Too many steps in a row without a finite gradient."""
-
-
-class GradualUnfreezeTrainer(Trainer):
+class GradualUnfreezeTrainer(ResumableTrainer):
     """Trainer that changes what trains at stage boundaries and evaluates by transcribing.
 
     What it relies on in Trainer 5.23: `_run_epoch` gets the wrapped model as an argument, one item of the loader is
@@ -644,26 +641,7 @@ class GradualUnfreezeTrainer(Trainer):
         self.stage_ends = {step: name for step, name in ends.items() if step < self.total_steps}
         self.add_callback(StepEvents(run_log, config.eval_steps, {*self.stage_ends, self.total_steps}))
         self.window_started = time.perf_counter()
-        self.window_audio_seconds = 0.0
-        self.dropped_utterances = 0
-        self.last_train_loss = float("nan")
-        # What a checkpoint holds beside weights and Adam, and what it came from
-        self.best_wer, self.best_step = float("inf"), 0
-        self.evaluated_step, self.saved_step = -1, 0
-        self.evaluation_pending = False  # the evaluation of this step was cut off by a signal
-        self.order, self.bad_steps, self.skipped_steps, self.times_gone_back = 0, 0, 0, 0
-        self._tr_loss, self._globalstep_last_logged = torch.zeros((), device=args.device), 0  # as Trainer names them
-        self.resumed: Checkpoint | None = None
-        self.stopped = 0  # the signal that ended the run
-        self.writer = checkpoints.Writer(Path(args.output_dir) / "checkpoints", config.save_total_limit, run_log.say)
-        self.watch = Watch(
-            args.process_index,
-            args.world_size,
-            config.preemption_grace_seconds,
-            config.stall_timeout_minutes,
-            lambda line: note_failure(run_log.folder, line),
-        )
-        self.add_callback(CheckpointEvents(self))
+        self.prepare_checkpoints()
 
     # Data
 
@@ -708,9 +686,6 @@ class GradualUnfreezeTrainer(Trainer):
         stage = self.config.stage_of_epoch(epoch + 1)
         if stage is not self.stage:
             self.enter_stage(stage)
-        if self.resumed and epoch == kwargs["epochs_trained"]:
-            self.restore_window()
-            kwargs["resume_from_checkpoint"] = str(self.resumed.folder)  # skips the steps that are done, undecoded
         super()._run_epoch(model=self.model_wrapped, epoch=epoch, **kwargs)
 
     def enter_stage(self, stage: Stage) -> None:
@@ -720,12 +695,15 @@ class GradualUnfreezeTrainer(Trainer):
         ranks would drift apart in silence. The optimizer holds the parameters of every stage from the start, so that
         the moments of what was training go on.
         """
-        self.stage = stage
-        freeze_for(self.model, stage)
+        self.set_stage(stage)
         if self.model_wrapped is not self.model:
             self.unwrap()
             self.model_wrapped = self.accelerator.prepare_model(self.model)
         self.run_log.say(f"{stage_line(self.model, stage)} | from step {self.state.global_step + 1}")
+
+    def set_stage(self, stage: Stage) -> None:
+        self.stage = stage
+        freeze_for(self.model, stage)
 
     def unwrap(self) -> None:
         """Takes DistributedDataParallel off, if there is any."""
@@ -830,41 +808,6 @@ class GradualUnfreezeTrainer(Trainer):
         with self.autocast():
             return model(**self._prepare_inputs(batch), num_items_in_batch=1).loss
 
-    def get_batch_samples(self, *args: Any) -> tuple[list, torch.Tensor | int | None]:
-        self.loss_before = self._tr_loss.clone()  # of the window, without the step that begins here
-        return super().get_batch_samples(*args)
-
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if math.isfinite(norm):  # the same on every rank: gradients are reduced by now
-            self.bad_steps = 0
-        else:
-            self.skip_step(float(norm))
-        return norm
-
-    def skip_step(self, norm: float) -> None:
-        """Leaves weights, moments and the logged loss as they were, and names the utterances of the step."""
-        step = self.state.global_step + 1
-        self.bad_steps += 1
-        self.skipped_steps += 1
-        for parameter in self.model.parameters():
-            parameter.grad = None  # AdamW leaves such a one alone
-        self._tr_loss.copy_(self.loss_before)
-        self._globalstep_last_logged += 1  # the mean is over the steps that were applied
-        mine = next(itertools.islice(self.sampler, (step - 1) % len(self.sampler), None))
-        shares = self.watch.gather([number for micro_batch in mine for _, number in micro_batch])
-        names = [self.utterance_name(number) for share in shares for number in share]
-        self.run_log.note_skipped(names, norm, step)
-        if self.bad_steps >= self.config.max_bad_steps:
-            raise BadSteps(
-                f"{self.bad_steps} steps in a row up to step {step} had no finite gradient (its norm is {norm}): broken"
-                " recordings, or too high a learning rate"
-            )
-
-    def utterance_name(self, number: int) -> str:
-        row = self.train_dataset.rows[number]
-        return f"{row['recording']} (utterance {number}, {row['text']!r})"
-
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # Trainer's estimate reads one batch of text tokens; a step here is several, with audio
 
@@ -958,27 +901,6 @@ class GradualUnfreezeTrainer(Trainer):
         self.window_started += time.perf_counter() - started
         return metrics
 
-    def while_running(self, loader: torch.utils.data.DataLoader) -> Iterator[Any]:
-        """A loader's batches; raises Stopped on all processes between two batches when one of them is asked to stop."""
-        batches = iter(loader)
-        for _ in range(max(self.watch.gather(len(loader)))):
-            self.watch.mark(f"the evaluation after step {self.state.global_step}")
-            if stop := self.watch.agree_to_stop():
-                self.stopped = stop
-                raise Stopped
-            yield from itertools.islice(batches, 1)
-
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluates; where that is cut off, saves a checkpoint that knows it, and stops."""
-        try:
-            return super()._evaluate(*args, **kwargs)
-        except Stopped:
-            if not self.state.global_step:
-                raise
-            self.evaluation_pending = True
-            self.control.should_save = self.control.should_training_stop = True
-            return {}
-
     def keep_if_best(self, wer: float) -> None:
         """Saves a checkpoint when this WER is the lowest since training began."""
         self.evaluation_pending, self.evaluated_step, self.last_wer = False, self.state.global_step, wer
@@ -1004,55 +926,6 @@ class GradualUnfreezeTrainer(Trainer):
 
     # Checkpoints: RNG states are not in them, since every step and every utterance seeds its own
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self.save_checkpoint()
-
-    def save_checkpoint(self) -> None:
-        """Has this step's checkpoint written by the first process; all of them call it."""
-        step = self.state.global_step
-        if self.saved_step == step:
-            return
-        self.saved_step = step
-        self.check_ranks()
-        losses = self.watch.gather(self._tr_loss.item())
-        if self.args.process_index > 0:
-            return
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        adam = {
-            f"{names[id(parameter)]}/{key}": tensor
-            for parameter, moments in self.optimizer.state.items()
-            for key, tensor in moments.items()
-        }
-        config = self.config
-        state = {
-            "losses": losses,
-            "last_logged_step": self._globalstep_last_logged,
-            "window_audio_seconds": self.window_audio_seconds,
-            "dropped_utterances": self.dropped_utterances,
-            "last_train_loss": self.last_train_loss,
-            "best_wer": self.best_wer,
-            "best_step": self.best_step,
-            "evaluation_pending": self.evaluation_pending,
-            "order": self.order,
-            "bad_steps": self.bad_steps,
-            "skipped_steps": self.skipped_steps,
-            "tracker": self.run_log.tracker_id,
-        }
-        documents = self.files_for_use | {
-            "state.json": json.dumps(state).encode(),
-            "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in self.run_log.rows).encode(),
-        }
-        facts = {
-            "wer": self.last_wer if self.evaluated_step == step else None,
-            "epoch": self.state.epoch,
-            "stage": self.stage.name,
-            "processes": self.args.world_size,
-            "settings": json.loads(json.dumps(dataclasses.asdict(config))),
-            "fingerprint": checkpoints.fingerprint(config.meaning()),
-            "run": self.run_facts(),
-        }
-        self.writer.save(step, {WEIGHTS: weights_of(self.model), ADAM: adam}, documents, facts)
-
     def run_facts(self) -> dict[str, Any]:
         """What a resumed run must find as it was, beside the settings."""
         rows = self.train_dataset.rows
@@ -1063,110 +936,11 @@ class GradualUnfreezeTrainer(Trainer):
             "steps": self.total_steps,
         }
 
-    @functools.cached_property
-    def files_for_use(self) -> dict[str, bytes]:
-        """What a folder needs beside the weights to be loaded as a model."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.processor.save_pretrained(folder)
-            self.model.config.save_pretrained(folder)
-            self.model.generation_config.save_pretrained(folder)
-            return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Puts everything back to where it was at a checkpoint; Adam follows when Trainer has built it."""
-        check_checkpoint(checkpoint, self)
-        self.resumed = checkpoint
-        self.state.global_step = self.saved_step = checkpoint.step
-        self.args.eval_on_start = False
-        load_weights(self.model, checkpoint)
-        self.stage = self.config.stage_of_epoch(checkpoint.step // len(self.sampler) + 1)
-        freeze_for(self.model, self.stage)
-        state = checkpoint.document("state.json")
-        for name in ("window_audio_seconds", "dropped_utterances", "last_train_loss", "best_wer", "best_step"):
-            setattr(self, name, state[name])
-        for name in ("evaluation_pending", "bad_steps", "skipped_steps"):
-            setattr(self, name, state[name])
-        if not any(
-            path.name.startswith(f"step-{self.best_step:08d}") for path in checkpoints.names(self.writer.parent)
-        ):
-            self.best_wer, self.best_step = float("inf"), 0
-        self.shuffle_anew(state["order"])
-        self.restore_window()
-        if self.evaluation_pending:
-            self.saved_step = 0
-        rows = [json.loads(line) for line in (checkpoint.folder / "metrics.jsonl").read_text().splitlines()]
-        self.run_log.go_back(rows, checkpoint.step)
-        self.run_log.tracker_id = state["tracker"]
-
-    def restore_window(self) -> None:
-        """The losses since the last logged step, which another number of processes shares evenly."""
-        state = self.resumed.document("state.json")
-        losses = state["losses"]
-        same = len(losses) == self.args.world_size
-        self._tr_loss.fill_(losses[self.args.process_index] if same else sum(losses) / len(losses))
-        self._globalstep_last_logged = state["last_logged_step"]
-
     def shuffle_anew(self, order: int) -> None:
         """Lets the epochs have another order: 0 is the seed's own, each time the run goes back it is the next."""
         self.order = order
         self.mixture = Mixture(self.train_dataset.rows, self.config.train_sources, self.config.seed + 1_000_003 * order)
         self.sampler.mixture = self.mixture
-
-    def load_adam(self) -> None:
-        """Puts AdamW's moments back, by the names of their parameters."""
-        parameters = dict(self.model.named_parameters())
-        fused = self.optimizer.param_groups[0]["fused"]
-        for name, tensor in self.resumed.tensors(ADAM):
-            parameter, key = parameters[name.rpartition("/")[0]], name.rpartition("/")[2]
-            on_device = fused or key != "step"  # where AdamW keeps its step count
-            self.optimizer.state[parameter][key] = tensor.to(parameter.device) if on_device else tensor
-
-    def _init_training_state(self, max_steps: int, num_update_steps_per_epoch: int, *args: Any) -> tuple[int, int]:
-        """Trainer's own, then at the checkpoint's step; returns the epochs that are done, and the steps of the next."""
-        super()._init_training_state(max_steps, num_update_steps_per_epoch, *args)
-        if not self.resumed:
-            return 0, 0
-        self.state.global_step = self.resumed.step
-        self.state.epoch = self.resumed.step / num_update_steps_per_epoch
-        return divmod(self.resumed.step, num_update_steps_per_epoch)
-
-    def _prepare_for_training(self, *args: Any) -> tuple[torch.nn.Module, torch.utils.data.DataLoader]:
-        prepared = super()._prepare_for_training(*args)
-        if self.resumed:
-            self.load_adam()
-            self.lr_scheduler.last_epoch = self.resumed.step
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate(group["component"], group["depth"], self.resumed.step)
-        return prepared
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Trainer's own reads a pickle; here there is nothing to load."""
-
-    def go_back(self, problem: BadSteps) -> None:
-        """Returns to the last checkpoint, to go on from there with the utterances in another order, or gives up."""
-        self.writer.wait()
-        found = find_checkpoint(self.writer.parent, self.run_log.say)
-        self.times_gone_back += 1
-        if found is None or self.times_gone_back > TIMES_TO_GO_BACK:
-            why = "there is no checkpoint" if found is None else f"going back {TIMES_TO_GO_BACK} times did not help"
-            raise InputError(f"{problem}; {why}. skipped-steps.txt names their utterances")
-        order = self.order + 1
-        self.unwrap()
-        self.optimizer = None
-        self.resume(found)
-        self.shuffle_anew(order)
-        self.bad_steps = 0
-        self.run_log.say(f"warning: {problem}; back to step {found.step}, with data order {order}")
-
-    def check_ranks(self) -> None:
-        """Compares what trains, bit by bit, over the processes."""
-        mine = checksum([parameter for parameter in self.model.parameters() if parameter.requires_grad])
-        if differing := self.watch.differing_ranks(mine):
-            raise InputError(
-                f"at step {self.state.global_step} the weights of process {', '.join(map(str, differing))} differ from"
-                " those of process 0: broken hardware, or a gradient that is not reduced. Start again to go on from the"
-                " last checkpoint"
-            )
 
     # Logging
 
@@ -1216,30 +990,6 @@ class StepEvents(TrainerCallback):
         self.run_log.bar.close()
 
 
-class CheckpointEvents(TrainerCallback):
-    """Seeds each step, and after it has Trainer save by interval, compare the processes, and stop when one must."""
-
-    def __init__(self, trainer: GradualUnfreezeTrainer):
-        self.trainer, self.config = trainer, trainer.config
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Whatever draws from the global generators (dropout) draws the same in a resumed run."""
-        seed = np.random.SeedSequence([self.config.seed, state.global_step, args.process_index]).generate_state(1)
-        transformers.set_seed(int(seed[0]))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer, step = self.trainer, state.global_step
-        trainer.watch.mark(f"step {step}")
-        if step % self.config.check_ranks_steps == 0:
-            trainer.check_ranks()
-        if step % self.config.save_steps == 0 or step in trainer.stage_ends or step == trainer.total_steps:
-            control.should_save = True
-        if stop := trainer.watch.agree_to_stop():
-            trainer.stopped, trainer.evaluation_pending = stop, control.should_evaluate
-            control.should_evaluate = False
-            control.should_save = control.should_training_stop = True
-
-
 def collate_step(collator: DataCollatorSpeechSeq2SeqWithPadding, micro_batches: list) -> tuple[list[dict], list[str]]:
     """One step's share of one process, and the utterances left out of it because they do not decode."""
     dropped = [u["dropped"] for utterances in micro_batches for u in utterances if "dropped" in u]
@@ -1279,33 +1029,6 @@ def schedule_factor(config: TrainingConfig, total_steps: int) -> Callable[[int],
     warmup = math.ceil(config.warmup_ratio * total_steps) if config.warmup_ratio > 0 else config.warmup_steps
     nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     return transformers.get_scheduler(config.lr_scheduler_type, nothing, warmup, total_steps).lr_lambdas[0]
-
-
-def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter once, where two are tied, and the buffers that belong to the weights."""
-    kept = model.state_dict().keys()
-    return dict(model.named_parameters()) | {name: buffer for name, buffer in model.named_buffers() if name in kept}
-
-
-def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    mine = weights_of(model)
-    with torch.no_grad():
-        for name, tensor in checkpoint.tensors(WEIGHTS):
-            mine[name].copy_(tensor)
-
-
-def check_checkpoint(checkpoint: Checkpoint, trainer: GradualUnfreezeTrainer) -> None:
-    """Raises InputError for a checkpoint of another model, of other settings or of other data."""
-    mine = {name: list(tensor.shape) for name, tensor in weights_of(trainer.model).items()}
-    if differing := checkpoints.differences(checkpoint.shapes(WEIGHTS), mine):
-        raise InputError(
-            f"{checkpoint.folder} is not of {trainer.config.model_name_or_path}: {len(differing)} tensors differ,"
-            f" {differing[0]}. Give the model it was trained from, or another --resume"
-        )
-    differing = changes(checkpoint.facts["settings"], trainer.config)
-    differing += checkpoints.differences(checkpoint.facts["run"], trainer.run_facts())
-    if differing:
-        raise InputError(f"{checkpoint.folder} is of another run:\n  " + "\n  ".join(differing))
 
 
 def save_for_use(model: torch.nn.Module, processor: Any, folder: Path, dtype: torch.dtype) -> None:
@@ -1362,108 +1085,7 @@ def upload(config: TrainingConfig, folder: Path) -> str:
         ) from error
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 # ---------------------------------------------------------------------------------------------------------------- Main
-
-
-@contextlib.contextmanager
-def together():
-    """Runs its block on every rank; an InputError on any of them becomes the same InputError on all."""
-    problem = None
-    try:
-        yield
-    except InputError as error:
-        problem = str(error)
-    if first := next(filter(None, gather_object([problem])), None):
-        raise InputError(first)
-
-
-def open_run_folder(config: TrainingConfig, state: accelerate.PartialState) -> tuple[Path, Any]:
-    """Creates the run's folder, or finds the run in it; returns it on all ranks, with the lock the first one holds.
-
-    Raises InputError for a folder that holds another run, or that another process works in.
-    """
-    name = f"hebrew-asr-{checkpoints.fingerprint(config.meaning())}"
-    if config.resume == "never":
-        name += time.strftime("-%Y%m%d-%H%M%S")
-    (folder,) = broadcast_object_list([config.output_dir or f"runs/{name}"])
-    folder, lock = Path(folder), None
-    with together():
-        if state.is_main_process:
-            check_same_run(config, folder)
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                if not config.inspect_data and (lock := take_lock(folder)) is None:
-                    raise InputError(f"another process trains in {folder}: wait for it, or choose another --output_dir")
-                checkpoints.put(folder / "config.yaml", json.dumps(dataclasses.asdict(config), indent=2))
-            except OSError as error:
-                raise InputError(f"cannot write to {folder}: {error.strerror}") from error
-    with together():
-        if not (folder / "config.yaml").exists():
-            raise InputError(f"{folder} is not seen by every machine: give an --output_dir on a shared file system")
-    return folder, lock
-
-
-def check_same_run(config: TrainingConfig, folder: Path) -> None:
-    """Raises InputError when the folder holds a run that these settings do not continue."""
-    if not (folder / "config.yaml").exists():
-        return
-    if config.resume == "never":
-        raise InputError(f"{folder} holds a run already: choose another --output_dir, or remove the folder")
-    try:
-        differing = changes(json.loads((folder / "config.yaml").read_text()), config)
-    except ValueError as error:
-        raise InputError(f"{folder}/config.yaml cannot be read ({error}): choose another --output_dir") from error
-    if differing:
-        raise InputError(
-            f"{folder} holds a run already, with other settings:\n  "
-            + "\n  ".join(differing)
-            + "\nGive those to go on with it, or choose another --output_dir for a new run"
-        )
-
-
-def changes(old: dict[str, Any], config: TrainingConfig) -> list[str]:
-    """The settings that mean another run, a line each; one that was not known then had its default."""
-    defaults, new = TrainingConfig().meaning(), config.meaning()
-    return checkpoints.differences({name: old.get(name, defaults[name]) for name in new}, new)
-
-
-def find_checkpoint(place: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest valid checkpoint of a run, as the first process finds it; later ones are set aside."""
-    found = None
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        found = checkpoints.newest_valid(place, say)
-        checkpoints.set_aside_after(place, found.step if found else -1)
-    (found,) = broadcast_object_list([found])
-    return found
-
-
-def checkpoint_to_resume(config: TrainingConfig, folder: Path, run_log: RunLog) -> Checkpoint | None:
-    """The checkpoint that `resume` asks for, or None for a run that begins; InputError for one that cannot be used."""
-    place = folder / "checkpoints"
-    if config.resume in ("auto", "never"):
-        there = bool(checkpoints.names(place))
-        found = find_checkpoint(place, run_log.say)
-        if there and found is None:
-            run_log.say(f"warning: no checkpoint in {place} is valid: the run begins anew")
-        return found
-    found = None
-    with together():
-        if run_log.is_main:
-            try:
-                found = checkpoints.verify(Path(config.resume))
-            except checkpoints.InvalidCheckpoint as problem:
-                raise InputError(f"--resume {config.resume} is no valid checkpoint: {problem}") from problem
-            if found.folder.parent.resolve() == place.resolve():
-                checkpoints.set_aside_after(place, found.step)
-            else:
-                checkpoints.set_aside_after(place, -1)
-                found = checkpoints.adopt(found, place)
-    (found,) = broadcast_object_list([found])
-    return found
 
 
 def check_disk(folder: Path, model: torch.nn.Module, config: TrainingConfig) -> None:
@@ -1521,9 +1143,8 @@ def main(config: TrainingConfig) -> None:
     transformers.set_seed(config.seed)
     folder, _lock = open_run_folder(config, state)  # the lock holds as long as this function runs
     run_log = RunLog(folder, state.process_index)
-    load = functools.partial(load_train_and_eval, config, config.seed)
     if config.inspect_data:
-        train_rows, eval_rows = load_in_turn(state, load)
+        train_rows, eval_rows = load_in_turn(state, functools.partial(load_train_and_eval, config, config.seed))
         report_data(folder, train_rows, eval_rows, config, run_log)
         leave_process_group()
         return
@@ -1538,55 +1159,66 @@ def main(config: TrainingConfig) -> None:
         if config.uploads and state.is_main_process:
             check_upload(config)
     with failures_noted(folder):
-        if state.is_main_process:
-            checkpoints.write_status(folder, "running", pid=os.getpid())
-        found = checkpoint_to_resume(config, folder, run_log)
+        run(config, state, folder, run_log, use_bf16)
 
-        # 2. Model
+
+def run(config: TrainingConfig, state: accelerate.PartialState, folder: Path, run_log: RunLog, use_bf16: bool) -> None:
+    """Steps 2 to 7 of `main`: what happens in the run's folder."""
+    if state.is_main_process:
+        checkpoints.write_status(folder, "running", pid=os.getpid())
+    found = checkpoint_to_resume(config, folder, run_log)
+
+    # 2. Model
+    with together():
+        with checkpoint_problems(config.model_name_or_path):
+            processor = transformers.AutoProcessor.from_pretrained(config.model_name_or_path)
+        model = load_model(config, use_bf16)
+        check_disk(folder, model, config)
+
+    # 3. Data
+    train_rows, eval_rows = load_in_turn(state, functools.partial(load_train_and_eval, config, config.seed))
+    report_data(folder, train_rows, eval_rows, config, run_log)
+
+    # 4. What will run
+    trainer = GradualUnfreezeTrainer(
+        config,
+        training_arguments(config, folder, cpu=state.device.type == "cpu"),
+        model,
+        processor,
+        train_rows,
+        eval_rows,
+        run_log,
+        use_bf16,
+    )
+    if found:
+        trainer.resume(found)
+    else:
+        run_log.go_back([], 0)
+    announce(trainer, eval_rows, state.num_processes)
+    run_log.start_tracker(
+        config.tracker,
+        config.wandb_project,
+        config.wandb_run_name or folder.name,
+        dataclasses.asdict(config) | run_facts(trainer, train_rows, state.num_processes),
+        config.tags,
+    )
+
+    with trainer.watch, ends_early(trainer):
+        # 5. Train
+        train(trainer)
+
+        # 6. The best checkpoint as it is on disk: reload, evaluate, describe
         with together():
-            with checkpoint_problems(config.model_name_or_path):
-                processor = transformers.AutoProcessor.from_pretrained(config.model_name_or_path)
-            model = load_model(config, use_bf16)
-            check_disk(folder, model, config)
-
-        # 3. Data
-        train_rows, eval_rows = load_in_turn(state, load)
-        report_data(folder, train_rows, eval_rows, config, run_log)
-
-        # 4. What will run
-        trainer = GradualUnfreezeTrainer(
-            config, training_arguments(config, folder, cpu), model, processor, train_rows, eval_rows, run_log, use_bf16
-        )
-        if found:
-            trainer.resume(found)
-        else:
-            run_log.go_back([], 0)
-        announce(trainer, eval_rows, state.num_processes)
-        run_log.start_tracker(
-            config.tracker,
-            config.wandb_project,
-            config.wandb_run_name or folder.name,
-            dataclasses.asdict(config) | run_facts(trainer, train_rows, state.num_processes),
-            config.tags,
-        )
-
-        # 5. Train; then the best checkpoint as it is on disk: reload, evaluate, describe
-        with trainer.watch:
-            try:
-                train(trainer)
-                with together():
-                    trainer.write_final_model()
-                best = Qwen3ASRForConditionalGeneration.from_pretrained(trainer.final_folder, dtype="auto")
-                final = trainer.evaluate(metric_key_prefix="final", model=best.to(trainer.args.device))
-            except Stopped:
-                end_early(trainer)
-            if state.is_main_process:
-                describe_result(trainer, final)
-                checkpoints.write_status(folder, "finished", step=trainer.state.global_step, uploaded=None)
-            run_log.finish()
+            trainer.write_final_model()
+        best = Qwen3ASRForConditionalGeneration.from_pretrained(trainer.final_folder, dtype="auto")
+        final = trainer.evaluate(metric_key_prefix="final", model=best.to(trainer.args.device))
+        if state.is_main_process:
+            describe_result(trainer, final)
+            checkpoints.write_status(folder, "finished", step=trainer.state.global_step, uploaded=None)
+    run_log.finish()
     leave_process_group()
 
-    # 6. Upload: the other ranks are done
+    # 7. Upload: the other ranks are done
     if state.is_main_process:
         try:
             if config.uploads:
@@ -1595,59 +1227,6 @@ def main(config: TrainingConfig) -> None:
                 run_log.say(f"not uploaded; to do it: {upload_command(config, trainer.final_folder)}")
         finally:
             run_log.say(run_log.dashboard())
-
-
-def train(trainer: GradualUnfreezeTrainer) -> None:
-    """Trains to the end; goes back to the last checkpoint when steps keep failing. Raises Stopped on a signal."""
-    while True:
-        try:
-            if trainer.evaluation_pending:
-                trainer.create_optimizer()
-                trainer.load_adam()
-                trainer.evaluate()
-            if trainer.state.global_step < trainer.total_steps:
-                trainer.train()
-            if trainer.stopped:
-                raise Stopped
-            return
-        except BadSteps as problem:
-            trainer.go_back(problem)
-
-
-def end_early(trainer: GradualUnfreezeTrainer) -> None:
-    """Ends the process after a signal, when the checkpoint is on the disk."""
-    run_log = trainer.run_log
-    trainer.writer.wait()
-    if run_log.is_main:
-        last = next(iter(checkpoints.names(trainer.writer.parent)), None)
-        where = f"checkpoint {last.name}" if last else "no checkpoint yet"
-        step, why = trainer.state.global_step, stop_name(trainer.stopped)
-        run_log.say(f"stopped at step {step} ({why}), {where}; the same command goes on from there")
-        checkpoints.write_status(
-            run_log.folder, "preempted", step=step, why=why, checkpoint=last.name if last else None
-        )
-    trainer.watch.gather(None)
-    run_log.finish()
-    trainer.watch.close()
-    leave_process_group()
-    sys.exit(128 + (signal.SIGTERM if trainer.stopped == LAUNCHER_ENDED else trainer.stopped))
-
-
-@contextlib.contextmanager
-def failures_noted(folder: Path):
-    """Says in status.json why a run failed."""
-    try:
-        yield
-    except Exception as error:
-        note_failure(folder, first_line(error))
-        raise
-
-
-def note_failure(folder: Path, reason: str) -> None:
-    """The first process to fail knows best; the others then fail because it is gone."""
-    if checkpoints.read_status(folder)["state"] == "running":
-        last = next(iter(checkpoints.names(folder / "checkpoints")), None)
-        checkpoints.write_status(folder, "failed", why=reason, checkpoint=last.name if last else None)
 
 
 def publish(config: TrainingConfig, folder: Path, run_log: RunLog) -> None:

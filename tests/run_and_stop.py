@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=2 tests/run_and_stop.py SETTINGS.json STEP HOW
 
 SETTINGS.json holds a TrainingConfig. After STEP steps the process stops itself: `kill` as when the machine ends, once
-the checkpoint before it is written; `TERM` as when a scheduler asks it to; with -1 it runs to its end.
+the checkpoint before it is written; `TERM` as when a scheduler asks the last one to; with -1 it runs to its end.
 """
 
 import os
@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from train_hebrew_asr_enhanced import CheckpointEvents, TrainingConfig, launch, main, parse_config
+from resuming import CheckpointEvents
+from train_hebrew_asr_enhanced import TrainingConfig, launch, main, parse_config
 
 
 def stop_at(stop_step: int, how: str) -> None:
@@ -24,7 +25,7 @@ def stop_at(stop_step: int, how: str) -> None:
         if state.global_step == stop_step and how == "kill":
             self.trainer.writer.wait()
             os.kill(os.getpid(), signal.SIGKILL)
-        if state.global_step == stop_step and args.process_index == 0:
+        if state.global_step == stop_step and args.process_index == args.world_size - 1:
             os.kill(os.getpid(), getattr(signal, f"SIG{how}"))
 
     CheckpointEvents.on_step_begin = stop_first

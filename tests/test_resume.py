@@ -16,8 +16,9 @@ from conftest import DEMO, first_rows, small_config
 
 import checkpoints
 from hebrew_corpora import InputError, Source
+from resuming import CheckpointEvents
 from run_watch import STOP_SIGNALS
-from train_hebrew_asr_enhanced import CheckpointEvents, GradualUnfreezeTrainer, TrainingConfig, main
+from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig, main
 
 HERE = Path(__file__).parent
 LAST = 12  # steps of small_config: two epochs of 6, a stage each
@@ -268,9 +269,9 @@ def test_a_checkpoint_of_another_model_size_is_refused(whole, settings, tmp_path
 # Two processes
 
 
-def test_killed_and_preempted_runs_of_two_processes_end_in_the_same_bits(settings, tmp_path):
+def test_a_preempted_run_of_two_processes_ends_in_the_same_bits(settings, tmp_path):
     def run(name: str, step: int, how: str) -> subprocess.CompletedProcess:
-        config = settings(tmp_path / name, save_steps=2, batch_size=2)
+        config = settings(tmp_path / name, save_steps=100, batch_size=2)
         file = tmp_path / f"{name}.json"
         file.write_text(json.dumps(dataclasses.asdict(config)))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -278,10 +279,8 @@ def test_killed_and_preempted_runs_of_two_processes_end_in_the_same_bits(setting
         return subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=180, check=False)
 
     assert run("whole", -1, "TERM").returncode == 0
-    assert run("broken", 5, "kill").returncode == 1
-    assert newest(tmp_path / "broken").name == "step-00000004"
     done = run("broken", 8, "TERM")
-    assert "resumed at step 4" in done.stdout and "stopped at step 9 (SIGTERM)" in done.stdout, done.stderr
+    assert done.returncode == 1 and "stopped at step 9 (SIGTERM)" in done.stdout, done.stderr
     assert checkpoints.read_status(tmp_path / "broken")["state"] == "preempted"
     done = run("broken", -1, "TERM")
     assert done.returncode == 0 and "resumed at step 9 of 12, stage A" in done.stdout, done.stderr
