@@ -133,15 +133,17 @@ class SpeechStream(torch.utils.data.IterableDataset):
         self.streams = [
             StreamedSource(s.source, split_by_process(s.rows, rank, processes), s.settings) for s in streams
         ]
+        shards = min(s.rows.num_shards for s in streams)
+        self.most_workers = shards if shards < processes else shards // processes
         self.shares = np.array([1.0 if s.source.probability is None else s.source.probability for s in streams])
-        self.start: dict[str, Any] = {"steps": 0, "workers": {}}
+        self.start: dict[str, Any] = {}  # the reader's state
 
     def workers(self, wanted: int) -> int:
-        """At most as many as every source has shards for this process."""
-        return min(wanted, *(per_process(stream.rows) for stream in self.streams))
+        """At most as many as every source has shards for each process."""
+        return min(wanted, self.most_workers)
 
-    def __iter__(self) -> Iterator[tuple[list[Any], list[str], int, dict[str, Any]] | None]:
-        """Yields (micro-batches, what was dropped, worker, its state after the step)."""
+    def __iter__(self) -> Iterator[tuple[list[Any], list[str], list[str], int, dict[str, Any]] | None]:
+        """Yields (micro-batches, what was dropped, names of the utterances, worker, its state after the step)."""
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         sources = [
@@ -157,7 +159,7 @@ class SpeechStream(torch.utils.data.IterableDataset):
             yield None  # its turn in this round was before the start
         pieces = [iter(source) for source in sources]
         while True:
-            utterances, dropped = [], []
+            utterances, dropped, names = [], [], []
             while len(utterances) < self.share:
                 number = int(np.argmax(self.shares * (taken.sum() + 1) - taken))  # the one furthest behind
                 piece = next(pieces[number])
@@ -168,9 +170,10 @@ class SpeechStream(torch.utils.data.IterableDataset):
                     dropped.append(utterance["dropped"])
                 else:
                     utterances.append(utterance)
+                    names.append(f"{piece['recording']} ({piece['text']!r})")
                     taken[number] += 1
             state = {"taken": taken.tolist(), "sources": [copy.deepcopy(source.state) for source in sources]}
-            yield self.collate(utterances), dropped, worker, state
+            yield self.collate(utterances), dropped, names, worker, state
 
 
 def split_by_process(rows: datasets.IterableDataset, rank: int, processes: int) -> datasets.IterableDataset:
@@ -179,38 +182,49 @@ def split_by_process(rows: datasets.IterableDataset, rank: int, processes: int) 
     return split_dataset_by_node(rows, rank, processes, strategy=strategy)
 
 
-def per_process(rows: datasets.IterableDataset) -> int:
-    """Shards that the process with the fewest has, of a dataset that was split."""
-    processes = rows._distributed.world_size
-    return rows.num_shards if rows.num_shards < processes else rows.num_shards // processes
+class StreamReader(torch.utils.data.Dataset):
+    """One process's steps of a SpeechStream, which runs in workers: whichever step is asked for is the next one.
 
+    `state` is all that an equal reader needs to go on from here; `last` names the utterances of the last step.
+    """
 
-class StreamLoader(torch.utils.data.DataLoader):
-    """Runs a SpeechStream in workers; an epoch is so many steps of it, and the next epoch goes on from there."""
+    def __init__(self, stream: SpeechStream, workers: int, pin_memory: bool):
+        self.stream, self.last = stream, []
+        self.workers, self.pin_memory = stream.workers(workers), pin_memory
+        self.state: dict[str, Any] = {"steps": 0, "num_workers": self.workers, "workers": {}}
+        self.items: Iterator | None = None
 
-    def __init__(self, stream: SpeechStream, steps_per_epoch: int, workers: int, pin_memory: bool):
-        workers = stream.workers(workers)
-        prefetch = 2 if workers else None
-        super().__init__(
-            stream,
-            None,
-            num_workers=workers,
-            prefetch_factor=prefetch,
-            pin_memory=pin_memory,
-            collate_fn=lambda item: item,
-        )
-        self.steps_per_epoch, self.steps = steps_per_epoch, None
-        self.state = copy.deepcopy(stream.start)
+    def go_on_from(self, state: dict[str, Any], seed: int) -> None:
+        """Forgets what was read ahead; raises InputError for a state of another number of workers."""
+        if state["num_workers"] != self.workers:
+            raise InputError(
+                f"a streamed run goes on with as many workers as before: {state['num_workers']}, not {self.workers}"
+                " (dataloader_num_workers)"
+            )
+        self.state, self.items, self.stream.seed = copy.deepcopy(state), None, seed
 
-    def __len__(self) -> int:
-        return self.steps_per_epoch
+    def __iter__(self) -> "StreamReader":
+        return self
 
-    def __iter__(self) -> Iterator[tuple[list[Any], list[str]]]:
-        self.steps = super().__iter__() if self.steps is None else self.steps
-        for _ in range(self.steps_per_epoch):
-            while (item := next(self.steps)) is None:
-                pass
-            micro_batches, dropped, worker, state = item
-            self.state["steps"] += 1
-            self.state["workers"][str(worker)] = state
-            yield micro_batches, dropped
+    def __next__(self) -> tuple[list[Any], list[str]]:
+        if self.items is None:
+            self.stream.start = copy.deepcopy(self.state)
+            self.items = iter(
+                torch.utils.data.DataLoader(
+                    self.stream,
+                    batch_size=None,
+                    collate_fn=lambda item: item,
+                    num_workers=self.workers,
+                    prefetch_factor=2 if self.workers else None,
+                    pin_memory=self.pin_memory,
+                )
+            )
+        while (item := next(self.items)) is None:
+            pass
+        micro_batches, dropped, self.last, worker, state = item
+        self.state["steps"] += 1
+        self.state["workers"][str(worker)] = state
+        return micro_batches, dropped
+
+    def __getitems__(self, step: Any) -> tuple[list[Any], list[str]]:
+        return next(self)

@@ -32,6 +32,7 @@ class RunLog:
         self.on_bar: dict[str, str] = {}
         self.tracker: Any = None  # the tracker's run
         self.library: Any = None  # wandb or trackio
+        self.tracker_id: list[str] | None = None  # which tracker, and what it calls the run
 
     def start_tracker(self, name: str, project: str, run_name: str, settings: dict[str, Any], tags: list[str]) -> None:
         """Opens the dashboard: wandb (offline without an account), trackio (local), or none."""
@@ -39,12 +40,16 @@ class RunLog:
             return
         library = importlib.import_module(name)
         options: dict[str, Any] = {"project": project, "name": run_name, "config": settings | {"tags": tags}}
+        before = self.tracker_id[1] if self.tracker_id and self.tracker_id[0] == name else None
+        if name == "trackio" and before:
+            options |= {"name": before, "resume": "allow"}
         if name == "wandb":
-            options |= {"tags": tags, "dir": str(self.folder)}
+            options |= {"tags": tags, "dir": str(self.folder), "id": before, "resume": "allow" if before else None}
             if "WANDB_MODE" not in os.environ and not library.login(prompt=False):
                 options["mode"] = "offline"
         with silenced_stdout():
             self.library, self.tracker = library, library.init(**options)
+        self.tracker_id = [name, self.tracker.id if name == "wandb" else self.tracker.name]
 
     def dashboard(self) -> str:
         """How to look at what was tracked, as one line."""
@@ -85,6 +90,28 @@ class RunLog:
         if self.bar is not None:
             self.bar.set_postfix(self.on_bar, refresh=False)
 
+    def go_back(self, rows: list[Row], step: int) -> None:
+        """Forgets what was logged after a step, which is about to be logged again; `rows` is what there was by then."""
+        self.rows = rows
+        if self.is_main:
+            unfinished = self.folder / ".metrics.jsonl"
+            unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            unfinished.replace(self.folder / "metrics.jsonl")
+        dropped = self.folder / f"dropped-{self.rank}.txt"
+        if dropped.exists():
+            lines = dropped.read_text().splitlines(keepends=True)
+            dropped.write_text("".join(line for line in lines if int(line.split(":")[0].split()[1]) <= step))
+
+    def note_skipped(self, utterances: list[str], norm: float, step: int) -> None:
+        """Names the utterances of a step that was not applied, all of them in a file."""
+        if self.is_main:
+            with open(self.folder / "skipped-steps.txt", "a") as file:
+                file.writelines(f"step {step}: {name}\n" for name in utterances)
+            self.say(
+                f"warning: step {step} was not applied, its gradient norm is {norm}; its {len(utterances)} utterances"
+                f" are in skipped-steps.txt: {', '.join(utterances[:3])}, …"
+            )
+
     def note_dropped(self, reasons: list[str], step: int) -> None:
         """Lists utterances that were left out of a step (any rank: each has a file of its own)."""
         if reasons:
@@ -98,8 +125,10 @@ class RunLog:
             table = self.library.Table(columns=["reference", "hypothesis"], data=[list(pair) for pair in pairs])
             self.tracker.log({name: table}, step=step)
 
-    def open_progress(self, steps: int) -> None:
-        self.bar = tqdm(total=steps, desc="training", unit="step", disable=self.hides_progress)
+    def open_progress(self, steps: int, done: int) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = tqdm(total=steps, initial=done, desc="training", unit="step", disable=self.hides_progress)
 
 
 @contextlib.contextmanager

@@ -5,13 +5,15 @@
     uv run train_hebrew_asr_enhanced.py --help                            every setting
 
 Every setting is a field of TrainingConfig: edit it here, or override it on the command line (`--num_epochs 3`).
-The run's folder (`--output_dir`) gets config.yaml, corpus.html, metrics.jsonl, curves.png and final_model/.
+The run's folder (`--output_dir`) gets config.yaml, corpus.html, metrics.jsonl, curves.png, checkpoints/, status.json
+and final_model/. The same command in the same folder goes on from the last checkpoint.
 """
 
 import contextlib
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 import math
 import os
@@ -24,7 +26,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,31 @@ import torch.distributed
 import transformers
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
-from transformers import Qwen3ASRForConditionalGeneration, Qwen3ASRProcessor, Trainer, TrainerCallback
+from transformers import Qwen3ASRForConditionalGeneration, Qwen3ASRProcessor, TrainerCallback
 
+import checkpoints
 from batching import FRAMES_PER_CHUNK, UtteranceTokens, audio_token_count, deal_step, has_context, pack
 from corpus_report import write_report
-from corpus_stream import Leaks, SpeechStream, StreamedSource, StreamLoader, load_streams_and_eval
+from corpus_stream import Leaks, SpeechStream, StreamedSource, StreamReader, load_streams_and_eval
 from hebrew_audio import SAMPLE_RATE, AudioError, WaveformAugmentation, augment, check_waveform, decode_audio
 from hebrew_corpora import BROKEN, DataConfig, InputError, Mixture, SpeechRows, load_train_and_eval
 from hebrew_scoring import score
 from label_loss import IGNORED_LABEL, SpeechModel, label_nats
 from model_card import write_model_card
 from prepare_corpora import prepare
+from resuming import (
+    ResumableTrainer,
+    checkpoint_to_resume,
+    ends_early,
+    failures_noted,
+    first_line,
+    load_weights,
+    open_run_folder,
+    together,
+    train,
+)
 from run_log import TRACKERS, RunLog, draw_curves, success_criteria, wer_summary
+from run_watch import ignore_stop_signals
 
 MEL_BINS = 128
 TOKENS_PER_SECOND = 8  # of a fast speaker's Hebrew: 3.8 words a second, 2.1 tokens a word
@@ -158,6 +172,22 @@ class TrainingConfig(DataConfig):
     wandb_run_name: str | None = field(default_factory=lambda: os.environ.get("WANDB_RUN_NAME"))
     logging_steps: int = 10
 
+    # Checkpoints
+    resume: str = "auto"
+    """auto: go on where the run in the folder stopped; never: a new run; or the folder of a checkpoint."""
+    save_steps: int = 500
+    """Steps from one checkpoint to the next. Also when the WER is the lowest so far, and at the end of each stage."""
+    save_total_limit: int = 2
+    """So many of the newest checkpoints are kept, and the one of the lowest WER."""
+    preemption_grace_seconds: float = 25
+    """From a signal to stop to the end of the processes, with a checkpoint or without; torchrun itself gives 30."""
+    stall_timeout_minutes: float = 10
+    """A process that does not get on for so long while training ends the run."""
+    max_bad_steps: int = 3
+    """Steps in a row without a finite gradient after which the run goes back to the last checkpoint."""
+    check_ranks_steps: int = 100
+    """Steps from one comparison of the processes' weights to the next."""
+
     # What the run is held to at its end
     target_loss: float = 11.0
     """Nats per target token. The figure is Round 2's; a run whose prompt and labels are right starts below 2."""
@@ -176,10 +206,10 @@ class TrainingConfig(DataConfig):
     prepare: bool = False
     """Only listen to the corpora (prepare_corpora.py) and write their report; later starts use what was heard."""
     output_dir: str | None = None
-    """None: a new folder under runs/."""
+    """None: a folder under runs/ with a name of the settings, the same for the same command."""
     seed: int = 42
     process_timeout_minutes: int = 60
-    """How long processes wait for one another, above all while the first one reads the corpora."""
+    """How long processes wait for one another at the start, above all while the first one reads the corpora."""
 
     def gradient_accumulation_steps(self, processes: int) -> float:
         """Micro-batches of one process in a step where batch_size governs, and then a whole number."""
@@ -199,6 +229,11 @@ class TrainingConfig(DataConfig):
             "gradual-unfreezing": len(self.stages) > 1,
         }
         return [tag for tag, is_on in on.items() if is_on]
+
+    def meaning(self) -> dict[str, Any]:
+        """The settings that decide what the run computes, as they are in JSON."""
+        settings = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {name: value for name, value in settings.items() if name not in MAY_CHANGE}
 
     def stage_of_epoch(self, epoch: int) -> Stage:
         """The stage that `epoch` (from 1) belongs to; the last one goes on for ever."""
@@ -239,7 +274,11 @@ class TrainingConfig(DataConfig):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(known)}")
         ranges = dict.fromkeys(
-            ("eval_steps", "eval_batch_size", "logging_steps", "generation_max_new_tokens"), (1, math.inf)
+            (
+                *("eval_steps", "eval_batch_size", "logging_steps", "generation_max_new_tokens"),
+                *("save_steps", "save_total_limit", "max_bad_steps", "check_ranks_steps"),
+            ),
+            (1, math.inf),
         )
         ranges |= {"freq_mask_param": (0, MEL_BINS), "time_mask_param": (0, math.inf), "max_time_mask_share": (0, 1)}
         ranges |= {"warmup_ratio": (0, 1), "eval_fraction": (0, 1), "layerwise_lr_decay_rate": (0, 1)}
@@ -269,6 +308,16 @@ class TrainingConfig(DataConfig):
         )
 
 
+MAY_CHANGE = {  # settings that a resumed run may have otherwise than before
+    *("bf16", "final_dtype", "dataloader_num_workers", "preprocessing_num_workers", "batch_size"),
+    *("eval_steps", "eval_batch_size", "num_logged_predictions", "logging_steps", "target_loss", "target_wer"),
+    *("tracker", "wandb_project", "wandb_run_name", "hf_repo_id", "skip_hf_upload", "hf_private"),
+    *("resume", "save_steps", "save_total_limit", "preemption_grace_seconds", "stall_timeout_minutes"),
+    *("max_bad_steps", "check_ranks_steps", "inspect_data", "output_dir", "process_timeout_minutes"),
+    *("tokens_per_micro_batch", "gradient_checkpointing", "prepare", "prepared_dir"),
+}
+
+
 def parse_config(argv: list[str], defaults: TrainingConfig) -> TrainingConfig:
     """Reads `--field value` over `defaults`; raises InputError that names the nearest field for an unknown one."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
@@ -276,7 +325,7 @@ def parse_config(argv: list[str], defaults: TrainingConfig) -> TrainingConfig:
     parser.add_argument("--config", action="config", help="a config.yaml of an earlier run")
     parser.set_defaults(dataclasses.asdict(defaults))
     flags = ("--inspect_data", "--prepare")  # like --demo
-    argv = [a + "=true" if a in flags and b.startswith("--") else a for a, b in pairwise([*argv, "--"])]
+    argv = [a + "=true" if a in flags and b.startswith("--") else a for a, b in itertools.pairwise([*argv, "--"])]
     try:
         # Without defaults: jsonargparse would fill a given list's items up from the default list's items.
         given = parser.parse_args(argv, defaults=False)
@@ -363,6 +412,9 @@ class StreamedEpochs:
 
     def __len__(self) -> int:
         return self.steps
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((self.epoch, step) for step in range(self.steps))
 
 
 class GlobalBatchSampler(torch.utils.data.Sampler):
@@ -607,7 +659,7 @@ def checkpoint_problems(name: str):
 # ------------------------------------------------------------------------------------------------------------- Trainer
 
 
-class GradualUnfreezeTrainer(Trainer):
+class GradualUnfreezeTrainer(ResumableTrainer):
     """Trainer that changes what trains at stage boundaries and evaluates by transcribing.
 
     What it relies on in Trainer 5.23: `_run_epoch` gets the wrapped model as an argument, one item of the loader is
@@ -638,7 +690,7 @@ class GradualUnfreezeTrainer(Trainer):
         )
         if config.streaming:
             self.sampler = StreamedEpochs(config.steps_per_epoch)
-            self.stream_loader = self.open_stream(train_rows, eval_rows)
+            self.stream = self.open_stream(train_rows, eval_rows)
         else:
             self.mixture = Mixture(train_rows, config.train_sources, config.seed)
             around = len(self.collator.prompt(0, "")) + len(self.collator.language_prefix) + 1
@@ -648,21 +700,18 @@ class GradualUnfreezeTrainer(Trainer):
         ends = {stage.last_epoch * len(self.sampler): stage.name for stage in config.stages}
         self.stage_ends = {step: name for step, name in ends.items() if step < self.total_steps}
         self.add_callback(StepEvents(run_log, config.eval_steps, {*self.stage_ends, self.total_steps}))
-        self.best_wer, self.best_step = float("inf"), 0
         self.window_started = time.perf_counter()
-        self.window_audio_seconds = 0.0
-        self.dropped_utterances = self.broken_utterances = 0
-        self.last_train_loss = float("nan")
+        self.prepare_checkpoints()
 
     # Data
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """One item is this process's share of one optimizer step: a list of micro-batches. Already sharded by rank."""
         if self.config.streaming:
-            return self.stream_loader
+            return torch.utils.data.DataLoader(self.stream, batch_sampler=self.sampler, collate_fn=lambda step: step)
         return self._loader(self.train_dataset, self.sampler, functools.partial(collate_step, self.collator))
 
-    def open_stream(self, streams: list[StreamedSource], heldout: SpeechRows) -> StreamLoader:
+    def open_stream(self, streams: list[StreamedSource], heldout: SpeechRows) -> StreamReader:
         config = self.config
         stream = SpeechStream(
             streams,
@@ -674,8 +723,7 @@ class GradualUnfreezeTrainer(Trainer):
             rank=self.args.process_index,
             processes=self.args.world_size,
         )
-        pin_memory = torch.cuda.is_available()
-        return StreamLoader(stream, config.steps_per_epoch, config.dataloader_num_workers, pin_memory)
+        return StreamReader(stream, config.dataloader_num_workers, pin_memory=torch.cuda.is_available())
 
     def get_eval_dataloader(self, eval_dataset: SpeechDataset | None = None) -> torch.utils.data.DataLoader:
         """This process's batches of the evaluation set, longest first; the batches are the same for any rank count.
@@ -703,6 +751,7 @@ class GradualUnfreezeTrainer(Trainer):
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=2 if workers else None,
+            worker_init_fn=ignore_stop_signals if workers else None,
         )
 
     # Stages
@@ -722,14 +771,23 @@ class GradualUnfreezeTrainer(Trainer):
         ranks would drift apart in silence. The optimizer holds the parameters of every stage from the start, so that
         the moments of what was training go on.
         """
+        self.set_stage(stage)
+        if self.model_wrapped is not self.model:
+            self.unwrap()
+            self.model_wrapped = self.accelerator.prepare_model(self.model)
+        self.run_log.say(f"{stage_line(self.model, stage)} | from step {self.state.global_step + 1}")
+
+    def set_stage(self, stage: Stage) -> None:
         self.stage = stage
         freeze_for(self.model, stage)
+
+    def unwrap(self) -> None:
+        """Takes DistributedDataParallel off, if there is any."""
         if self.model_wrapped is not self.model:
             self.model_wrapped._remove_autograd_hooks()
             self.model_wrapped.reducer = None  # frees its gradient buckets; Trainer's loop keeps the wrapper itself
-            self.accelerator._models.clear()  # prepare_model appends; the model would be listed twice
-            self.model_wrapped = self.accelerator.prepare_model(self.model)
-        self.run_log.say(f"{stage_line(self.model, stage)} | from step {self.state.global_step + 1}")
+        self.accelerator._models.clear()  # prepare_model appends; the model would be listed twice
+        self.model_wrapped = self.model
 
     # Optimizer and schedule
 
@@ -838,15 +896,6 @@ class GradualUnfreezeTrainer(Trainer):
         with self.autocast():
             return model(**self._prepare_inputs(batch), num_items_in_batch=1).loss
 
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if not math.isfinite(norm):  # the same on every rank: gradients are reduced by now
-            raise InputError(
-                f"the gradient norm of step {self.state.global_step + 1} is {norm}: a broken recording, or too high a"
-                " learning rate. This step was not applied"
-            )
-        return norm
-
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # Trainer's estimate reads one batch of text tokens; a step here is several, with audio
 
@@ -902,7 +951,8 @@ class GradualUnfreezeTrainer(Trainer):
         module.eval()
         found = []  # (row, hypothesis, language, mean nats of its batch, target tokens)
         loader = self.get_eval_dataloader(dataset)
-        for rows, batch in tqdm(loader, "evaluating", leave=False, disable=self.run_log.hides_progress):
+        batches = self.while_running(loader)
+        for rows, batch in tqdm(batches, "evaluating", len(loader), leave=False, disable=self.run_log.hides_progress):
             loss, generated, labels = self.prediction_step(module, batch, prediction_loss_only=False)
             tokens = (labels != IGNORED_LABEL).sum(dim=1).tolist()
             outputs = self.processor.decode(generated, return_format="parsed")
@@ -933,15 +983,65 @@ class GradualUnfreezeTrainer(Trainer):
         return metrics
 
     def keep_if_best(self, wer: float) -> None:
-        """Writes the model for use, in its one final type, when it is the best since training began."""
+        """Saves a checkpoint when this WER is the lowest since training began."""
+        self.evaluation_pending, self.evaluated_step, self.last_wer = False, self.state.global_step, wer
         if self.state.global_step > 0 and wer < self.best_wer:
             self.best_wer, self.best_step = wer, self.state.global_step
-            if self.args.process_index == 0:
-                save_for_use(self.model, self.processor, self.final_folder, getattr(torch, self.config.final_dtype))
+            self.save_checkpoint()
+
+    def write_final_model(self) -> None:
+        """Writes the checkpoint of the lowest WER for use, in its one final type."""
+        self.writer.wait()
+        if self.args.process_index > 0:
+            return
+        best = checkpoints.best_valid(self.writer.parent, self.run_log.say)
+        if best is None:
+            raise InputError(f"no checkpoint is in {self.writer.parent}, so there is no final model: is the disk full?")
+        self.best_step = best.step
+        load_weights(self.model, best)
+        save_for_use(self.model, self.processor, self.final_folder, getattr(torch, self.config.final_dtype))
 
     @property
     def final_folder(self) -> Path:
         return Path(self.args.output_dir) / "final_model"
+
+    # Checkpoints: RNG states are not in them, since every step and every utterance seeds its own
+
+    def run_facts(self) -> dict[str, Any]:
+        """What a resumed run must find as it was, beside the settings."""
+        facts = {"bf16_autocast": self.use_bf16, "steps": self.total_steps}
+        if self.config.streaming:
+            return facts
+        rows = self.train_dataset.rows
+        return facts | {"train_utterances": len(rows), "train_seconds": round(float(rows.seconds.sum()), 3)}
+
+    def shuffle_anew(self, order: int) -> None:
+        """Lets the epochs have another order: 0 is the seed's own, each time the run goes back it is the next."""
+        self.order, seed = order, self.config.seed + 1_000_003 * order
+        if self.config.streaming:
+            self.stream.go_on_from(self.stream.state, seed)
+        else:
+            self.sampler.mixture = self.mixture = Mixture(self.train_dataset.rows, self.config.train_sources, seed)
+
+    def stream_state(self) -> dict[str, Any] | None:
+        return self.stream.state if self.config.streaming else None
+
+    def restore_stream(self, states: list[dict[str, Any] | None]) -> None:
+        if not self.config.streaming:
+            return
+        if len(states) != self.args.world_size:
+            raise InputError(
+                f"a streamed run goes on with as many processes as before: {len(states)}, not {self.args.world_size}"
+            )
+        self.stream.go_on_from(states[self.args.process_index], self.stream.stream.seed)
+
+    def names_of_step(self, step: int) -> list[str]:
+        """This process's utterances of the step that runs."""
+        if self.config.streaming:
+            return self.stream.last
+        mine = next(itertools.islice(self.sampler, (step - 1) % len(self.sampler), None))
+        rows = [(number, self.train_dataset.rows[number]) for micro_batch in mine for _, number in micro_batch]
+        return [f"{row['recording']} (utterance {number}, {row['text']!r})" for number, row in rows]
 
     # Logging
 
@@ -980,7 +1080,7 @@ class StepEvents(TrainerCallback):
         self.run_log, self.eval_steps, self.ends = run_log, eval_steps, ends
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.run_log.open_progress(state.max_steps)
+        self.run_log.open_progress(state.max_steps, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run_log.bar.update()
@@ -1123,47 +1223,20 @@ def upload(config: TrainingConfig, folder: Path) -> str:
         ) from error
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 # ---------------------------------------------------------------------------------------------------------------- Main
 
 
-@contextlib.contextmanager
-def together():
-    """Runs its block on every rank; an InputError on any of them becomes the same InputError on all."""
-    problem = None
-    try:
-        yield
-    except InputError as error:
-        problem = str(error)
-    if first := next(filter(None, gather_object([problem])), None):
-        raise InputError(first)
-
-
-def new_run_folder(config: TrainingConfig, state: accelerate.PartialState) -> Path:
-    """Creates the run's folder on rank 0 and returns it on all ranks; raises InputError if it holds a run already."""
-    folder = config.output_dir or f"runs/{config.wandb_run_name or 'hebrew-asr'}-{time.strftime('%Y%m%d-%H%M%S')}"
-    (folder,) = broadcast_object_list([folder])
-    with together():
-        if state.is_main_process:
-            if (Path(folder) / "config.yaml").exists():
-                raise InputError(f"{folder} holds a run already: choose another --output_dir, or remove the folder")
-            try:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                (Path(folder) / "config.yaml").write_text(json.dumps(dataclasses.asdict(config), indent=2))
-            except OSError as error:
-                raise InputError(f"cannot write to {folder}: {error.strerror}") from error
-    with together():
-        if not (Path(folder) / "config.yaml").exists():
-            raise InputError(f"{folder} is not seen by every machine: give an --output_dir on a shared file system")
-    return Path(folder)
-
-
-def check_disk(folder: Path, model: torch.nn.Module) -> None:
-    """Raises InputError when two copies of the final model (the best one and its successor) do not fit the disk."""
-    needed = 2 * 4 * sum(parameter.numel() for parameter in model.parameters())  # bytes, in fp32 at most
+def check_disk(folder: Path, model: torch.nn.Module, config: TrainingConfig) -> None:
+    """Raises InputError when the disk has no place for the checkpoints that are kept and the final model."""
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    trained = (
+        parameter
+        for name, parameter in model.named_parameters()
+        if any(trains_in(name, stage, model.config) for stage in config.stages)
+    )
+    checkpoint = weights + 2 * sum(parameter.nbytes for parameter in trained)  # with Adam's moments
+    there = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
+    needed = (config.save_total_limit + 2) * checkpoint + 2 * weights - there  # the best, and one in the making
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(f"{folder}: {free / 1e9:.1f} GB free on its disk, the run needs {needed / 1e9:.1f} GB")
@@ -1195,7 +1268,10 @@ def training_arguments(config: TrainingConfig, folder: Path, cpu: bool) -> trans
 
 
 def main(config: TrainingConfig) -> None:
-    """Trains, reloads the best checkpoint, evaluates it and uploads it; InputError on every rank when it cannot."""
+    """Trains, reloads the best checkpoint, evaluates it and uploads it; InputError on every rank when it cannot.
+
+    Ends the process with 128 + the signal's number when the run was stopped by one.
+    """
     # 1. Processes and settings
     cpu = not torch.cuda.is_available()
     state = accelerate.PartialState(cpu=cpu, timeout=timedelta(minutes=config.process_timeout_minutes))
@@ -1203,37 +1279,63 @@ def main(config: TrainingConfig) -> None:
     use_bf16 = config.bf16 if config.bf16 is not None else not cpu and torch.cuda.is_bf16_supported(False)
     quiet_libraries(state.is_main_process)
     transformers.set_seed(config.seed)
-    folder = new_run_folder(config, state)
+    folder, _lock = open_run_folder(config, state)  # the lock holds as long as this function runs
     run_log = RunLog(folder, state.process_index)
-    load = functools.partial(load_streams_and_eval if config.streaming else load_train_and_eval, config, config.seed)
     if config.prepare:
         if state.num_processes > 1:
             raise InputError("--prepare runs without torchrun; preprocessing_num_workers says in how many processes")
         prepare(config, config.seed, run_log.say)
     if config.inspect_data or config.prepare:
-        train_rows, eval_rows = load_in_turn(state, load)
+        train_rows, eval_rows = load_data(config, state)
         report_data(folder, train_rows, eval_rows, config, run_log)
         leave_process_group()
+        return
+    (status,) = broadcast_object_list([checkpoints.read_status(folder)])
+    if status["state"] == "finished":
+        run_log.say(f"the run in {folder} is finished; for another one choose another --output_dir, or --resume never")
+        leave_process_group()
+        if state.is_main_process and config.uploads and not status["uploaded"]:
+            publish(config, folder, run_log)
         return
     with together():
         if config.uploads and state.is_main_process:
             check_upload(config)
+    with failures_noted(folder):
+        run(config, state, folder, run_log, use_bf16)
+
+
+def run(config: TrainingConfig, state: accelerate.PartialState, folder: Path, run_log: RunLog, use_bf16: bool) -> None:
+    """Steps 2 to 7 of `main`: what happens in the run's folder."""
+    if state.is_main_process:
+        checkpoints.write_status(folder, "running", pid=os.getpid())
+    found = checkpoint_to_resume(config, folder, run_log)
 
     # 2. Model
     with together():
         with checkpoint_problems(config.model_name_or_path):
             processor = transformers.AutoProcessor.from_pretrained(config.model_name_or_path)
         model = load_model(config, use_bf16)
-        check_disk(folder, model)
+        check_disk(folder, model, config)
 
     # 3. Data
-    train_rows, eval_rows = load_in_turn(state, load)
+    train_rows, eval_rows = load_data(config, state)
     report_data(folder, train_rows, eval_rows, config, run_log)
 
     # 4. What will run
     trainer = GradualUnfreezeTrainer(
-        config, training_arguments(config, folder, cpu), model, processor, train_rows, eval_rows, run_log, use_bf16
+        config,
+        training_arguments(config, folder, cpu=state.device.type == "cpu"),
+        model,
+        processor,
+        train_rows,
+        eval_rows,
+        run_log,
+        use_bf16,
     )
+    if found:
+        trainer.resume(found)
+    else:
+        run_log.go_back([], 0)
     announce(trainer, eval_rows, state.num_processes)
     run_log.start_tracker(
         config.tracker,
@@ -1243,15 +1345,18 @@ def main(config: TrainingConfig) -> None:
         config.tags,
     )
 
-    # 5. Train
-    trainer.train()
+    with trainer.watch, ends_early(trainer):
+        # 5. Train
+        train(trainer)
 
-    # 6. The best checkpoint as it is on disk: reload, evaluate, describe
-    state.wait_for_everyone()
-    best = Qwen3ASRForConditionalGeneration.from_pretrained(trainer.final_folder, dtype="auto")
-    final = trainer.evaluate(metric_key_prefix="final", model=best.to(trainer.args.device))
-    if state.is_main_process:
-        describe_result(trainer, final)
+        # 6. The best checkpoint as it is on disk: reload, evaluate, describe
+        with together():
+            trainer.write_final_model()
+        best = Qwen3ASRForConditionalGeneration.from_pretrained(trainer.final_folder, dtype="auto")
+        final = trainer.evaluate(metric_key_prefix="final", model=best.to(trainer.args.device))
+        if state.is_main_process:
+            describe_result(trainer, final)
+            checkpoints.write_status(folder, "finished", step=trainer.state.global_step, uploaded=None)
     run_log.finish()
     leave_process_group()
 
@@ -1259,11 +1364,18 @@ def main(config: TrainingConfig) -> None:
     if state.is_main_process:
         try:
             if config.uploads:
-                run_log.say(f"uploaded: {upload(config, trainer.final_folder)}")
+                publish(config, folder, run_log)
             else:
                 run_log.say(f"not uploaded; to do it: {upload_command(config, trainer.final_folder)}")
         finally:
             run_log.say(run_log.dashboard())
+
+
+def publish(config: TrainingConfig, folder: Path, run_log: RunLog) -> None:
+    """Uploads the final model of a finished run."""
+    address = upload(config, folder / "final_model")
+    run_log.say(f"uploaded: {address}")
+    checkpoints.write_status(folder, "finished", uploaded=address)
 
 
 def describe_result(trainer: GradualUnfreezeTrainer, final: dict[str, float]) -> None:
@@ -1332,7 +1444,20 @@ def announce(trainer: GradualUnfreezeTrainer, eval_rows: SpeechRows, processes: 
             begins = config.first_epoch_of(stage)
             what = "is left out" if last_epoch < begins else f"is cut (it would end with epoch {stage.last_epoch})"
             say(f"stage {stage.name} {what}: the run ends in epoch {last_epoch}")
+    if trainer.resumed:
+        step, there = trainer.resumed.step, trainer.resumed.folder
+        say(
+            f"resumed at step {step} of {trainer.total_steps}, stage {trainer.stage.name}, epoch"
+            f" {step / len(trainer.sampler):.2f}, from {there}"
+        )
     say(stage_line(trainer.model, trainer.stage))
+
+
+def load_data(
+    config: TrainingConfig, state: accelerate.PartialState
+) -> tuple[SpeechRows | list[StreamedSource], SpeechRows]:
+    load = load_streams_and_eval if config.streaming else load_train_and_eval
+    return load_in_turn(state, functools.partial(load, config, config.seed))
 
 
 def load_in_turn(state: accelerate.PartialState, load: Callable[[], Any]) -> Any:

@@ -1,8 +1,9 @@
 """A streamed corpus is heard whole, once a pass, by two processes without overlap, and goes on exactly where it was."""
 
-import copy
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -12,7 +13,7 @@ import pytest
 from conftest import DEMO, ROOT
 from test_corpora import parquet, wav
 
-from corpus_stream import Leaks, SpeechStream, StreamLoader, load_streams_and_eval
+from corpus_stream import Leaks, SpeechStream, StreamReader, load_streams_and_eval
 from hebrew_corpora import DataConfig, InputError, Source, load_rows
 
 
@@ -33,7 +34,7 @@ def config_of(folder, heldout, **settings) -> DataConfig:
     return DataConfig(train_sources=sources, eval_sources=[Source(str(heldout))], **settings)
 
 
-def loader(config, rank: int = 0, processes: int = 1, workers: int = 0, share: int = 4, start=None) -> StreamLoader:
+def loader(config, rank: int = 0, processes: int = 1, workers: int = 0, share: int = 4, start=None) -> StreamReader:
     """A step is a list of the utterances' (source's text, pass)."""
     streams, heldout = load_streams_and_eval(config, seed=1)
 
@@ -41,14 +42,14 @@ def loader(config, rank: int = 0, processes: int = 1, workers: int = 0, share: i
         return {"text": piece["text"], "pass": epoch, "number": number, "recording": piece["recording"]}
 
     stream = SpeechStream(streams, Leaks(heldout, config), featurize, lambda step: step, share, 1, rank, processes)
+    reader = StreamReader(stream, workers, pin_memory=False)
     if start:
-        stream.start = copy.deepcopy(start)
-    return StreamLoader(stream, config.steps_per_epoch, workers, pin_memory=False)
+        reader.go_on_from(start, stream.seed)
+    return reader
 
 
-def take(stream: StreamLoader, steps: int) -> list:
-    stream.steps_per_epoch = steps
-    return list(stream)
+def take(stream: StreamReader, steps: int) -> list:
+    return list(itertools.islice(stream, steps))
 
 
 @pytest.mark.parametrize("counts", [[12, 12, 12, 12], [20, 9, 19], [48]])
@@ -117,18 +118,47 @@ def test_what_a_stream_needs(settings, message):
         DataConfig(**(whole | settings)).check_sources()
 
 
-def test_the_command_trains_on_a_stream_with_two_processes(tmp_path, heldout):
-    """Four shards, two workers on each process; the loss is logged and what is dropped is counted."""
+def test_a_streamed_run_that_was_stopped_ends_in_the_same_bits(tmp_path, heldout):
+    """Two processes with two workers each; the second run is stopped in mid-epoch and goes on by the same command."""
     folder = shards(tmp_path / "c", [20, 20, 20, 20], first=200)
-    sources = json.dumps([{"path": str(folder)}])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [ROOT / "train_round2_gradual.py", "--demo", "--streaming", "true", "--steps_per_epoch", "4"]
-    command += ["--num_epochs", "3", "--train_sources", sources, "--logging_steps", "1", "--eval_steps", "100"]
-    command += ["--eval_sources", json.dumps([{"path": str(heldout)}]), "--dataloader_num_workers", "2"]
-    command += ["--tracker", "none", "--output_dir", tmp_path / "run"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "4 shards, read while training" in done.stdout and "stage A" in done.stdout
-    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["train/loss"] for row in logged if "train/loss" in row]
-    assert len(losses) == 12 and losses[-1] < losses[0]
+
+    def run(name: str, *more: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command += [ROOT / "train_round2_gradual.py", "--demo", "--streaming", "true", "--steps_per_epoch", "4"]
+        command += ["--num_epochs", "3", "--train_sources", json.dumps([{"path": str(folder)}]), "--logging_steps", "1"]
+        command += ["--eval_sources", json.dumps([{"path": str(heldout)}]), "--dataloader_num_workers", "2"]
+        command += [
+            "--eval_steps",
+            "100",
+            "--save_steps",
+            "3",
+            "--save_total_limit",
+            "9",
+            "--tracker",
+            "none",
+            "--output_dir",
+            tmp_path / name,
+        ]
+        return subprocess.run([*map(str, command), *more], capture_output=True, text=True, env=os.environ, timeout=300)
+
+    def logged(name: str) -> list[float]:
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [row["train/loss"] for row in rows if "train/loss" in row]
+
+    whole = run("whole")
+    assert whole.returncode == 0, whole.stderr
+    assert "4 shards, read while training" in whole.stdout and "stage A" in whole.stdout
+    assert len(logged("whole")) == 12 and logged("whole")[-1] < logged("whole")[0]
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for made in (tmp_path / "cut" / "final_model", *(tmp_path / "cut" / "checkpoints").iterdir()):
+        if made.name not in ("step-00000003", "step-00000006"):
+            shutil.rmtree(made)
+    (tmp_path / "cut" / "status.json").unlink()
+    again = run("cut", "--dataloader_num_workers", "1")
+    assert again.returncode != 0 and "as many workers as before: 2, not 1" in again.stderr
+    again = run("cut")
+    assert again.returncode == 0, again.stderr
+    assert "resumed at step 6 of 12" in again.stdout
+    assert logged("cut") == logged("whole")
+    ends = [tmp_path / name / "final_model" / "model.safetensors" for name in ("whole", "cut")]
+    assert ends[0].read_bytes() == ends[1].read_bytes()

@@ -1,0 +1,543 @@
+"""Going on where a run stopped: its folder, what of the trainer a checkpoint holds, signals, and steps that fail.
+
+Imports nothing of the training script: its trainer is a ResumableTrainer, its settings are passed in.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import torch
+import torch.distributed
+import transformers
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import Trainer, TrainerCallback
+
+import checkpoints
+from checkpoints import Checkpoint
+from hebrew_corpora import InputError
+from run_log import RunLog
+from run_watch import LAUNCHER_ENDED, Watch, checksum, stop_name, take_lock
+
+WEIGHTS, ADAM = "model.safetensors", "optimizer.safetensors"  # the tensors of a checkpoint
+TIMES_TO_GO_BACK = 2  # to a checkpoint, before a run without finite gradients is given up
+
+
+# ------------------------------------------------------------------------------------------------------- Run's folder
+
+
+@contextlib.contextmanager
+def together():
+    """Runs its block on every rank; an InputError on any of them becomes the same InputError on all."""
+    problem = None
+    try:
+        yield
+    except InputError as error:
+        problem = str(error)
+    if first := next(filter(None, gather_object([problem])), None):
+        raise InputError(first)
+
+
+def open_run_folder(config: Any, state: accelerate.PartialState) -> tuple[Path, Any]:
+    """Creates the run's folder, or finds the run in it; returns it on all ranks, with the lock the first one holds.
+
+    Raises InputError for a folder that holds another run, or that another process works in.
+    """
+    name = f"hebrew-asr-{checkpoints.fingerprint(config.meaning())}"
+    if config.resume == "never":
+        name += time.strftime("-%Y%m%d-%H%M%S")
+    (folder,) = broadcast_object_list([config.output_dir or f"runs/{name}"])
+    folder, lock = Path(folder), None
+    with together():
+        if state.is_main_process:
+            check_same_run(config, folder)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                if not config.inspect_data and (lock := take_lock(folder)) is None:
+                    raise InputError(f"another process trains in {folder}: wait for it, or choose another --output_dir")
+                checkpoints.put(folder / "config.yaml", json.dumps(dataclasses.asdict(config), indent=2))
+            except OSError as error:
+                raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+    with together():
+        if not (folder / "config.yaml").exists():
+            raise InputError(f"{folder} is not seen by every machine: give an --output_dir on a shared file system")
+    return folder, lock
+
+
+def check_same_run(config: Any, folder: Path) -> None:
+    """Raises InputError when the folder holds a run that these settings do not continue."""
+    if not (folder / "config.yaml").exists():
+        return
+    if config.resume == "never":
+        raise InputError(f"{folder} holds a run already: choose another --output_dir, or remove the folder")
+    try:
+        differing = changes(json.loads((folder / "config.yaml").read_text()), config)
+    except ValueError as error:
+        raise InputError(f"{folder}/config.yaml cannot be read ({error}): choose another --output_dir") from error
+    if differing:
+        raise InputError(
+            f"{folder} holds a run already, with other settings:\n  "
+            + "\n  ".join(differing)
+            + "\nGive those to go on with it, or choose another --output_dir for a new run"
+        )
+
+
+def changes(old: dict[str, Any], config: Any) -> list[str]:
+    """The settings that mean another run, a line each; one that was not known then had its default."""
+    defaults, new = type(config)().meaning(), config.meaning()
+    return checkpoints.differences({name: old.get(name, defaults[name]) for name in new}, new)
+
+
+def find_checkpoint(place: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest valid checkpoint of a run, as the first process finds it; later ones are set aside."""
+    found = None
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        found = checkpoints.newest_valid(place, say)
+        checkpoints.set_aside_after(place, found.step if found else -1)
+    (found,) = broadcast_object_list([found])
+    return found
+
+
+def checkpoint_to_resume(config: Any, folder: Path, run_log: RunLog) -> Checkpoint | None:
+    """The checkpoint that `resume` asks for, or None for a run that begins; InputError for one that cannot be used."""
+    place = folder / "checkpoints"
+    if config.resume in ("auto", "never"):
+        there = bool(checkpoints.names(place))
+        found = find_checkpoint(place, run_log.say)
+        if there and found is None:
+            run_log.say(f"warning: no checkpoint in {place} is valid: the run begins anew")
+        return found
+    found = None
+    with together():
+        if run_log.is_main:
+            try:
+                found = checkpoints.verify(Path(config.resume))
+            except checkpoints.InvalidCheckpoint as problem:
+                raise InputError(f"--resume {config.resume} is no valid checkpoint: {problem}") from problem
+            if found.folder.parent.resolve() == place.resolve():
+                checkpoints.set_aside_after(place, found.step)
+            else:
+                checkpoints.set_aside_after(place, -1)
+                found = checkpoints.adopt(found, place)
+    (found,) = broadcast_object_list([found])
+    return found
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def failures_noted(folder: Path):
+    """Says in status.json why a run failed."""
+    try:
+        yield
+    except Exception as error:
+        note_failure(folder, first_line(error))
+        raise
+
+
+def note_failure(folder: Path, reason: str) -> None:
+    """The first process to fail knows best; the others then fail because it is gone."""
+    if checkpoints.read_status(folder)["state"] == "running":
+        last = next(iter(checkpoints.names(folder / "checkpoints")), None)
+        checkpoints.write_status(folder, "failed", why=reason, checkpoint=last.name if last else None)
+
+
+# ------------------------------------------------------------------------------------------------------------- Trainer
+
+
+class Stopped(Exception):
+    """A process was asked to stop, and all have agreed to."""
+
+
+class BadSteps(InputError):
+    """Too many steps in a row without a finite gradient."""
+
+
+class ResumableTrainer(Trainer):
+    """Trainer that saves complete checkpoints, goes on from one in the same bits, and stops when a signal asks it to.
+
+    RNG states are not in a checkpoint, since every step and every utterance seeds its own. The subclass has config,
+    run_log, processor, sampler (an iterable over the steps of its `epoch`), total_steps, stage, stage_ends and
+    learning_rate, and says how to enter a stage and how to shuffle anew.
+
+    What it relies on in Trainer 5.23: `_init_training_state` returns the epochs and steps that are done, `_run_epoch`
+    skips those steps in the sampler, and `_tr_loss` and `_globalstep_last_logged` are the window of the next log line.
+    """
+
+    def prepare_checkpoints(self) -> None:
+        """Sets the state that a checkpoint holds; called when the subclass has its own."""
+        self.window_audio_seconds, self.last_train_loss = 0.0, float("nan")
+        self.dropped_utterances = self.broken_utterances = 0
+        self.best_wer, self.best_step = float("inf"), 0
+        self.evaluated_step, self.saved_step = -1, 0
+        self.evaluation_pending = False  # the evaluation of this step was cut off by a signal
+        self.order, self.bad_steps, self.skipped_steps, self.times_gone_back = 0, 0, 0, 0
+        self._tr_loss, self._globalstep_last_logged = torch.zeros((), device=self.args.device), 0  # as Trainer does
+        self.resumed: Checkpoint | None = None
+        self.stopped = 0  # the signal that ended the run
+        config, folder = self.config, Path(self.args.output_dir)
+        self.writer = checkpoints.Writer(
+            folder / "checkpoints", config.save_total_limit, self.run_log.say, self.checkpoint_written
+        )
+        self.watch = Watch(
+            self.args.process_index,
+            self.args.world_size,
+            config.preemption_grace_seconds,
+            config.stall_timeout_minutes,
+            functools.partial(note_failure, folder),
+        )
+        self.add_callback(CheckpointEvents(self))
+
+    # For the subclass
+
+    def set_stage(self, stage: Any) -> None:
+        raise NotImplementedError
+
+    def shuffle_anew(self, order: int) -> None:
+        raise NotImplementedError
+
+    def run_facts(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def names_of_step(self, step: int) -> list[str]:
+        raise NotImplementedError
+
+    def stream_state(self) -> Any:
+        raise NotImplementedError
+
+    def restore_stream(self, states: list[Any]) -> None:
+        raise NotImplementedError
+
+    # Saving
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.save_checkpoint()
+
+    def save_checkpoint(self) -> None:
+        """Has this step's checkpoint written by the first process; all of them call it."""
+        step = self.state.global_step
+        if self.saved_step == step:
+            return
+        self.saved_step = step
+        self.check_ranks()
+        losses, streams = zip(*self.watch.gather((self._tr_loss.item(), self.stream_state())), strict=True)
+        if self.args.process_index > 0:
+            return
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        adam = {
+            f"{names[id(parameter)]}/{key}": tensor
+            for parameter, moments in self.optimizer.state.items()
+            for key, tensor in moments.items()
+        }
+        config = self.config
+        state = {
+            "losses": losses,
+            "streams": streams,
+            "last_logged_step": self._globalstep_last_logged,
+            "window_audio_seconds": self.window_audio_seconds,
+            "dropped_utterances": self.dropped_utterances,
+            "broken_utterances": self.broken_utterances,
+            "last_train_loss": self.last_train_loss,
+            "best_wer": self.best_wer,
+            "best_step": self.best_step,
+            "evaluation_pending": self.evaluation_pending,
+            "order": self.order,
+            "bad_steps": self.bad_steps,
+            "skipped_steps": self.skipped_steps,
+            "tracker": self.run_log.tracker_id,
+        }
+        documents = self.files_for_use | {
+            "state.json": json.dumps(state).encode(),
+            "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in self.run_log.rows).encode(),
+        }
+        facts = {
+            "wer": self.last_wer if self.evaluated_step == step else None,
+            "epoch": self.state.epoch,
+            "stage": self.stage.name,
+            "processes": self.args.world_size,
+            "settings": json.loads(json.dumps(dataclasses.asdict(config))),
+            "fingerprint": checkpoints.fingerprint(config.meaning()),
+            "run": self.run_facts(),
+        }
+        self.writer.save(step, {WEIGHTS: weights_of(self.model), ADAM: adam}, documents, facts)
+
+    def checkpoint_written(self, checkpoint: Checkpoint) -> None:
+        """Called in the writer's thread for each checkpoint that is on the disk."""
+        facts = {"step": checkpoint.step, "checkpoint": checkpoint.folder.name, "failed_saves": self.writer.failures}
+        if checkpoints.read_status(self.run_log.folder)["state"] == "running":
+            checkpoints.write_status(self.run_log.folder, "running", **facts)
+
+    @functools.cached_property
+    def files_for_use(self) -> dict[str, bytes]:
+        """What a folder needs beside the weights to be loaded as a model."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.processor.save_pretrained(folder)
+            self.model.config.save_pretrained(folder)
+            self.model.generation_config.save_pretrained(folder)
+            return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+    # Resuming
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Puts everything back to where it was at a checkpoint; Adam follows when Trainer has built it."""
+        check_checkpoint(checkpoint, self)
+        self.resumed = checkpoint
+        self.state.global_step = self.saved_step = checkpoint.step
+        self.args.eval_on_start = False
+        load_weights(self.model, checkpoint)
+        self.set_stage(self.config.stage_of_epoch(checkpoint.step // len(self.sampler) + 1))
+        state = checkpoint.document("state.json")
+        for name in (
+            "window_audio_seconds",
+            "dropped_utterances",
+            "broken_utterances",
+            "last_train_loss",
+            "best_wer",
+            "best_step",
+        ):
+            setattr(self, name, state[name])
+        for name in ("evaluation_pending", "bad_steps", "skipped_steps"):
+            setattr(self, name, state[name])
+        if self.best_step not in map(checkpoints.number_of, checkpoints.names(self.writer.parent)):
+            self.best_wer, self.best_step = float("inf"), 0
+        self.shuffle_anew(state["order"])
+        self.restore_stream(state["streams"])
+        self.restore_window()
+        if self.evaluation_pending:
+            self.saved_step = 0
+        rows = [json.loads(line) for line in (checkpoint.folder / "metrics.jsonl").read_text().splitlines()]
+        self.run_log.go_back(rows, checkpoint.step)
+        self.run_log.tracker_id = state["tracker"]
+
+    def restore_window(self) -> None:
+        """The losses since the last logged step, which another number of processes shares evenly."""
+        state = self.resumed.document("state.json")
+        losses = state["losses"]
+        same = len(losses) == self.args.world_size
+        self._tr_loss.fill_(losses[self.args.process_index] if same else sum(losses) / len(losses))
+        self._globalstep_last_logged = state["last_logged_step"]
+
+    def load_adam(self) -> None:
+        """Puts AdamW's moments back, by the names of their parameters."""
+        parameters = dict(self.model.named_parameters())
+        fused = self.optimizer.param_groups[0]["fused"]
+        for name, tensor in self.resumed.tensors(ADAM):
+            parameter, key = parameters[name.rpartition("/")[0]], name.rpartition("/")[2]
+            on_device = fused or key != "step"  # where AdamW keeps its step count
+            self.optimizer.state[parameter][key] = tensor.to(parameter.device) if on_device else tensor
+
+    def _init_training_state(self, max_steps: int, num_update_steps_per_epoch: int, *args: Any) -> tuple[int, int]:
+        """Trainer's own, then at the checkpoint's step; returns the epochs that are done, and the steps of the next."""
+        super()._init_training_state(max_steps, num_update_steps_per_epoch, *args)
+        if not self.resumed:
+            return 0, 0
+        self.state.global_step = self.resumed.step
+        self.state.epoch = self.resumed.step / num_update_steps_per_epoch
+        return divmod(self.resumed.step, num_update_steps_per_epoch)
+
+    def _prepare_for_training(self, *args: Any) -> tuple[torch.nn.Module, torch.utils.data.DataLoader]:
+        prepared = super()._prepare_for_training(*args)
+        if self.resumed:
+            self.load_adam()
+            self.lr_scheduler.last_epoch = self.resumed.step
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate(group["component"], group["depth"], self.resumed.step)
+        return prepared
+
+    def _run_epoch(self, model: torch.nn.Module, epoch: int, **kwargs: Any) -> None:
+        if self.resumed and epoch == kwargs["epochs_trained"]:
+            self.restore_window()
+            kwargs["resume_from_checkpoint"] = str(self.resumed.folder)  # skips the steps that are done, undecoded
+        super()._run_epoch(model=model, epoch=epoch, **kwargs)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Trainer's own reads a pickle; here there is nothing to load."""
+
+    # Stopping
+
+    def while_running(self, loader: torch.utils.data.DataLoader) -> Iterator[Any]:
+        """A loader's batches; raises Stopped on all processes between two batches when one of them is asked to stop."""
+        batches = iter(loader)
+        for _ in range(max(self.watch.gather(len(loader)))):
+            self.watch.mark(f"the evaluation after step {self.state.global_step}")
+            if stop := self.watch.agree_to_stop():
+                self.stopped = stop
+                raise Stopped
+            yield from itertools.islice(batches, 1)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluates; where that is cut off, saves a checkpoint that knows it, and stops."""
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except Stopped:
+            if not self.state.global_step:
+                raise
+            self.evaluation_pending = True
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+
+    # Guards
+
+    def get_batch_samples(self, *args: Any) -> tuple[list, torch.Tensor | int | None]:
+        self.loss_before = self._tr_loss.clone()  # of the window, without the step that begins here
+        return super().get_batch_samples(*args)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if math.isfinite(norm):  # the same on every rank: gradients are reduced by now
+            self.bad_steps = 0
+        else:
+            self.skip_step(float(norm))
+        return norm
+
+    def skip_step(self, norm: float) -> None:
+        """Leaves weights, moments and the logged loss as they were, and names the utterances of the step."""
+        step = self.state.global_step + 1
+        self.bad_steps += 1
+        self.skipped_steps += 1
+        for parameter in self.model.parameters():
+            parameter.grad = None  # AdamW leaves such a one alone
+        self._tr_loss.copy_(self.loss_before)
+        self._globalstep_last_logged += 1  # the mean is over the steps that were applied
+        names = [name for share in self.watch.gather(self.names_of_step(step)) for name in share]
+        self.run_log.note_skipped(names, norm, step)
+        if self.bad_steps >= self.config.max_bad_steps:
+            raise BadSteps(
+                f"{self.bad_steps} steps in a row up to step {step} had no finite gradient (its norm is {norm}): broken"
+                " recordings, or too high a learning rate"
+            )
+
+    def go_back(self, problem: BadSteps) -> None:
+        """Returns to the last checkpoint, to go on from there with the utterances in another order, or gives up."""
+        self.writer.wait()
+        found = find_checkpoint(self.writer.parent, self.run_log.say)
+        self.times_gone_back += 1
+        if found is None or self.times_gone_back > TIMES_TO_GO_BACK:
+            why = "there is no checkpoint" if found is None else f"going back {TIMES_TO_GO_BACK} times did not help"
+            raise InputError(f"{problem}; {why}. skipped-steps.txt names their utterances")
+        order = self.order + 1
+        self.unwrap()
+        self.optimizer = None
+        self.resume(found)
+        self.shuffle_anew(order)
+        self.bad_steps = 0
+        self.run_log.say(f"warning: {problem}; back to step {found.step}, with data order {order}")
+
+    def check_ranks(self) -> None:
+        """Compares what trains, bit by bit, over the processes."""
+        mine = checksum([parameter for parameter in self.model.parameters() if parameter.requires_grad])
+        if differing := self.watch.differing_ranks(mine):
+            raise InputError(
+                f"at step {self.state.global_step} the weights of process {', '.join(map(str, differing))} differ from"
+                " those of process 0: broken hardware, or a gradient that is not reduced. Start again to go on from the"
+                " last checkpoint"
+            )
+
+
+class CheckpointEvents(TrainerCallback):
+    """Seeds each step, and after it has Trainer save by interval, compare the processes, and stop when one must."""
+
+    def __init__(self, trainer: ResumableTrainer):
+        self.trainer, self.config = trainer, trainer.config
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Whatever draws from the global generators (dropout) draws the same in a resumed run."""
+        seed = np.random.SeedSequence([self.config.seed, state.global_step, args.process_index]).generate_state(1)
+        transformers.set_seed(int(seed[0]))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, step = self.trainer, state.global_step
+        trainer.watch.mark(f"step {step}")
+        if step % self.config.check_ranks_steps == 0:
+            trainer.check_ranks()
+        if step % self.config.save_steps == 0 or step in trainer.stage_ends or step == trainer.total_steps:
+            control.should_save = True
+        if stop := trainer.watch.agree_to_stop():
+            trainer.stopped, trainer.evaluation_pending = stop, control.should_evaluate
+            control.should_evaluate = False
+            control.should_save = control.should_training_stop = True
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter once, where two are tied, and the buffers that belong to the weights."""
+    kept = model.state_dict().keys()
+    return dict(model.named_parameters()) | {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    mine = weights_of(model)
+    with torch.no_grad():
+        for name, tensor in checkpoint.tensors(WEIGHTS):
+            mine[name].copy_(tensor)
+
+
+def check_checkpoint(checkpoint: Checkpoint, trainer: ResumableTrainer) -> None:
+    """Raises InputError for a checkpoint of another model, of other settings or of other data."""
+    mine = {name: list(tensor.shape) for name, tensor in weights_of(trainer.model).items()}
+    if differing := checkpoints.differences(checkpoint.shapes(WEIGHTS), mine):
+        raise InputError(
+            f"{checkpoint.folder} is not of {trainer.config.model_name_or_path}: {len(differing)} tensors differ,"
+            f" {differing[0]}. Give the model it was trained from, or another --resume"
+        )
+    differing = changes(checkpoint.facts["settings"], trainer.config)
+    differing += checkpoints.differences(checkpoint.facts["run"], trainer.run_facts())
+    if differing:
+        raise InputError(f"{checkpoint.folder} is of another run:\n  " + "\n  ".join(differing))
+
+
+def train(trainer: ResumableTrainer) -> None:
+    """Trains to the end; goes back to the last checkpoint when steps keep failing. Raises Stopped on a signal."""
+    while True:
+        try:
+            if trainer.evaluation_pending:
+                trainer.create_optimizer()
+                trainer.load_adam()
+                trainer.evaluate()
+                trainer.save_checkpoint()
+            if trainer.state.global_step < trainer.total_steps:
+                trainer.train()
+            if trainer.stopped:
+                raise Stopped
+            return
+        except BadSteps as problem:
+            trainer.go_back(problem)
+
+
+@contextlib.contextmanager
+def ends_early(trainer: ResumableTrainer):
+    """Ends the process with 128 + the signal's number when its block is stopped, once the checkpoint is on the disk."""
+    try:
+        yield
+        return
+    except Stopped:
+        pass
+    run_log = trainer.run_log
+    trainer.writer.wait()
+    if run_log.is_main:
+        last = next(iter(checkpoints.names(trainer.writer.parent)), None)
+        where = f"checkpoint {last.name}" if last else "no checkpoint yet"
+        step, why = trainer.state.global_step, stop_name(trainer.stopped)
+        run_log.say(f"stopped at step {step} ({why}), {where}; the same command goes on from there")
+        checkpoints.write_status(
+            run_log.folder, "preempted", step=step, why=why, checkpoint=last.name if last else None
+        )
+    trainer.watch.gather(None)
+    trainer.watch.close()
+    run_log.finish()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    sys.exit(128 + (signal.SIGTERM if trainer.stopped == LAUNCHER_ENDED else trainer.stopped))

@@ -1,0 +1,184 @@
+"""What keeps the processes of a run together: when to stop, whether all answer, whether all hold the same weights.
+
+Imports nothing of this project.
+"""
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what torchrun passes on to its processes
+LAUNCHER_ENDED = 255
+ONE_SIGNAL_SECONDS = 3.0  # a scheduler signals the launcher and every process, and the launcher passes its own on
+LOCK_SECONDS = 30.0
+
+
+class Watch:
+    """Hears signals, lets the processes agree to stop, and ends a process that cannot go on.
+
+    Signals arrive in a thread, by a socket that the C level of the interpreter writes to: they are heard while the
+    main thread waits inside a collective that will never end.
+    """
+
+    def __init__(self, rank: int, processes: int, grace_seconds: float, stall_minutes: float, report: Callable):
+        """`report(line)` is called before the process is ended by force."""
+        self.rank, self.processes = rank, processes
+        self.grace_seconds, self.stall_seconds, self.report = grace_seconds, 60 * stall_minutes, report
+        self.stop: int = 0  # the signal that asked this process to stop
+        self.where = "the start"
+        self._stop_time = self._marked = time.monotonic()
+        self._thread: threading.Thread | None = None
+        self._control = self._barrier = None  # process groups of their own: gloo, whatever training uses
+
+    def __enter__(self) -> "Watch":
+        """Begins to listen; every process does it at the same place."""
+        if self.processes > 1:
+            self._control = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+            self._barrier = torch.distributed.new_group(backend="gloo")
+        self._parent = os.getppid()
+        self._heard, hears = socket.socketpair()
+        self._wake = hears
+        hears.setblocking(False)
+        self._before = {s: signal.getsignal(s) for s in STOP_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN}
+        for number in self._before:  # one that is ignored (nohup) stays so
+            signal.signal(number, lambda *_: None)
+        self._old_fd = signal.set_wakeup_fd(hears.fileno(), warn_on_full_buffer=False)
+        self._closed = threading.Event()
+        self.mark("the start")
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops watching; after a stop, further signals are ignored, since the process is about to end."""
+        if not self._thread:
+            return
+        self._closed.set()
+        self._thread.join()
+        signal.set_wakeup_fd(self._old_fd)
+        for number, before in self._before.items():
+            signal.signal(number, signal.SIG_IGN if self.stop else before)
+        self._heard.close(), self._wake.close()
+        self._thread = None
+
+    def mark(self, where: str) -> None:
+        """Notes that this process gets on, and with what."""
+        self.where, self._marked = where, time.monotonic()
+
+    def agree_to_stop(self) -> int:
+        """The signal that asked any process to stop, the same answer on all; 0: go on."""
+        if self._control is None:
+            return self.stop
+        asked = torch.tensor(self.stop)
+        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self._control)
+        return int(asked)
+
+    def differing_ranks(self, number: int) -> list[int]:
+        """The processes whose number is not that of the first one."""
+        if self._control is None:
+            return []
+        numbers = [torch.tensor(0) for _ in range(self.processes)]
+        torch.distributed.all_gather(numbers, torch.tensor(number), group=self._control)
+        return [rank for rank, other in enumerate(numbers) if other != numbers[0]]
+
+    def gather(self, value: Any) -> list[Any]:
+        if self._control is None:
+            return [value]
+        values: list[Any] = [None] * self.processes
+        torch.distributed.all_gather_object(values, value, group=self._control)
+        return values
+
+    def _watch(self) -> None:
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        while not self._closed.is_set():
+            ready, _, _ = select.select([self._heard], [], [], 0.2)
+            for number in self._heard.recv(64) if ready else b"":
+                if number in self._before:
+                    self._note(number)
+            if under_torchrun and not self.stop and os.getppid() != self._parent:
+                self._note(LAUNCHER_ENDED)
+            now = time.monotonic()
+            if self.stop and now - self._stop_time > self.grace_seconds:
+                self._end(
+                    f"{stop_name(self.stop)}, but {self.where} did not come to an end within {self.grace_seconds:g} s"
+                )
+            if now - self._marked > self.stall_seconds:
+                self._end(f"no progress for {self.stall_seconds:g} s since {self.where}: {self._missing()}")
+
+    def _note(self, number: int) -> None:
+        now = time.monotonic()
+        if not self.stop:
+            self.stop, self._stop_time = number, now
+        elif now - self._stop_time > ONE_SIGNAL_SECONDS:
+            os._exit(128 + number)
+
+    def _missing(self) -> str:
+        """Which process does not answer, as the others see it."""
+        if self._barrier is None:
+            return "it hangs"
+        try:
+            seconds = min(30.0, self.stall_seconds)
+            torch.distributed.monitored_barrier(self._barrier, timedelta(seconds=seconds), wait_all_ranks=True)
+        except RuntimeError as error:
+            return str(error).strip().splitlines()[0]
+        return "every process answers, yet training does not go on"
+
+    def _end(self, line: str) -> None:
+        with contextlib.suppress(Exception):
+            self.report(line)
+        print(f"error: process {self.rank}: {line}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def stop_name(number: int) -> str:
+    return "its launcher ended" if number == LAUNCHER_ENDED else signal.Signals(number).name
+
+
+def ignore_stop_signals(_: int = 0) -> None:
+    """For a loader's workers: whoever signals every process means the run, which ends them when it is done."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def checksum(parameters: list[torch.Tensor]) -> int:
+    """A number of the parameters' bits, the same only where (nearly) every bit is."""
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [p.detach().view(words[p.element_size()]).sum(dtype=torch.int64) for p in parameters]
+    weights = torch.arange(1, 2 * len(sums), 2, device=sums[0].device)
+    return int((torch.stack(sums) * weights).sum())
+
+
+def take_lock(folder: Path) -> Any:
+    """Takes the run's folder for this process until it ends, or returns None if another one keeps it.
+
+    What a killed run left behind (workers of its loader) keeps it for a few seconds more.
+    """
+    file = open(folder / ".lock", "a")  # noqa: SIM115, it is held open
+    end = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > end:
+                file.close()
+                return None
+            time.sleep(0.5)
+        except OSError:  # a file system without locks
+            return file

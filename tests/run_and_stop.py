@@ -1,0 +1,37 @@
+"""Runs `main` and stops it at a step, for tests of resuming.
+
+    torchrun --nproc_per_node=2 tests/run_and_stop.py SETTINGS.json STEP HOW
+
+SETTINGS.json holds a TrainingConfig. After STEP steps the process stops itself: `kill` as when the machine ends, once
+the checkpoint before it is written; `TERM` as when a scheduler asks the last one to; with -1 it runs to its end.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from resuming import CheckpointEvents
+from train_hebrew_asr_enhanced import TrainingConfig, launch, main, parse_config
+
+
+def stop_at(stop_step: int, how: str) -> None:
+    on_step_begin = CheckpointEvents.on_step_begin
+
+    def stop_first(self, args, state, control, **kwargs):
+        on_step_begin(self, args, state, control, **kwargs)
+        if state.global_step == stop_step and how == "kill":
+            self.trainer.writer.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if state.global_step == stop_step and args.process_index == args.world_size - 1:
+            os.kill(os.getpid(), getattr(signal, f"SIG{how}"))
+
+    CheckpointEvents.on_step_begin = stop_first
+
+
+if __name__ == "__main__":
+    settings, step, how = sys.argv[1:]
+    stop_at(int(step), how)
+    launch(lambda _: main(parse_config(["--config", settings], TrainingConfig())))

@@ -1,0 +1,287 @@
+"""An interrupted run ends in the same bits as one that was not: weights, Adam, and every number that was logged."""
+
+import dataclasses
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEMO, first_rows, small_config
+
+import checkpoints
+from hebrew_corpora import InputError, Source
+from resuming import CheckpointEvents
+from run_watch import STOP_SIGNALS
+from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig, main
+
+HERE = Path(__file__).parent
+LAST = 12  # steps of small_config: two epochs of 6, a stage each
+STATE = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, corpus, heldout):
+    """Makes the settings of a run with all that is random switched on, dropout in the model included."""
+    base = tmp_path_factory.mktemp("base") / "base"
+    shutil.copytree(DEMO / "base", base)
+    text = (base / "config.json").read_text()
+    for name in ("dropout", "attention_dropout"):
+        assert f'"{name}": 0.0' in text
+        text = text.replace(f'"{name}": 0.0', f'"{name}": 0.1')
+    (base / "config.json").write_text(text)
+
+    def make(folder: Path, **changed) -> TrainingConfig:
+        config = small_config(corpus, heldout, folder)
+        config.model_name_or_path, config.use_waveform_augmentation = str(base), True
+        config.logging_steps, config.eval_steps, config.save_steps, config.save_total_limit = 4, 5, 1, 100
+        return dataclasses.replace(config, **changed)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, settings) -> Path:
+    """A run that nothing interrupts, with a checkpoint of every step."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    main(settings(folder))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A process that was stopped ignores further signals: it is about to end, but this one is not."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def stopped(config: TrainingConfig) -> int:
+    """The exit status of a run that a signal stops; the signals are as before, as in a new process."""
+    before, status = {number: signal.getsignal(number) for number in STOP_SIGNALS}, None
+    try:
+        main(config)
+    except SystemExit as end:
+        status = end.code
+    gc.collect()  # the frames of the run, with its lock
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert status is not None, "nothing stopped it"
+    return status
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def rows(run: Path) -> list[dict]:
+    """What was logged, without the one number that is a time."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if name != "train/audio_seconds_per_second"}
+        for line in lines
+    ]
+
+
+def newest(run: Path) -> Path:
+    return checkpoints.names(run / "checkpoints")[0]
+
+
+def assert_same(run: Path, reference: Path) -> None:
+    for name in STATE:
+        mine, other = newest(run) / name, newest(reference) / name
+        if name == "state.json":
+            mine, other = (json.loads(file.read_text()) for file in (mine, other))
+            assert {**mine, "window_audio_seconds": 0} == {**other, "window_audio_seconds": 0}
+        else:
+            assert mine.read_bytes() == other.read_bytes(), name
+    assert rows(run) == rows(reference)
+    mine, other = (folder / "final_model" / "model.safetensors" for folder in (run, reference))
+    assert mine.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("step", [1, 5, 7, 11])
+def test_from_any_step_a_run_ends_in_the_same_bits(whole, settings, tmp_path, step, capsys):
+    workers = 1 if step == 5 else 0
+    config = settings(tmp_path / "run", resume=str(checkpoint(whole, step)), dataloader_num_workers=workers)
+    main(config)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("resumed"))
+    assert f"resumed at step {step} of 12, stage {'B' if step < 6 else 'A'}" in line
+    assert_same(tmp_path / "run", whole)
+
+
+def interrupt(monkeypatch, step: int, with_what) -> None:
+    """Has the next run call something when it is about to do the step after `step`, once."""
+    on_step_begin = CheckpointEvents.on_step_begin
+
+    def first(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            monkeypatch.setattr(CheckpointEvents, "on_step_begin", on_step_begin)
+            self.trainer.writer.wait()
+            with_what()
+        on_step_begin(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(CheckpointEvents, "on_step_begin", first)
+
+
+def fail() -> None:
+    raise RuntimeError("the machine is gone")
+
+
+def test_the_same_command_goes_on_and_a_finished_run_does_nothing(whole, settings, tmp_path, monkeypatch, capsys):
+    config = settings(tmp_path / "run", save_steps=3, save_total_limit=1)
+    interrupt(monkeypatch, 8, fail)
+    with pytest.raises(RuntimeError):
+        main(config)
+    assert checkpoints.read_status(tmp_path / "run")["why"] == "the machine is gone"
+    assert rows(tmp_path / "run")[-1]["step"] == 8, "two steps are logged that the checkpoint does not have"
+    main(dataclasses.replace(config, batch_size=config.batch_size, num_logged_predictions=1))
+    assert "resumed at step 6 of 12, stage A, epoch 1.00" in capsys.readouterr().out
+    assert_same(tmp_path / "run", whole)
+    status = checkpoints.read_status(tmp_path / "run")
+    assert status["state"] == "finished" and status["step"] == 12
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    main(config)
+    assert "is finished" in capsys.readouterr().out
+    changed = {p.name for p in (tmp_path / "run").rglob("*") if p.stat().st_mtime_ns != before.get(p)}
+    assert changed <= {"run", "config.yaml"}
+
+
+def test_a_signal_saves_once_and_ends_with_a_status(whole, settings, tmp_path, monkeypatch, capsys):
+    config = settings(tmp_path / "run", save_steps=100)
+    interrupt(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert stopped(config) == 128 + signal.SIGTERM
+    status = checkpoints.read_status(tmp_path / "run")
+    assert (status["state"], status["why"]) == ("preempted", "SIGTERM")
+    assert status["step"] == 3 and status["checkpoint"] == "step-00000003"
+    assert "stopped at step 3 (SIGTERM), checkpoint step-00000003" in capsys.readouterr().out
+    assert [path.name for path in checkpoints.names(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
+    main(config)
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("step", [5, 12])
+def test_a_signal_in_an_evaluation_cuts_it_off_and_it_is_done_on_resuming(whole, settings, tmp_path, monkeypatch, step):
+    config = settings(tmp_path / "run", save_steps=100)
+    prediction_step = GradualUnfreezeTrainer.prediction_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == step:
+            monkeypatch.setattr(GradualUnfreezeTrainer, "prediction_step", prediction_step)
+            os.kill(os.getpid(), signal.SIGINT)
+        return prediction_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(GradualUnfreezeTrainer, "prediction_step", interrupted)
+    assert stopped(config) == 128 + signal.SIGINT
+    assert json.loads((newest(tmp_path / "run") / "state.json").read_text())["evaluation_pending"]
+    assert not [row for row in rows(tmp_path / "run") if row["step"] == step and "eval/wer" in row]
+    main(config)
+    assert_same(tmp_path / "run", whole)
+
+
+def broken_steps(monkeypatch, is_broken) -> None:
+    """Turns the gradients of some steps to NaN, as one broken utterance would."""
+    clip = GradualUnfreezeTrainer._clip_grad_norm
+
+    def break_some(self, model):
+        if is_broken(self, self.state.global_step + 1):
+            self._tr_loss += float("nan")
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(float("nan"))
+        return clip(self, model)
+
+    monkeypatch.setattr(GradualUnfreezeTrainer, "_clip_grad_norm", break_some)
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_its_utterances_named(whole, settings, tmp_path, monkeypatch):
+    broken_steps(monkeypatch, lambda trainer, step: step == 3)
+    config = settings(tmp_path / "run", save_steps=1, max_steps=4)
+    config.stages = config.stages[:1]
+    main(config)
+    two, three = (
+        dict(checkpoints.verify(checkpoint(tmp_path / "run", step)).tensors("model.safetensors")) for step in (2, 3)
+    )
+    assert all(torch.equal(two[name], three[name]) for name in two)
+    lines = (tmp_path / "run" / "skipped-steps.txt").read_text().splitlines()
+    assert len(lines) == 8 and all(line.startswith("step 3: ") for line in lines)
+    (logged,) = [row for row in rows(tmp_path / "run") if "train/loss" in row]
+    losses = [row["train/loss"] for row in rows(whole) if "train/loss" in row]
+    assert logged["train/loss"] is not None and abs(logged["train/loss"] - losses[0]) < 1
+
+
+def test_after_several_broken_steps_the_run_goes_back_and_takes_another_order(settings, tmp_path, monkeypatch, capsys):
+    broken_steps(monkeypatch, lambda trainer, step: trainer.order == 0 and step in (8, 9, 10))
+    config = settings(tmp_path / "run", save_steps=7)
+    main(config)
+    out = capsys.readouterr().out
+    assert "3 steps in a row up to step 10 had no finite gradient" in out and "back to step 7, with data order 1" in out
+    assert json.loads((newest(tmp_path / "run") / "state.json").read_text())["order"] == 1
+    steps = [row["step"] for row in rows(tmp_path / "run") if "train/loss" in row]
+    assert steps == sorted(set(steps)) and steps[-1] == LAST
+
+
+def test_a_run_whose_steps_stay_broken_gives_up(settings, tmp_path, monkeypatch):
+    broken_steps(monkeypatch, lambda trainer, step: step > 3)
+    with pytest.raises(InputError, match=r"going back 2 times did not help.*skipped-steps\.txt"):
+        main(settings(tmp_path / "run", save_steps=1))
+    assert checkpoints.read_status(tmp_path / "run")["state"] == "failed"
+
+
+# What is refused
+
+
+def test_settings_that_mean_another_run_are_listed_and_refused(whole, settings):
+    config = settings(whole, seed=7, use_specaugment=False)
+    config.stages[1].learning_rates["audio_top"] = 1e-5
+    with pytest.raises(InputError) as refusal:
+        main(config)
+    for line in ("seed: 42 → 7", "use_specaugment: True → False", "stages.1.learning_rates.audio_top: 0.0006 → 1e-05"):
+        assert line in str(refusal.value)
+    assert "choose another --output_dir" in str(refusal.value)
+
+
+def test_a_checkpoint_of_other_data_or_settings_is_refused(whole, settings, tmp_path):
+    other = Source(str(first_rows("corpus", 20, tmp_path / "other_corpus")))
+    config = settings(tmp_path / "run", resume=str(checkpoint(whole, 3)), train_sources=[other])
+    with pytest.raises(InputError, match=r"train_sources.0.path: (.|\n)*train_seconds: "):
+        main(config)
+    with pytest.raises(InputError, match=r"no valid checkpoint: it has no manifest"):
+        main(settings(tmp_path / "other", resume=str(tmp_path)))
+
+
+def test_a_checkpoint_of_another_model_size_is_refused(whole, settings, tmp_path):
+    shutil.copytree(checkpoint(whole, 2), tmp_path / "step-00000002")
+    found = checkpoints.verify(checkpoint(whole, 2))
+    weights = dict(found.tensors("model.safetensors"))
+    weights["model.multi_modal_projector.linear_1.weight"] = torch.zeros(2, 3)
+    other = checkpoints.write(tmp_path / "other", 2, {"model.safetensors": weights}, {}, found.facts)
+    with pytest.raises(InputError, match=r"is not of .*base: .*linear_1\.weight\.0: 2 → "):
+        main(settings(tmp_path / "run", resume=str(other.folder)))
+
+
+# Two processes
+
+
+def test_a_preempted_run_of_two_processes_ends_in_the_same_bits(settings, tmp_path):
+    def run(name: str, step: int, how: str) -> subprocess.CompletedProcess:
+        config = settings(tmp_path / name, save_steps=100, batch_size=2)
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(dataclasses.asdict(config)))
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        line = [*torchrun, HERE / "run_and_stop.py", file, step, how]
+        return subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=180, check=False)
+
+    assert run("whole", -1, "TERM").returncode == 0
+    done = run("broken", 8, "TERM")
+    assert done.returncode == 1 and "stopped at step 9 (SIGTERM)" in done.stdout, done.stderr
+    assert checkpoints.read_status(tmp_path / "broken")["state"] == "preempted"
+    done = run("broken", -1, "TERM")
+    assert done.returncode == 0 and "resumed at step 9 of 12, stage A" in done.stdout, done.stderr
+    assert_same(tmp_path / "broken", tmp_path / "whole")
