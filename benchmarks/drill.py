@@ -40,8 +40,8 @@ from train_hebrew_asr_enhanced import Stage, TrainingConfig, launch, main
 
 DEMO = Path(__file__).parent.parent / "demo"
 STEPS, SAVE_STEPS = 12, 2
-GRACE_SECONDS, STALL_MINUTES = 8.0, 0.1
-LAUNCHER_SECONDS = 12.0  # from passing a signal on to kill -9
+GRACE_SECONDS, STALL_MINUTES = 20.0, 0.2
+LAUNCHER_SECONDS = 30.0  # from passing a signal on to kill -9
 LIMIT_SECONDS = 120.0  # of one run, before it counts as hanging
 FLUSHES = 15  # of one checkpoint: its files, its manifest, its folder, and the folder it is in
 
@@ -348,6 +348,10 @@ def hit(fault: Fault, work: Path, references: dict[str, str]) -> dict:
     result["hit_step"] = steps_done(folder)
     if (folder / "saving-0").exists():
         result["hit_phase"] = "saving"
+    if fault.kind in ("full disk", "NaN gradient"):  # the run went on from it
+        full = folder / "was-full"
+        result["hit_step"] = int(full.read_text()) if full.exists() else fault.step
+        result["hit_phase"] = "saving" if full.exists() else f"step {fault.step}"
     result["status"] = checkpoints.read_status(run)["state"]
     damage(fault, run)
     while not is_finished(config) and result["attempts"] < 4:
