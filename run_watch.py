@@ -47,7 +47,9 @@ class Watch:
         """Begins to listen; every process does it at the same place."""
         if self.processes > 1:
             self._control = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
-            self._barrier = torch.distributed.new_group(backend="gloo")
+            self._answer_time = timedelta(seconds=min(30.0, self.stall_seconds))
+            # The group's own timeout: monitored_barrier waits that long for process 0, whatever it is told.
+            self._barrier = torch.distributed.new_group(backend="gloo", timeout=self._answer_time)
         self._parent = os.getppid()
         self._heard, hears = socket.socketpair()
         self._wake = hears
@@ -133,8 +135,7 @@ class Watch:
         if self._barrier is None:
             return "it hangs"
         try:
-            seconds = min(30.0, self.stall_seconds)
-            torch.distributed.monitored_barrier(self._barrier, timedelta(seconds=seconds), wait_all_ranks=True)
+            torch.distributed.monitored_barrier(self._barrier, self._answer_time, wait_all_ranks=True)
         except RuntimeError as error:
             return str(error).strip().splitlines()[0]
         return "every process answers, yet training does not go on"

@@ -1354,9 +1354,9 @@ def run(config: TrainingConfig, state: accelerate.PartialState, folder: Path, ru
             trainer.write_final_model()
         best = Qwen3ASRForConditionalGeneration.from_pretrained(trainer.final_folder, dtype="auto")
         final = trainer.evaluate(metric_key_prefix="final", model=best.to(trainer.args.device))
-        if state.is_main_process:
-            describe_result(trainer, final)
-            checkpoints.write_status(folder, "finished", step=trainer.state.global_step, uploaded=None)
+    if state.is_main_process:
+        describe_result(trainer, final)
+        checkpoints.write_status(folder, "finished", step=trainer.state.global_step, uploaded=None)
     run_log.finish()
     leave_process_group()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import DEMO, first_rows, small_config
 
 import checkpoints
@@ -114,6 +115,14 @@ def test_from_any_step_a_run_ends_in_the_same_bits(whole, settings, tmp_path, st
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("resumed"))
     assert f"resumed at step {step} of 12, stage {'B' if step < 6 else 'A'}" in line
     assert_same(tmp_path / "run", whole)
+
+
+def test_a_checkpoint_loads_as_a_model(whole):
+    folder = checkpoint(whole, 7)
+    model = transformers.Qwen3ASRForConditionalGeneration.from_pretrained(folder)
+    transformers.AutoProcessor.from_pretrained(folder)
+    saved = dict(checkpoints.verify(folder).tensors("model.safetensors"))
+    assert all(torch.equal(parameter, saved[name]) for name, parameter in model.named_parameters())
 
 
 def interrupt(monkeypatch, step: int, with_what) -> None:

@@ -1,0 +1,176 @@
+"""A process hears that it must stop, whatever it waits for, and ends when it cannot go on; two agree on both."""
+
+import os
+import re
+import signal
+import sys
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed
+
+import run_watch
+from run_watch import Watch
+
+
+def child(body) -> int:
+    """Forks a process that runs `body`; returns its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        body()
+        os._exit(0)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr)
+        os._exit(77)
+
+
+def status(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def wait_until(condition, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def watching(grace: float = 60, stall_minutes: float = 60, report=print):
+    def body() -> None:
+        with Watch(0, 1, grace, stall_minutes, report):
+            os.write(READY[1], b"x")
+            while True:  # the main thread never looks
+                time.sleep(0.01)
+
+    return body
+
+
+READY = os.pipe()
+
+
+def started(body) -> int:
+    pid = child(body)
+    os.read(READY[0], 1)
+    return pid
+
+
+def test_a_signal_is_heard_and_the_launchers_second_one_is_the_same():
+    def body() -> None:
+        with Watch(0, 1, 60, 60, print) as watch:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_until(lambda: watch.agree_to_stop() == signal.SIGTERM)
+            time.sleep(0.5)
+
+    assert status(child(body)) == 0
+
+
+def test_a_second_signal_later_ends_it_at_once(monkeypatch):
+    monkeypatch.setattr(run_watch, "ONE_SIGNAL_SECONDS", 0.3)
+    pid = started(watching())
+    os.kill(pid, signal.SIGINT)
+    time.sleep(0.8)
+    os.kill(pid, signal.SIGTERM)
+    assert status(pid) == 128 + signal.SIGTERM
+
+
+def test_after_the_grace_time_it_ends_and_says_why(tmp_path):
+    pid = started(watching(grace=0.5, report=lambda line: (tmp_path / "why").write_text(line)))
+    begun = time.monotonic()
+    os.kill(pid, signal.SIGTERM)
+    assert status(pid) == 1 and time.monotonic() - begun < 5
+    assert "SIGTERM, but the start did not come to an end within 0.5 s" in (tmp_path / "why").read_text()
+
+
+def test_without_progress_it_ends(tmp_path):
+    pid = started(watching(stall_minutes=0.01, report=lambda line: (tmp_path / "why").write_text(line)))
+    assert status(pid) == 1
+    assert "no progress for 0.6 s since the start" in (tmp_path / "why").read_text()
+
+
+def test_a_signal_that_is_ignored_stays_so_and_the_others_are_put_back():
+    def body() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        before = signal.getsignal(signal.SIGINT)
+        with Watch(0, 1, 60, 60, print) as watch:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.5)
+            assert watch.agree_to_stop() == 0
+        assert signal.getsignal(signal.SIGINT) is before
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+    assert status(child(body)) == 0
+
+
+def test_it_stops_when_its_launcher_is_gone(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+
+    def grandchild() -> None:
+        with Watch(0, 1, 60, 60, print) as watch:
+            os.write(READY[1], b"x")
+            wait_until(lambda: watch.agree_to_stop() == run_watch.LAUNCHER_ENDED)
+            (tmp_path / "stopped").write_text("")
+
+    def launcher() -> None:
+        child(grandchild)
+        time.sleep(60)
+
+    pid = started(launcher)
+    os.kill(pid, signal.SIGKILL)
+    status(pid)
+    wait_until((tmp_path / "stopped").exists)
+
+
+def two_ranks(tmp_path, body) -> list[int]:
+    """Forks two ranks of a gloo group; `body(watch, rank)` runs in each."""
+
+    def rank_body(rank: int):
+        def run() -> None:
+            torch.distributed.init_process_group(
+                "gloo",
+                init_method=f"file://{tmp_path}/store",
+                rank=rank,
+                world_size=2,
+                timeout=timedelta(seconds=60),
+            )
+            report = (tmp_path / f"why-{rank}").write_text
+            with Watch(rank, 2, 60, 0.05, report) as watch:
+                body(watch, rank)
+
+        return run
+
+    return [child(rank_body(rank)) for rank in range(2)]
+
+
+def test_ranks_agree_to_stop_and_see_other_weights(tmp_path):
+    def body(watch, rank) -> None:
+        assert watch.agree_to_stop() == 0
+        assert watch.differing_ranks(5) == []
+        assert watch.differing_ranks(5 + rank) == [1]
+        assert watch.gather(rank) == [0, 1]
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_until(lambda: watch.stop)
+        assert watch.agree_to_stop() == signal.SIGTERM
+
+    assert [status(pid) for pid in two_ranks(tmp_path, body)] == [0, 0]
+
+
+@pytest.mark.parametrize("hanging", [0, 1])
+def test_a_rank_that_hangs_is_named_by_the_other(tmp_path, hanging):
+    def body(watch, rank) -> None:
+        watch.mark("step 7")
+        if rank == hanging:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        watch.agree_to_stop()
+
+    pids = two_ranks(tmp_path, body)
+    assert status(pids[1 - hanging]) == 1
+    os.kill(pids[hanging], signal.SIGKILL)
+    status(pids[hanging])
+    why = (tmp_path / f"why-{1 - hanging}").read_text()
+    assert "no progress for 3 s since step 7" in why
+    assert re.search(rf"[Rr]anks? {hanging}\b", why), why
