@@ -141,7 +141,7 @@ class TrainingConfig(DataConfig):
     eval_steps: int = 500
     """Also before the first step, at the end of each stage, and at the end."""
     eval_batch_size: int = 8
-    """Utterances of up to max_audio_length_seconds; of longer ones fewer are taken at once."""
+    """Utterances as long as max_audio_length_seconds; of longer ones fewer are taken at once, of shorter ones more."""
     eval_prefill_language: bool = False
     """Give the model `language Hebrew<asr_text>` instead of letting it name the language itself."""
     generation_max_new_tokens: int = 256
@@ -638,7 +638,8 @@ class GradualUnfreezeTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: SpeechDataset | None = None) -> torch.utils.data.DataLoader:
         """This process's batches of the evaluation set, longest first; the batches are the same for any rank count.
 
-        A batch has `eval_batch_size` utterances, or fewer where they are longer than what training allows.
+        A batch has as many padded seconds as `eval_batch_size` utterances of the longest that training allows, and no
+        more than four times as many utterances, so that a small set is not one batch.
         """
         dataset = eval_dataset or self.eval_dataset
         budget = self.config.eval_batch_size * self.config.max_audio_length_seconds  # padded seconds of a batch
@@ -647,7 +648,7 @@ class GradualUnfreezeTrainer(Trainer):
         for row in np.argsort(-dataset.rows.seconds, kind="stable").tolist():
             if not batches or len(batches[-1]) == size:
                 batches.append([])
-                size = min(self.config.eval_batch_size, max(1, int(budget / dataset.rows.seconds[row])))
+                size = min(4 * self.config.eval_batch_size, max(1, int(budget / dataset.rows.seconds[row])))
             batches[-1].append((0, row))
         mine = [[batch] for batch in batches[self.args.process_index :: self.args.world_size]]
         return self._loader(dataset, mine, functools.partial(collate_evaluation, self.collator))

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 DEMO = ROOT / "demo"
 
-MEDIAN_SECONDS, SPREAD, LONGEST = 5.0, 0.9, 30.0  # of the log-normal durations
+MEDIAN_SECONDS, SPREAD, LONGEST = 5.0, 0.6, 30.0  # of the log-normal durations
 TOKENS_PER_CHARACTER = 0.37  # of the real tokenizer on Hebrew; the demo's has one token for each character
 STEP = 64  # utterances
 OFFICIAL_BATCH = 32
