@@ -6,7 +6,9 @@ reach from one into the next. So a process's share of a step may be any utteranc
 
 import heapq
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -104,6 +106,32 @@ def rows_of(tokens: np.ndarray) -> list[np.ndarray]:
     cuts = [balanced(tokens, count) for count in range(1, most + 1)]
     padded = [len(rows) * max(tokens[row].sum() for row in rows) for rows in cuts]
     return [rows for rows, size in zip(cuts, padded, strict=True) if size <= 1.05 * min(padded)][-1]
+
+
+def useful_tokens(batch: dict[str, torch.Tensor]) -> int:
+    """How many positions of a batch, packed or padded, are not padding."""
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
+    positions = batch["position_ids"]
+    following = torch.nn.functional.pad(positions[:, 1:], (0, 1))
+    return int(((positions > 0) | (following == 1)).sum())  # an utterance begins with 0, 1; padding is 0, 0
+
+
+class WaitingLoader(torch.utils.data.DataLoader):
+    """A loader that counts for how long it was waited for."""
+
+    waited = 0.0  # seconds
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = super().__iter__()
+        while True:
+            began = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - began
+            yield batch
 
 
 def pack(

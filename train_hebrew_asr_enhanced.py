@@ -40,13 +40,23 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import Qwen3ASRForConditionalGeneration, Qwen3ASRProcessor, Trainer, TrainerCallback
 
-from batching import FRAMES_PER_CHUNK, UtteranceTokens, audio_token_count, deal_step, has_context, pack
+from batching import (
+    FRAMES_PER_CHUNK,
+    UtteranceTokens,
+    WaitingLoader,
+    audio_token_count,
+    deal_step,
+    has_context,
+    pack,
+    useful_tokens,
+)
 from corpus_report import write_report
 from hebrew_audio import SAMPLE_RATE, AudioError, WaveformAugmentation, augment, check_waveform, decode_audio
 from hebrew_corpora import DataConfig, InputError, Mixture, SpeechRows, load_train_and_eval
 from hebrew_scoring import score
 from label_loss import IGNORED_LABEL, SpeechModel, label_nats
 from model_card import write_model_card
+from model_costs import Window, work_of
 from run_log import TRACKERS, RunLog, draw_curves, success_criteria, wer_summary
 
 MEL_BINS = 128
@@ -625,7 +635,7 @@ class GradualUnfreezeTrainer(Trainer):
         self.add_callback(StepEvents(run_log, config.eval_steps, {*self.stage_ends, self.total_steps}))
         self.best_wer, self.best_step = float("inf"), 0
         self.window_started = time.perf_counter()
-        self.window_audio_seconds = 0.0
+        self.window = Window()
         self.dropped_utterances = 0
         self.last_train_loss = float("nan")
 
@@ -633,7 +643,8 @@ class GradualUnfreezeTrainer(Trainer):
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """One item is this process's share of one optimizer step: a list of micro-batches. Already sharded by rank."""
-        return self._loader(self.train_dataset, self.sampler, functools.partial(collate_step, self.collator))
+        self.loader = self._loader(self.train_dataset, self.sampler, functools.partial(collate_step, self.collator))
+        return self.loader
 
     def get_eval_dataloader(self, eval_dataset: SpeechDataset | None = None) -> torch.utils.data.DataLoader:
         """This process's batches of the evaluation set, longest first; the batches are the same for any rank count.
@@ -653,9 +664,9 @@ class GradualUnfreezeTrainer(Trainer):
         mine = [[batch] for batch in batches[self.args.process_index :: self.args.world_size]]
         return self._loader(dataset, mine, functools.partial(collate_evaluation, self.collator))
 
-    def _loader(self, dataset: SpeechDataset, batch_sampler: Any, collate: Callable) -> torch.utils.data.DataLoader:
+    def _loader(self, dataset: SpeechDataset, batch_sampler: Any, collate: Callable) -> WaitingLoader:
         workers = self.config.dataloader_num_workers
-        return torch.utils.data.DataLoader(
+        return WaitingLoader(
             dataset,
             batch_sampler=batch_sampler,
             collate_fn=collate,
@@ -759,14 +770,20 @@ class GradualUnfreezeTrainer(Trainer):
         model.train()
         micro_batches, dropped = inputs
         self.run_log.note_dropped(dropped, self.state.global_step + 1)
-        totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # target tokens, audio frames, dropped
+        # Target tokens, audio frames, dropped utterances, positions of the language model, of them not padding
+        totals = torch.zeros(5, dtype=torch.float64, device=self.args.device)
         totals[2] = len(dropped)
         for batch in micro_batches:
             supervised = (batch["labels"] != IGNORED_LABEL).sum()
             totals[0] += supervised
             totals[1] += batch["input_features_mask"].sum() * (supervised > 0)
+            totals[3] += batch["input_ids"].numel()
+            totals[4] += useful_tokens(batch) * (supervised > 0)
+            self.window.work += work_of(batch, self.model.config)
         totals = self.accelerator.reduce(totals, reduction="sum")
-        self.window_audio_seconds += totals[1].item() / FRAMES_PER_CHUNK
+        self.window.audio_seconds += totals[1].item() / FRAMES_PER_CHUNK
+        self.window.positions += totals[3].item()
+        self.window.useful += totals[4].item()
         self.dropped_utterances += int(totals[2].item())
         if not totals[0]:
             raise InputError(f"step {self.state.global_step + 1}: none of its utterances decodes")
@@ -911,8 +928,8 @@ class GradualUnfreezeTrainer(Trainer):
         numbers["train/stage"] = self.config.stages.index(self.stage) + 1
         numbers["train/trainable_parameters"] = trainable_parameters(self.model)
         numbers["train/dropped_utterances"] = self.dropped_utterances
-        numbers["train/audio_seconds_per_second"] = self.window_audio_seconds / (now - self.window_started)
-        self.window_started, self.window_audio_seconds = now, 0.0
+        numbers |= self.window.numbers(self.model, now - self.window_started, self.loader.waited)
+        self.window_started, self.window, self.loader.waited = now, Window(), 0.0
         if math.isnan(self.last_train_loss):
             self.warn_of_a_wrong_start(logs["loss"])
         self.last_train_loss = logs["loss"]
