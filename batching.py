@@ -106,6 +106,15 @@ def rows_of(tokens: np.ndarray) -> list[np.ndarray]:
     return [rows for rows, size in zip(cuts, padded, strict=True) if size <= 1.05 * min(padded)][-1]
 
 
+def useful_tokens(batch: dict[str, torch.Tensor]) -> int:
+    """How many positions of a batch, packed or padded, are not padding."""
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
+    positions = batch["position_ids"]
+    following = torch.nn.functional.pad(positions[:, 1:], (0, 1))
+    return int(((positions > 0) | (following == 1)).sum())  # an utterance begins with 0, 1; padding is 0, 0
+
+
 def pack(
     clips: list[np.ndarray], prompts: list[list[int]], targets: list[list[int]], padding: int
 ) -> tuple[dict[str, torch.Tensor], list[slice]]:

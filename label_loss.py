@@ -44,7 +44,7 @@ class ChunkedNats(torch.autograd.Function):
                 if wants_hidden:
                     grad_hidden[places] = (grad_logits @ matrix).to(hidden.dtype)
                 if wants_weight and dtype == weight.dtype:
-                    grad_weight.addmm_(grad_logits.T, part)
+                    torch.addmm(grad_weight, grad_logits.T, part, out=grad_weight)
                 elif wants_weight:
                     grad_weight += grad_logits.T @ part
         ctx.gradients = grad_hidden, grad_weight
@@ -87,7 +87,10 @@ def label_nats(
     ).last_hidden_state
     next_labels = labels[:, 1:]
     has_label = next_labels != IGNORED_LABEL
-    return ChunkedNats.apply(hidden[:, :-1][has_label], model.lm_head.weight, next_labels[has_label])
+    hidden, weight = hidden[:, :-1][has_label], model.lm_head.weight
+    if not torch.is_grad_enabled():  # a Function is told of inputs that require a gradient even then
+        hidden, weight = hidden.detach(), weight.detach()
+    return ChunkedNats.apply(hidden, weight, next_labels[has_label])
 
 
 class SpeechModel(Qwen3ASRForConditionalGeneration):

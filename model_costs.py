@@ -1,28 +1,59 @@
-"""What a pass of Qwen3-ASR costs in floating-point operations, by component, from the model's configuration alone."""
+"""What a training step of Qwen3-ASR costs in floating-point operations, by component, from its configuration alone."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 
+import torch
 import transformers
 
-FRAMES_PER_CHUNK = 100
+from batching import FRAMES_PER_CHUNK, WINDOW_TOKENS
+
+PEAK_FLOPS = {  # dense bf16 a second, of the makers' data sheets, by a part of the name CUDA gives the device
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Work:
-    """What one forward pass has to do."""
+    """What a pass has to do."""
 
-    chunks: int
-    """Seconds of features, each clip's last one counted whole, padding included."""
-    audio_tokens: int
+    chunks: int = 0
+    """Seconds of features, the last one of a clip counted whole, padding included."""
+    audio_tokens: int = 0
     """Positions of the encoder's layers, which are not padded."""
-    window_pairs: int
+    window_pairs: int = 0
     """Sum over the encoder's windows of their tokens squared."""
-    tokens: int
+    tokens: int = 0
     """Positions of the language model, padding included."""
-    token_pairs: int
+    token_pairs: int = 0
     """Sum over the rows of their width squared."""
-    labels: int
+    labels: int = 0
     """Positions that are projected to the vocabulary."""
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Work)})
+
+
+def work_of(batch: dict[str, torch.Tensor], config: transformers.Qwen3ASRConfig) -> Work:
+    """The work in a training batch, packed or padded."""
+    rows, width = batch["input_ids"].shape
+    if "window_ends" in batch:
+        windows = batch["window_ends"].diff().tolist()
+    else:
+        counts = (batch["input_ids"] == config.audio_token_id).sum(dim=1).tolist()
+        windows = [min(WINDOW_TOKENS, count - begin) for count in counts for begin in range(0, count, WINDOW_TOKENS)]
+    return Work(
+        chunks=len(batch["input_features"]) * batch["input_features"].shape[2] // FRAMES_PER_CHUNK,
+        audio_tokens=sum(windows),
+        window_pairs=sum(window**2 for window in windows),
+        tokens=rows * width,
+        token_pairs=rows * width**2,
+        labels=int((batch["labels"] >= 0).sum()),
+    )
 
 
 def real_config() -> transformers.Qwen3ASRConfig:
@@ -33,24 +64,90 @@ def real_config() -> transformers.Qwen3ASRConfig:
     return transformers.Qwen3ASRConfig(text_config=text, audio_config={"output_dim": 2048})
 
 
-def forward_flops(config: transformers.Qwen3ASRConfig, work: Work) -> dict[str, int]:
-    """Multiplications and additions of the matrix products, convolutions and attention of a forward pass."""
+def flops(
+    config: transformers.Qwen3ASRConfig, work: Work, trains: Callable[[str], bool] | None = None
+) -> dict[str, int]:
+    """Floating-point operations of the matrix products, convolutions and attention, by component.
+
+    Args:
+        trains: of a parameter's name; None: a forward pass alone. Backwards, a product costs as much again for its
+            weight where that trains, and as much again for its input where something below trains.
+    """
     audio, text = config.audio_config, config.text_config
-    channels, mel, time, convolutions = 1, audio.num_mel_bins, FRAMES_PER_CHUNK, 0
-    for _ in range(3):
+    below = False  # whether anything trains below what is being counted
+    found = dict.fromkeys(("convolution", "encoder", "projector", "llm", "head"), 0)
+
+    def add(component: str, multiplied: int, parameter: str) -> bool:
+        learns = trains is not None and trains(parameter)
+        found[component] += 2 * multiplied * (1 + learns + below)
+        return learns
+
+    def attend(component: str, multiplied: int, learns: bool) -> None:
+        found[component] += 2 * multiplied * (3 if learns or below else 1)  # its two products have two inputs each
+
+    channels, mel, time = 1, audio.num_mel_bins, FRAMES_PER_CHUNK
+    for number in (1, 2, 3):
         mel, time = (mel + 1) // 2, (time + 1) // 2
-        convolutions += mel * time * channels * audio.downsample_hidden_size * 9
+        size = mel * time * channels * audio.downsample_hidden_size * 9
+        below |= add("convolution", work.chunks * size, f"model.audio_tower.conv2d{number}.weight")
         channels = audio.downsample_hidden_size
-    convolutions += time * mel * channels * audio.d_model  # conv_out
-    encoder_layer = 4 * audio.d_model**2 + 2 * audio.d_model * audio.encoder_ffn_dim
+    size = work.chunks * time * mel * channels * audio.d_model
+    below |= add("convolution", size, "model.audio_tower.conv_out.weight")
+    for number in range(audio.encoder_layers):
+        layer = f"model.audio_tower.layers.{number}."
+        learns = add("encoder", 3 * work.audio_tokens * audio.d_model**2, layer + "self_attn.q_proj.weight")
+        attend("encoder", 2 * work.window_pairs * audio.d_model, learns)
+        below |= learns
+        add("encoder", work.audio_tokens * audio.d_model**2, layer + "self_attn.out_proj.weight")
+        add("encoder", 2 * work.audio_tokens * audio.d_model * audio.encoder_ffn_dim, layer + "fc1.weight")
+    below |= trains is not None and trains("model.audio_tower.ln_post.weight")
+    projector = "model.multi_modal_projector.linear_"
+    below |= add("projector", work.audio_tokens * audio.d_model**2, projector + "1.weight")
+    below |= add("projector", work.audio_tokens * audio.d_model * audio.output_dim, projector + "2.weight")
+    below |= trains is not None and trains("model.language_model.embed_tokens.weight")
     heads = text.num_attention_heads * text.head_dim
     keys = text.num_key_value_heads * text.head_dim
-    llm_layer = text.hidden_size * (2 * heads + 2 * keys + 3 * text.intermediate_size)
-    multiplied = {
-        "convolution": work.chunks * convolutions,
-        "encoder": audio.encoder_layers * (work.audio_tokens * encoder_layer + 2 * work.window_pairs * audio.d_model),
-        "projector": work.audio_tokens * audio.d_model * (audio.d_model + audio.output_dim),
-        "llm": text.num_hidden_layers * (work.tokens * llm_layer + 2 * work.token_pairs * heads),
-        "head": work.labels * text.hidden_size * text.vocab_size,
-    }
-    return {component: 2 * count for component, count in multiplied.items()}
+    for number in range(text.num_hidden_layers):
+        layer = f"model.language_model.layers.{number}."
+        learns = add("llm", work.tokens * text.hidden_size * (heads + 2 * keys), layer + "self_attn.q_proj.weight")
+        attend("llm", 2 * work.token_pairs * heads, learns)
+        below |= learns
+        add("llm", work.tokens * text.hidden_size * heads, layer + "self_attn.o_proj.weight")
+        add("llm", 3 * work.tokens * text.hidden_size * text.intermediate_size, layer + "mlp.up_proj.weight")
+    name = "model.language_model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    add("head", work.labels * text.hidden_size * text.vocab_size, name)
+    return found
+
+
+def peak_flops() -> float | None:
+    """What this process's device can do in a second, or None for one that is not in the table."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device), None)
+
+
+@dataclass
+class Window:
+    """What was done since the last line of the log."""
+
+    audio_seconds: float = 0.0
+    """Of all processes, as are positions and useful."""
+    positions: float = 0.0
+    """Of the language model."""
+    useful: float = 0.0
+    """Of them, those that are not padding."""
+    work: Work = field(default_factory=Work)
+    """Of this process."""
+    waited: float = 0.0
+    """Seconds of this process without data."""
+
+    def numbers(self, model: torch.nn.Module, seconds: float) -> dict[str, float]:
+        """Speed, and how far it is from its limit, for the log."""
+        trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        done = sum(flops(model.config, self.work, trains.__contains__).values())
+        peak = peak_flops()
+        return {
+            "train/audio_seconds_per_second": self.audio_seconds / seconds,
+            "train/useful_tokens": self.useful / max(1, self.positions),
+            "train/waiting_for_data": self.waited / seconds,
+            "train/gigaflops_per_second": done / seconds / 1e9,
+        } | ({"train/mfu": done / seconds / peak} if peak else {})

@@ -28,6 +28,7 @@ from transformers import Trainer, TrainerCallback
 import checkpoints
 from checkpoints import Checkpoint
 from hebrew_corpora import InputError
+from model_costs import Window, Work
 from run_log import RunLog
 from run_watch import LAUNCHER_ENDED, Watch, checksum, stop_name, take_lock
 
@@ -180,7 +181,7 @@ class ResumableTrainer(Trainer):
 
     def prepare_checkpoints(self) -> None:
         """Sets the state that a checkpoint holds; called when the subclass has its own."""
-        self.window_audio_seconds, self.last_train_loss = 0.0, float("nan")
+        self.window, self.last_train_loss = Window(), float("nan")
         self.dropped_utterances = self.broken_utterances = 0
         self.best_wer, self.best_step = float("inf"), 0
         self.evaluated_step, self.saved_step = -1, 0
@@ -234,7 +235,8 @@ class ResumableTrainer(Trainer):
             return
         self.saved_step = step
         self.check_ranks()
-        losses, streams = zip(*self.watch.gather((self._tr_loss.item(), self.stream_state())), strict=True)
+        mine = self._tr_loss.item(), self.stream_state(), dataclasses.asdict(self.window)
+        losses, streams, windows = zip(*self.watch.gather(mine), strict=True)
         if self.args.process_index > 0:
             return
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
@@ -248,7 +250,7 @@ class ResumableTrainer(Trainer):
             "losses": losses,
             "streams": streams,
             "last_logged_step": self._globalstep_last_logged,
-            "window_audio_seconds": self.window_audio_seconds,
+            "windows": windows,
             "dropped_utterances": self.dropped_utterances,
             "broken_utterances": self.broken_utterances,
             "last_train_loss": self.last_train_loss,
@@ -301,14 +303,7 @@ class ResumableTrainer(Trainer):
         load_weights(self.model, checkpoint)
         self.set_stage(self.config.stage_of_epoch(checkpoint.step // len(self.sampler) + 1))
         state = checkpoint.document("state.json")
-        for name in (
-            "window_audio_seconds",
-            "dropped_utterances",
-            "broken_utterances",
-            "last_train_loss",
-            "best_wer",
-            "best_step",
-        ):
+        for name in ("dropped_utterances", "broken_utterances", "last_train_loss", "best_wer", "best_step"):
             setattr(self, name, state[name])
         for name in ("evaluation_pending", "bad_steps", "skipped_steps"):
             setattr(self, name, state[name])
@@ -330,6 +325,8 @@ class ResumableTrainer(Trainer):
         same = len(losses) == self.args.world_size
         self._tr_loss.fill_(losses[self.args.process_index] if same else sum(losses) / len(losses))
         self._globalstep_last_logged = state["last_logged_step"]
+        window = state["windows"][self.args.process_index if same else 0]
+        self.window = Window(**window | {"work": Work(**window["work"])})
 
     def load_adam(self) -> None:
         """Puts AdamW's moments back, by the names of their parameters."""

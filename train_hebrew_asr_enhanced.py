@@ -42,7 +42,15 @@ from tqdm.auto import tqdm
 from transformers import Qwen3ASRForConditionalGeneration, Qwen3ASRProcessor, TrainerCallback
 
 import checkpoints
-from batching import FRAMES_PER_CHUNK, UtteranceTokens, audio_token_count, deal_step, has_context, pack
+from batching import (
+    FRAMES_PER_CHUNK,
+    UtteranceTokens,
+    audio_token_count,
+    deal_step,
+    has_context,
+    pack,
+    useful_tokens,
+)
 from corpus_report import write_report
 from corpus_stream import Leaks, SpeechStream, StreamedSource, StreamReader, load_streams_and_eval
 from hebrew_audio import SAMPLE_RATE, AudioError, WaveformAugmentation, augment, check_waveform, decode_audio
@@ -50,6 +58,7 @@ from hebrew_corpora import BROKEN, DataConfig, InputError, Mixture, SpeechRows, 
 from hebrew_scoring import score
 from label_loss import IGNORED_LABEL, SpeechModel, label_nats
 from model_card import write_model_card
+from model_costs import Window, work_of
 from prepare_corpora import prepare
 from resuming import (
     ResumableTrainer,
@@ -158,7 +167,7 @@ class TrainingConfig(DataConfig):
     eval_steps: int = 500
     """Also before the first step, at the end of each stage, and at the end."""
     eval_batch_size: int = 8
-    """Utterances of up to max_audio_length_seconds; of longer ones fewer are taken at once."""
+    """Utterances as long as max_audio_length_seconds; of longer ones fewer are taken at once, of shorter ones more."""
     eval_prefill_language: bool = False
     """Give the model `language Hebrew<asr_text>` instead of letting it name the language itself."""
     generation_max_new_tokens: int = 256
@@ -728,7 +737,8 @@ class GradualUnfreezeTrainer(ResumableTrainer):
     def get_eval_dataloader(self, eval_dataset: SpeechDataset | None = None) -> torch.utils.data.DataLoader:
         """This process's batches of the evaluation set, longest first; the batches are the same for any rank count.
 
-        A batch has `eval_batch_size` utterances, or fewer where they are longer than what training allows.
+        A batch has as many padded seconds as `eval_batch_size` utterances of the longest that training allows, and no
+        more than four times as many utterances, so that a small set is not one batch.
         """
         dataset = eval_dataset or self.eval_dataset
         budget = self.config.eval_batch_size * self.config.max_audio_length_seconds  # padded seconds of a batch
@@ -737,7 +747,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         for row in np.argsort(-dataset.rows.seconds, kind="stable").tolist():
             if not batches or len(batches[-1]) == size:
                 batches.append([])
-                size = min(self.config.eval_batch_size, max(1, int(budget / dataset.rows.seconds[row])))
+                size = min(4 * self.config.eval_batch_size, max(1, int(budget / dataset.rows.seconds[row])))
             batches[-1].append((0, row))
         mine = [[batch] for batch in batches[self.args.process_index :: self.args.world_size]]
         return self._loader(dataset, mine, functools.partial(collate_evaluation, self.collator))
@@ -837,6 +847,12 @@ class GradualUnfreezeTrainer(ResumableTrainer):
 
     # Step
 
+    def get_batch_samples(self, *args: Any) -> tuple[list, torch.Tensor | int | None]:
+        began = time.perf_counter()
+        samples = super().get_batch_samples(*args)
+        self.window.waited += time.perf_counter() - began
+        return samples
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.use_bf16)
 
@@ -858,15 +874,20 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         model.train()
         micro_batches, dropped = inputs
         self.run_log.note_dropped(dropped, self.state.global_step + 1)
-        # Target tokens, audio frames, dropped, and of those the broken
-        totals = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        # Target tokens, audio frames, dropped, of those the broken, positions of the model, of those not padding
+        totals = torch.zeros(6, dtype=torch.float64, device=self.args.device)
         totals[2], totals[3] = len(dropped), sum(line.split(":")[0] in BROKEN for line in dropped)
         for batch in micro_batches:
             supervised = (batch["labels"] != IGNORED_LABEL).sum()
             totals[0] += supervised
             totals[1] += batch["input_features_mask"].sum() * (supervised > 0)
+            totals[4] += batch["input_ids"].numel()
+            totals[5] += useful_tokens(batch) * (supervised > 0)
+            self.window.work += work_of(batch, self.model.config)
         totals = self.accelerator.reduce(totals, reduction="sum")
-        self.window_audio_seconds += totals[1].item() / FRAMES_PER_CHUNK
+        self.window.audio_seconds += totals[1].item() / FRAMES_PER_CHUNK
+        self.window.positions += totals[4].item()
+        self.window.useful += totals[5].item()
         self.dropped_utterances += int(totals[2].item())
         self.broken_utterances += int(totals[3].item())
         self.check_broken(self.state.global_step + 1)
@@ -1057,8 +1078,8 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         numbers["train/stage"] = self.config.stages.index(self.stage) + 1
         numbers["train/trainable_parameters"] = trainable_parameters(self.model)
         numbers["train/dropped_utterances"] = self.dropped_utterances
-        numbers["train/audio_seconds_per_second"] = self.window_audio_seconds / (now - self.window_started)
-        self.window_started, self.window_audio_seconds = now, 0.0
+        numbers |= self.window.numbers(self.model, now - self.window_started)
+        self.window_started, self.window = now, Window()
         if math.isnan(self.last_train_loss):
             self.warn_of_a_wrong_start(logs["loss"])
         self.last_train_loss = logs["loss"]

@@ -37,7 +37,7 @@ def spoken(tmp_path_factory) -> Path:
 def options(corpus: Path, output: Path, model: Path = DEMO / "base") -> list[str]:
     return [
         *("--demo", "--model", str(model), "--train_sources", json.dumps([{"path": str(corpus)}])),
-        *("--audit_output", str(output), "--eval_batch_size", "4", "--generation_max_new_tokens", "40"),
+        *("--audit_output", str(output), "--eval_batch_size", "1", "--generation_max_new_tokens", "40"),
     ]
 
 

@@ -22,7 +22,7 @@ from train_hebrew_asr_enhanced import (
 def lognormal_tokens(count: int) -> np.ndarray:
     """Tokens of utterances with a median of 5 s, up to 30 s, 10 characters a second."""
     random = np.random.default_rng(0)
-    seconds = np.minimum(30, np.exp(random.normal(np.log(5), 0.9, count)))
+    seconds = np.minimum(30, np.exp(random.normal(np.log(5), 0.6, count)))
     return 25 + 13 * seconds + 0.37 * 10 * seconds * random.uniform(0.7, 1.3, count)
 
 

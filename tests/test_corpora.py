@@ -177,12 +177,13 @@ def test_workers_change_nothing(config, model, processor, train_rows, eval_rows,
             assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_long_recordings_are_evaluated_in_smaller_batches(config, model, processor, train_rows, eval_rows, tmp_path):
+def test_evaluation_batches_are_of_about_as_many_seconds(config, model, processor, train_rows, eval_rows, tmp_path):
     args, log = training_arguments(config, tmp_path, cpu=True), RunLog(tmp_path, rank=0)
     trainer = GradualUnfreezeTrainer(config, args, model, processor, train_rows, eval_rows, log, False)
-    eval_rows.seconds = np.array([300.0, 55.0, *[5.0] * 9])
+    config.eval_batch_size = 2
+    eval_rows.seconds = np.array([300.0, 35.0, 20.0, 20.0, 20.0, *[5.0] * 6])
     sizes = [len(batch[0]) for batch in trainer.get_eval_dataloader().batch_sampler]
-    assert sizes == [1, 2, 4, 4], "4 utterances of up to 30 s are 120 padded seconds"
+    assert sizes == [1, 1, 3, 6], "2 utterances of 30 s are 60 padded seconds; 12 of 5 s would be, 8 are the most"
 
 
 # Timestamps: each word is a tone of its own, so that what is spoken in a piece can be heard

@@ -35,14 +35,12 @@ def test_chunks_give_the_loss_and_gradients_of_all_logits_at_once(monkeypatch, p
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(found, expected, strict=True))
 
 
-def test_a_frozen_vocabulary_gets_no_gradient_and_nothing_is_kept_without_grad():
+def test_a_frozen_vocabulary_gets_no_gradient():
     hidden, weight, targets = logits_and_labels()
     weight.requires_grad_(False)
     total, _ = ChunkedNats.apply(hidden, weight, targets)
     total.backward()
     assert weight.grad is None and hidden.grad.norm() > 0
-    with torch.no_grad():
-        assert not ChunkedNats.apply(hidden, weight, targets)[0].requires_grad
 
 
 def test_the_logits_of_all_positions_never_exist(model, batch, monkeypatch):
