@@ -43,6 +43,7 @@ STEPS, SAVE_STEPS = 12, 2
 GRACE_SECONDS, STALL_MINUTES = 20.0, 0.2
 LAUNCHER_SECONDS = 30.0  # from passing a signal on to kill -9
 LIMIT_SECONDS = 120.0  # of one run, before it counts as hanging
+NEXT_ATTEMPT = "---- the same command again ----\n"
 FLUSHES = 15  # of one checkpoint: its files, its manifest, its folder, and the folder it is in
 
 
@@ -224,10 +225,11 @@ def launcher_process(config: TrainingConfig, processes: int, fault: Fault | None
         signal.signal(number, lambda number, _: told.append(number))
     while pids:
         for pid in list(pids):
-            if os.waitpid(pid, os.WNOHANG)[0]:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
                 pids.remove(pid)
-                failed = 1  # torchrun asks for the status; here a process that ends first is followed by the others
-                told += [signal.SIGTERM] if pids and not is_finished(config) else []
+                failed |= status
+                told += [signal.SIGTERM] if status else []
         if told and deadline == float("inf"):
             deadline = time.monotonic() + LAUNCHER_SECONDS
             for pid in pids:
@@ -236,7 +238,7 @@ def launcher_process(config: TrainingConfig, processes: int, fault: Fault | None
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
-    os._exit(failed)
+    os._exit(1 if failed else 0)
 
 
 def is_finished(config: TrainingConfig) -> bool:
@@ -356,13 +358,15 @@ def hit(fault: Fault, work: Path, references: dict[str, str]) -> dict:
     damage(fault, run)
     while not is_finished(config) and result["attempts"] < 4:
         result["attempts"] += 1
+        with open(log, "a") as file:
+            file.write(NEXT_ATTEMPT)
         echo = Fault(**(asdict(fault) | {"kind": "none"})) if fault.control else None
         result["hung"] |= not wait_for(start(config, fault.processes, echo, log), folder)
-    resumed = [int(line.split()[3]) for line in log.read_text().splitlines() if line.startswith("resumed at step")]
-    began_anew = result["attempts"] > 1 and not resumed
-    result["steps_lost"] = (
-        max(0, result["hit_step"] - (0 if began_anew else resumed[0])) if result["attempts"] > 1 else 0
-    )
+    result["steps_lost"] = 0
+    if result["attempts"] > 1:
+        second = log.read_text().split(NEXT_ATTEMPT)[1]
+        resumed = [int(line.split()[3]) for line in second.splitlines() if line.startswith("resumed at step")]
+        result["steps_lost"] = max(0, result["hit_step"] - (resumed[0] if resumed else 0))
     try:
         result["hash"] = final_hash(run)
     except (OSError, IndexError):

@@ -18,6 +18,7 @@ from conftest import DEMO, first_rows, small_config
 import checkpoints
 from hebrew_corpora import InputError, Source
 from resuming import CheckpointEvents
+from run_log import RunLog
 from run_watch import STOP_SIGNALS
 from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig, main
 
@@ -294,3 +295,36 @@ def test_a_preempted_run_of_two_processes_ends_in_the_same_bits(settings, tmp_pa
     done = run("broken", -1, "TERM")
     assert done.returncode == 0 and "resumed at step 9 of 12, stage A" in done.stdout, done.stderr
     assert_same(tmp_path / "broken", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_the_dashboard_goes_on_in_the_same_run(tmp_path, tracker):
+    before = RunLog(tmp_path, rank=0)
+    before.start_tracker(tracker, "a-project", "a-name", {}, [])
+    before.log({"train/loss": 1.0}, 1)
+    before.finish()
+    after = RunLog(tmp_path, rank=0)
+    after.tracker_id = json.loads(json.dumps(before.tracker_id))  # as it comes from a checkpoint
+    after.start_tracker(tracker, "a-project", "another-name", {}, [])
+    after.finish()
+    assert after.tracker_id == before.tracker_id and before.tracker_id[0] == tracker
+    other = RunLog(tmp_path, rank=0)
+    other.start_tracker(tracker, "a-project", "a-third-name", {}, [])
+    other.finish()
+    assert other.tracker_id != before.tracker_id
+
+
+def test_what_was_logged_after_the_checkpoint_is_forgotten(tmp_path):
+    log = RunLog(tmp_path, rank=0)
+    for step in (1, 2, 3):
+        log.log({"train/loss": float(step)}, step)
+        log.note_dropped(["damaged: a.wav"], step)
+    log.go_back(log.rows[:2], 2)
+    log.log({"train/loss": 30.0}, 3)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["train/loss"]) for line in lines] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 30.0),
+    ] and log.rows == lines
+    assert (tmp_path / "dropped-0.txt").read_text().splitlines() == ["step 1: damaged: a.wav", "step 2: damaged: a.wav"]
