@@ -380,6 +380,12 @@ def update_card(folder: Path, results: dict[str, Any], model: str) -> None:
 def lines_of(results: dict[str, Any]) -> list[str]:
     """What the console shows at the end."""
     lines = [markdown_table(results)]
+    lines += [
+        f"left out of {found['set']}: {count} × {reason}"
+        for found in results["results"]
+        if found["reason"] is None and found["model"] == results["models"][0]["name"]
+        for reason, count in found["dropped"].items()
+    ]
     lines += [f"{one['set']}: {one['verdict']}" for one in results["comparisons"]]
     lines += [f"{'passed' if g['passed'] else 'FAILED'}: {g['name']}, {g['detail']}" for g in results["gates"]]
     return lines
@@ -519,7 +525,7 @@ def report(
     how = "greedy" if decoding.num_beams == 1 else f"{decoding.num_beams} beams"
     results = {
         "created": time.strftime("%Y-%m-%d"),
-        "settings": dataclasses.asdict(config),
+        "settings": dataclasses.asdict(config) | {"confidence": 0.95},
         "versions": versions(),
         "sets": [describe_set(one, rows.get(one.name)) for one in config.sets],
         "models": [
@@ -589,7 +595,7 @@ def score_files(config: EvaluationConfig) -> None:
     known = describe_set(one, None) | {"utterances": len(references)}
     results = {
         "created": time.strftime("%Y-%m-%d"),
-        "settings": dataclasses.asdict(config),
+        "settings": dataclasses.asdict(config) | {"confidence": 0.95},
         "versions": versions(),
         "sets": [known],
         "models": [
