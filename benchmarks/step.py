@@ -360,7 +360,6 @@ def evaluation(folder: Path, is_sorted: bool) -> dict[str, float]:
     trainer.model.eval()
     trainer.model.generation_config.eos_token_id = None
     dataset = trainer.eval_dataset
-    dataset.rows = dataset.rows.keep(np.arange(len(dataset)) < STEP)
     loader: Iterator = iter(trainer.get_eval_dataloader(dataset))
     if not is_sorted:
         order = np.random.default_rng(0).permutation(len(dataset)).reshape(-1, config.eval_batch_size)
