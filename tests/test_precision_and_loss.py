@@ -150,7 +150,7 @@ def test_hypotheses_are_scored_against_the_transcripts_as_they_stand(config, mod
     trainer = make_trainer(model)
     rows = trainer.eval_dataset.rows
     monkeypatch.setattr(rows, "column", lambda name: ["חיילי צה״ל יצאו"] * len(rows))
-    outputs = [{"language": "Hebrew", "transcription": 'חיילי צה"ל יצאו'}] * 4
+    outputs = [{"language": "Hebrew", "transcription": 'חיילי צה"ל יצאו'}] * 16
     monkeypatch.setattr(type(trainer.processor), "decode", lambda self, tokens, **_: outputs[: len(tokens)])
     assert trainer.evaluate()["eval/wer"] == pytest.approx(50.0), "צה ל against צהל: two of four words"
 
