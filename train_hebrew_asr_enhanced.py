@@ -59,7 +59,7 @@ from resuming import (
     train,
 )
 from run_log import TRACKERS, RunLog, draw_curves, success_criteria, wer_summary
-from run_watch import ignore_stop_signals
+from run_watch import outlive_stop_signals
 
 MEL_BINS = 128
 FRAMES_PER_CHUNK = 100  # the encoder's convolutions see the mel axis in chunks of 1 s, padded to a whole number of them
@@ -675,7 +675,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=2 if workers else None,
-            worker_init_fn=ignore_stop_signals if workers else None,
+            worker_init_fn=functools.partial(outlive_stop_signals, seconds=self.config.preemption_grace_seconds),
         )
 
     # Stages
