@@ -151,10 +151,10 @@ def stop_name(number: int) -> str:
     return "its launcher ended" if number == LAUNCHER_ENDED else signal.Signals(number).name
 
 
-def ignore_stop_signals(_: int = 0) -> None:
-    """For a loader's workers: whoever signals every process means the run, which ends them when it is done."""
+def outlive_stop_signals(_: int, seconds: float) -> None:
+    """For a loader's workers: whoever signals every process means the run, which still needs them for so long."""
     for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda *_: signal.setitimer(signal.ITIMER_REAL, seconds))  # its SIGALRM ends them
 
 
 def checksum(parameters: list[torch.Tensor]) -> int:

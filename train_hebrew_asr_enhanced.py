@@ -72,7 +72,7 @@ from resuming import (
     train,
 )
 from run_log import TRACKERS, RunLog, draw_curves, success_criteria, wer_summary
-from run_watch import ignore_stop_signals
+from run_watch import outlive_stop_signals
 
 MEL_BINS = 128
 TOKENS_PER_SECOND = 8  # of a fast speaker's Hebrew: 3.8 words a second, 2.1 tokens a word
@@ -761,7 +761,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=2 if workers else None,
-            worker_init_fn=ignore_stop_signals if workers else None,
+            worker_init_fn=functools.partial(outlive_stop_signals, seconds=self.config.preemption_grace_seconds),
         )
 
     # Stages

@@ -105,6 +105,20 @@ def test_a_signal_that_is_ignored_stays_so_and_the_others_are_put_back():
     assert status(child(body)) == 0
 
 
+def test_a_loaders_worker_outlives_a_signal_but_not_for_ever():
+    def body() -> None:
+        run_watch.outlive_stop_signals(0, seconds=1.0)
+        os.write(READY[1], b"x")
+        while True:
+            time.sleep(0.01)
+
+    pid = started(body)
+    os.kill(pid, signal.SIGTERM)
+    time.sleep(0.4)
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0), "it works on"
+    assert status(pid) == -signal.SIGALRM
+
+
 def test_it_stops_when_its_launcher_is_gone(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
 
