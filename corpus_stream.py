@@ -6,6 +6,8 @@ duplicates, and leaks by sound. Imports nothing of the training scripts.
 """
 
 import copy
+import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +19,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 
 from hebrew_corpora import (
+    DIGEST,
     DataConfig,
     InputError,
     RowSettings,
@@ -39,30 +42,33 @@ class StreamedSource:
     source: Source
     rows: datasets.IterableDataset
     settings: RowSettings
+    leaks: "Leaks"
 
 
-def open_stream(source: Source, config: DataConfig) -> StreamedSource:
-    """Finds the shards and reads the first row; raises InputError."""
+def open_stream(source: Source, config: DataConfig, leaks: "Leaks") -> StreamedSource:
+    """Finds the shards; raises InputError."""
     rows = load_source(source, streaming=True)
-    return StreamedSource(source, rows, row_settings(source, rows.column_names, config, for_training=True))
+    return StreamedSource(source, rows, row_settings(source, rows.column_names, config, for_training=True), leaks)
 
 
 def load_streams_and_eval(config: DataConfig, seed: int) -> tuple[list[StreamedSource], SpeechRows]:
     """Like `load_train_and_eval`, with the training sources opened and not read."""
-    heldout = without_too_many(load_rows(config.eval_sources, config, for_training=False), config)
-    return [open_stream(source, config) for source in config.train_sources], heldout
+    heldout = load_rows(config.eval_sources, config, for_training=False)
+    leaks = Leaks(heldout, config)  # of all of it, however much of it is evaluated
+    streams = [open_stream(source, config, leaks) for source in config.train_sources]
+    return streams, without_too_many(heldout, config)
 
 
 class Leaks:
     """What the evaluation sets hold, to be kept out of training."""
 
     def __init__(self, heldout: SpeechRows, config: DataConfig):
-        self.digests = set(heldout.column("digest"))
+        self.contents = {name[:DIGEST] for name in heldout.column("digest")}
         counted = zip(heldout.column("words"), heldout.column("word_count"), strict=True)
         self.sentences = {words for words, count in counted if count >= config.leak_min_words}
 
     def reason(self, piece: dict[str, Any]) -> str:
-        if piece["digest"] in self.digests:
+        if piece["digest"][:DIGEST] in self.contents:
             return "audio of an evaluation set"
         return "text of an evaluation set" if piece["words"] in self.sentences else ""
 
@@ -73,37 +79,33 @@ class EndlessPieces:
     `state` is all that an equal object needs to go on from here.
     """
 
-    def __init__(self, stream: StreamedSource, seed: tuple[int, ...], leaks: Leaks):
-        self.stream, self.seed, self.leaks = stream, seed, leaks
+    def __init__(self, stream: StreamedSource, seed: tuple[int, ...]):
+        self.stream, self.seed = stream, seed
         self.rows = copy.deepcopy(stream.rows)  # the number of the pass is in memory that workers would share
         self.state: dict[str, Any] = {"pass": 1, "block": 0, "rows": None, "taken": 0}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yields pieces with `audio`, `pass` and, where one cannot be used, `dropped`."""
         while True:
-            state, usable = self.state, 0
-            from_the_start = state["block"] == state["taken"] == 0
+            state = self.state
             self.rows.set_epoch(state["pass"])
             self.rows.load_state_dict(state["rows"])
             rows = iter(self.rows)
             while block := list(islice(rows, BLOCK_ROWS)):
                 after = self.rows.state_dict()
                 pieces = [piece | {"pass": state["pass"]} for row in block for piece in self.described(row)]
-                usable += sum(not piece["dropped"] for piece in pieces)
                 random = np.random.default_rng([*self.seed, state["pass"], state["block"]])
                 for place in random.permutation(len(pieces))[state["taken"] :].tolist():
                     state["taken"] += 1
                     yield pieces[place]
                 state |= {"block": state["block"] + 1, "rows": after, "taken": 0}
-            if from_the_start and not usable:
-                raise InputError(
-                    f"{self.stream.source}: a whole pass over this process's share gave nothing to train on"
-                )
+            if not state["block"]:
+                raise InputError(f"{self.stream.source}: this process's share of it has no rows")
             state |= {"pass": state["pass"] + 1, "block": 0, "rows": None, "taken": 0}
 
     def described(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         pieces = [piece | {"audio": row["audio"]} for piece in describe_row(row, self.stream.settings)]
-        return [p if p["dropped"] else p | {"dropped": self.leaks.reason(p)} for p in pieces]
+        return [p if p["dropped"] else p | {"dropped": self.stream.leaks.reason(p)} for p in pieces]
 
 
 class SpeechStream(torch.utils.data.IterableDataset):
@@ -111,7 +113,6 @@ class SpeechStream(torch.utils.data.IterableDataset):
 
     Args:
         streams: the sources; where there are several, each has a probability.
-        leaks: what is kept out.
         featurize: makes an utterance of (piece, pass, number), or a dict with `dropped`.
         collate: makes a step's micro-batches of utterances.
         share: this process's utterances in a step.
@@ -120,7 +121,6 @@ class SpeechStream(torch.utils.data.IterableDataset):
     def __init__(
         self,
         streams: list[StreamedSource],
-        leaks: Leaks,
         featurize: Callable[[dict[str, Any], int, int], dict[str, Any]],
         collate: Callable[[list[dict[str, Any]]], list[Any]],
         share: int,
@@ -128,11 +128,9 @@ class SpeechStream(torch.utils.data.IterableDataset):
         rank: int,
         processes: int,
     ):
-        self.leaks, self.featurize, self.collate, self.share = leaks, featurize, collate, share
+        self.featurize, self.collate, self.share = featurize, collate, share
         self.seed, self.rank = seed, rank
-        self.streams = [
-            StreamedSource(s.source, split_by_process(s.rows, rank, processes), s.settings) for s in streams
-        ]
+        self.streams = [dataclasses.replace(s, rows=split_by_process(s.rows, rank, processes)) for s in streams]
         shards = min(s.rows.num_shards for s in streams)
         self.most_workers = shards if shards < processes else shards // processes
         self.shares = np.array([1.0 if s.source.probability is None else s.source.probability for s in streams])
@@ -147,8 +145,7 @@ class SpeechStream(torch.utils.data.IterableDataset):
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         sources = [
-            EndlessPieces(stream, (self.seed, number, self.rank, worker), self.leaks)
-            for number, stream in enumerate(self.streams)
+            EndlessPieces(stream, (self.seed, number, self.rank, worker)) for number, stream in enumerate(self.streams)
         ]
         taken = np.zeros(len(sources), np.int64)
         if before := self.start["workers"].get(str(worker)):
@@ -158,11 +155,16 @@ class SpeechStream(torch.utils.data.IterableDataset):
         if worker < self.start["steps"] % workers:
             yield None  # its turn in this round was before the start
         pieces = [iter(source) for source in sources]
+        # The passes of which something was kept; of those before a start in mid-pass nothing is known
+        kept = [{source.state["pass"], source.state["pass"] - 1} if before else set() for source in sources]
         while True:
             utterances, dropped, names = [], [], []
             while len(utterances) < self.share:
                 number = int(np.argmax(self.shares * (taken.sum() + 1) - taken))  # the one furthest behind
                 piece = next(pieces[number])
+                if piece["pass"] > 1 and piece["pass"] - 1 not in kept[number]:
+                    source = self.streams[number].source
+                    raise InputError(f"{source}: a whole pass over this process's share gave nothing to train on")
                 utterance = {"dropped": f"{piece['dropped']}: {piece['recording']}"}
                 if not piece["dropped"]:
                     utterance = self.featurize(piece, piece["pass"], int(piece["digest"][:15], 16))
@@ -172,6 +174,7 @@ class SpeechStream(torch.utils.data.IterableDataset):
                     utterances.append(utterance)
                     names.append(f"{piece['recording']} ({piece['text']!r})")
                     taken[number] += 1
+                    kept[number] = {piece["pass"], piece["pass"] - 1}
             state = {"taken": taken.tolist(), "sources": [copy.deepcopy(source.state) for source in sources]}
             yield self.collate(utterances), dropped, names, worker, state
 
@@ -219,8 +222,13 @@ class StreamReader(torch.utils.data.Dataset):
                     pin_memory=self.pin_memory,
                 )
             )
-        while (item := next(self.items)) is None:
-            pass
+        try:
+            while (item := next(self.items)) is None:
+                pass
+        except InputError as error:  # of one process, and of a worker: there the message has its traceback around it
+            message = str(error).strip().splitlines()[-1].removeprefix("hebrew_corpora.InputError: ")
+            print(f"error: {message}", file=sys.stderr, flush=True)
+            raise InputError(message) from error
         micro_batches, dropped, self.last, worker, state = item
         self.state["steps"] += 1
         self.state["workers"][str(worker)] = state

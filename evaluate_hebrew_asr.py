@@ -11,9 +11,11 @@ more was forgotten than `--max_wer_rise` allows.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -57,7 +59,7 @@ class EvaluationSet:
     name: str
     source: Source
     language: str = "Hebrew"
-    """As Qwen3-ASR names it; None: nobody speaks in it, and the right transcript is empty."""
+    """As Qwen3-ASR names it; `None`, its name for no speech: nobody speaks, and the right transcript is empty."""
 
     @property
     def has_speech(self) -> bool:
@@ -131,7 +133,12 @@ def parse(argv: list[str]) -> EvaluationConfig:
     parser.add_argument("--demo", action="store_true", help="the demo's checkpoints and sets")
     parser.add_argument("--output_dir")
     parser.add_argument("--max_utterances", type=int, help="of each set, for a quick look")
-    parser.add_argument("--max_wer_rise", type=float, default=5.0, help="points; see EvaluationConfig")
+    parser.add_argument(
+        "--max_wer_rise",
+        type=lambda text: None if text == "none" else float(text),
+        default=5.0,
+        help="points, or none; see EvaluationConfig",
+    )
     parser.add_argument("--num_workers", type=int, default=4)
     parser.add_argument("--update_card", action="store_true", help="write the figures into the model's card")
     for one in dataclasses.fields(Decoding):
@@ -140,8 +147,13 @@ def parse(argv: list[str]) -> EvaluationConfig:
     given = parser.parse_args(argv)
     if bool(given.score) == bool(given.model or given.demo):
         raise InputError("give either --model (or --demo), or --score")
+    if given.score and (given.update_card or given.compare or given.sets or given.max_utterances):
+        raise InputError("--score takes files alone: leave --compare, --sets, --max_utterances and --update_card out")
+    if given.update_card and (given.max_utterances or not (Path(given.model or "") / "README.md").is_file()):
+        raise InputError("--update_card needs a local folder with a README.md as --model, and whole sets")
+    check_numbers(given)
     known = {one.name: one for one in (DEMO_SETS if given.demo else LEADERBOARD)}
-    return EvaluationConfig(
+    config = EvaluationConfig(
         models=[given.model or str(DEMO / "tuned"), *(given.compare or ([str(DEMO / "base")] if given.demo else []))]
         if not given.score
         else [],
@@ -151,10 +163,27 @@ def parse(argv: list[str]) -> EvaluationConfig:
         max_utterances=given.max_utterances,
         max_wer_rise=given.max_wer_rise,
         quoted=[] if given.demo or given.score else list(QUOTED),
-        output_dir=given.output_dir or time.strftime("runs/evaluation-%Y%m%d-%H%M%S"),
         num_workers=0 if given.demo else given.num_workers,
         update_card=given.update_card,
     )
+    names = [one.name for one in config.sets]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InputError(f"two sets have the name {', '.join(twice)}: give each its own")
+    meaning = json.dumps(dataclasses.asdict(config), default=str).encode()
+    config.output_dir = given.output_dir or f"runs/evaluation-{digest(meaning)[:10]}"
+    return config
+
+
+def check_numbers(given: argparse.Namespace) -> None:
+    """Raises InputError for a number that cannot mean anything."""
+    least = {"longest_seconds": 1, "batch_seconds": 0, "num_beams": 1, "num_workers": 0, "max_new_tokens": 1}
+    least |= {"max_utterances": 1, "max_wer_rise": 0}
+    for name, low in least.items():
+        value = getattr(given, name)
+        if value is not None and not (low <= value < math.inf):
+            raise InputError(f"{name} must be a number from {low} up, got {value}")
+    if given.dtype not in ("auto", "bfloat16", "float32"):
+        raise InputError(f"dtype is {given.dtype!r}, must be auto, bfloat16 or float32")
 
 
 def read_set(text: str, known: dict[str, EvaluationSet]) -> EvaluationSet:
@@ -164,8 +193,11 @@ def read_set(text: str, known: dict[str, EvaluationSet]) -> EvaluationSet:
         return known[text]
     try:
         given = json.loads(text)
-        language = given.pop("language", "Hebrew")
-        return EvaluationSet(given.pop("name"), Source(**given), language)
+        language = str(given.pop("language", "Hebrew")).capitalize()  # as Qwen3-ASR writes them, null too
+        one = EvaluationSet(given.pop("name"), Source(**given), language)
+        if not isinstance(one.name, str) or not isinstance(one.source.path, str):
+            raise TypeError("name and path must be texts")
+        return one
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{text} is no set: {error!r}") from error
 
@@ -217,7 +249,7 @@ def record(reference: str, transcript: Transcript) -> dict[str, Any]:
 
 def summarize(records: list[dict[str, Any]], one: EvaluationSet) -> dict[str, Any]:
     """Rates with their intervals, and what went wrong, of the records of one model and set."""
-    named = [r for r in records if r["detected_language"]]
+    named = [r for r in records if r["detected_language"] is not None]  # "" is a language not named
     answered = sum(bool(r["hypothesis_normalized"]) for r in records)
     right = sum(r["detected_language"] == one.language for r in named)
     found = {
@@ -227,7 +259,7 @@ def summarize(records: list[dict[str, Any]], one: EvaluationSet) -> dict[str, An
             "empty": None if not one.has_speech else len(records) - answered,
             "repetition": sum(r["repetition"] for r in records),
             "other_language": len(named) - right if named and one.has_speech else None,
-            "truncated": sum(r["truncated"] for r in records),
+            "truncated": sum(cut) if (cut := [r["truncated"] for r in records if r["truncated"] is not None]) else None,
             "text_on_non_speech": None if one.has_speech else answered,
         },
         "repetitions_per_1000": 1000 * sum(r["repetition"] for r in records) / len(records),
@@ -311,7 +343,10 @@ def forgetting_gates(
         figures["language named right"] = (before["language_accuracy"], after["language_accuracy"], -1)
         figures["no text where nobody speaks"] = (before["none_accuracy"], after["none_accuracy"], -1)
         for name, (old, new, sign) in figures.items():
-            if old is None or new is None:
+            if old is None:
+                continue
+            if new is None:
+                gates.append({"name": f"{one.name}: {name}", "passed": False, "detail": "measured before, not after"})
                 continue
             old, new = (value["value"] if isinstance(value, dict) else value for value in (old, new))
             worse = sign * (new - old)
@@ -372,8 +407,10 @@ def update_card(folder: Path, results: dict[str, Any], model: str) -> None:
     """Puts the figures into a model card's metadata, and the table at its end, in place of an earlier one."""
     card = huggingface_hub.ModelCard.load(folder / "README.md")
     card.data.eval_results, card.data.model_name = card_results(results, model), model
-    heading = "\n## Evaluation\n"
-    card.text = card.text.split(heading)[0].rstrip("\n") + f"\n{heading}\n{markdown_table(results)}"
+    before, _, after = card.text.partition("\n## Evaluation\n")
+    _, next_heading, rest = after.partition("\n## ")
+    table = f"\n\n## Evaluation\n\n{markdown_table(results)}"
+    card.text = before.rstrip("\n") + table + next_heading + rest
     card.save(folder / "README.md")
 
 
@@ -414,6 +451,16 @@ def load_set(one: EvaluationSet, config: EvaluationConfig) -> SpeechRows:
     )
     rows = load_rows([one.source], settings, for_training=False, without_speech=not one.has_speech)
     return without_too_many(rows, settings)
+
+
+@contextlib.contextmanager
+def transcription_problems():
+    """Turns what one set can fail by, after it was loaded, into one message."""
+    try:
+        yield
+    except (AudioError, ValueError, torch.OutOfMemoryError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"transcribing failed: {lines[-1]}") from error
 
 
 def describe_set(one: EvaluationSet, rows: SpeechRows | None) -> dict[str, Any]:
@@ -470,24 +517,27 @@ def main(config: EvaluationConfig) -> None:
         for one in config.sets:
             if one.name not in rows:
                 continue
-            (done,) = broadcast_object_list([key(path, config.decoding, rows[one.name])])
+            (done,) = broadcast_object_list([key(path, model.dtype, config.decoding, rows[one.name])])
             parts = folder / "transcripts" / done
             parts.mkdir(parents=True, exist_ok=True)
             state.wait_for_everyone()
             if state.is_main_process:
                 print(f"{name} on {one.name}: {len(rows[one.name])} utterances", flush=True)
-            transcribe_set(
-                model,
-                rows[one.name],
-                config.decoding,
-                parts,
-                state.process_index,
-                state.num_processes,
-                config.num_workers,
-                hides_progress=not state.is_main_process,
-            )
-            state.wait_for_everyone()
-            transcribed[name, one.name] = parts
+            try:
+                with training.together(), transcription_problems():
+                    transcribe_set(
+                        model,
+                        rows[one.name],
+                        config.decoding,
+                        parts,
+                        state.process_index,
+                        state.num_processes,
+                        config.num_workers,
+                        hides_progress=not state.is_main_process,
+                    )
+                transcribed[name, one.name] = parts
+            except InputError as error:
+                reasons[name, one.name] = str(error)
         del model
 
     # 4. Score, compare, write: the first process
@@ -584,9 +634,9 @@ def score_files(config: EvaluationConfig) -> None:
             raise InputError(f"{path} has other references than {config.score[0]}: they cannot be compared")
         references = [pair["reference"] for pair in pairs]
         mine = [
-            record(pair["reference"], Transcript(pair["hypothesis"], pair.get("language", ""), False))
+            record(pair["reference"], Transcript(pair["hypothesis"], pair.get("language"), truncated=None))
             | {"model": name, "set": one.name, "number": i, "language": one.language, "snr_db": None}
-            | {"recording": str(pair.get("recording", i)), "seconds": float(pair.get("seconds", 0))}
+            | {"recording": str(pair.get("recording") or i), "seconds": pair["seconds"]}
             for i, pair in enumerate(pairs)
         ]
         found.append({"model": name, "set": one.name, "reason": None} | summarize(mine, one))
@@ -616,14 +666,19 @@ def read_pairs(file: Path) -> list[dict[str, Any]]:
     """Reads pairs; raises InputError that names the line."""
     pairs = []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):
         try:
             pair = json.loads(line)
-            if not isinstance(pair["reference"], str) or not isinstance(pair["hypothesis"], str):
-                raise TypeError("reference and hypothesis must be texts")
+            texts = [pair["reference"], pair["hypothesis"], pair.get("language") or ""]
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError("reference, hypothesis and language must be texts")
+            "".join(texts).encode()  # refuses half a surrogate pair
+            pair["seconds"] = float(pair.get("seconds") or 0)
+            if not math.isfinite(pair["seconds"]):
+                raise ValueError("seconds must be a number")
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f'{file}, line {number}: {error!r}. A line is {{"reference": "…", "hypothesis": "…"}}, and may have'

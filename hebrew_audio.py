@@ -19,6 +19,8 @@ import torch
 import torchaudio.functional
 
 SAMPLE_RATE = 16_000  # Hz, of every waveform here
+SOUND_VERSION = 1  # what was heard of a corpus is kept under it: raise it when decode_audio, check_waveform or
+# fingerprint returns something else than before
 
 # ----------------------------------------------------------------------------------------------- Decoding and checking
 

@@ -4,9 +4,11 @@ At the start only texts and audio headers are read. What decoding alone can show
 found by the workers that decode, or beforehand by prepare_corpora.py. Imports nothing of the training scripts.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ import pyarrow.parquet
 
 import hebrew_audio
 import hebrew_text
-from hebrew_audio import AudioError, audio_header, decode_audio
+from hebrew_audio import SOUND_VERSION, AudioError, audio_header, check_waveform, decode_audio
 from hebrew_text import SPOKEN, TextRules, clean_previous, cut_into_pieces, has_hebrew, normalize_target, read_segments
 
 
@@ -166,12 +168,14 @@ def load_source(source: Source, streaming: bool = False) -> datasets.Dataset | d
         cause = error.__cause__ or error
         raise InputError(f"{source.path}: {(str(cause).splitlines() or ['it has no rows'])[0]}") from error
     if streaming and isinstance(rows, datasets.Dataset):
-        rows = rows.to_iterable_dataset(num_shards=min(STREAM_SHARDS, len(rows)))
+        rows = rows.to_iterable_dataset(num_shards=min(STREAM_SHARDS, max(1, len(rows))))
     if rows.features is None:
         rows = rows._resolve_features()
     if "audio" not in rows.column_names:
         raise InputError(f"{source.path}: no column `audio`, there are {', '.join(rows.column_names)}")
     is_audio = isinstance(rows.features["audio"], datasets.Audio)
+    if not is_audio and not {"bytes", "path"} <= set(getattr(rows.features["audio"], "keys", tuple)()):
+        raise InputError(f"{source.path}: its column `audio` holds {rows.features['audio']}, no audio")
     return rows.cast_column("audio", datasets.Audio(decode=False)) if is_audio else rows
 
 
@@ -198,14 +202,17 @@ def manifest_rows(source: Source) -> datasets.Dataset:
 
     `datasets`' own audiofolder gives the same rows, but needs torchcodec and FFmpeg to build them.
     """
-    inside = Path(source.path) / source.split
+    name, bracket, part = source.split.partition("[")
+    inside = Path(source.path) / name
     folder = inside if inside.is_dir() else Path(source.path)
+    if folder != inside and name != "train":
+        raise InputError(f"{source.path}: no split {name!r}: a folder of audio has its splits in subfolders")
     manifests = {folder / "metadata.csv": "csv", folder / "metadata.jsonl": "json"}
     found = [(file, kind) for file, kind in manifests.items() if file.exists()]
     if not found:
         raise InputError(f"{folder}: no parquet files, no saved dataset, no metadata.csv or metadata.jsonl")
     file, kind = found[0]
-    table = datasets.load_dataset(kind, data_files=str(file), split="train")
+    table = datasets.load_dataset(kind, data_files=str(file), split=f"train{bracket}{part}")
     if "file_name" not in table.column_names:
         raise InputError(f"{file}: no column `file_name`, there are {', '.join(table.column_names)}")
     return with_audio_files(table, folder, table["file_name"])
@@ -222,9 +229,15 @@ def listed_rows(source: Source) -> datasets.Dataset:
 
 
 def with_audio_files(table: datasets.Dataset, folder: Path, names: Iterable[Any]) -> datasets.Dataset:
+    """The files' sizes and times are part of the dataset's fingerprint: a file that was mended is read again."""
     audio = [{"bytes": None, "path": str(folder / str(name)) if name else None} for name in names]
-    feature = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-    return table.add_column("audio", audio, feature=feature)
+    contents = [content_of(one) for one in audio]
+    return table.add_column(
+        "audio",
+        audio,
+        new_fingerprint=datasets.fingerprint.Hasher.hash([table._fingerprint, contents]),
+        feature={"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+    )
 
 
 def text_column(source: Source, columns: list[str]) -> str:
@@ -314,15 +327,14 @@ def describe_row(row: dict[str, Any], settings: RowSettings) -> list[dict[str, A
     """Reads one row's text and audio header; evaluation audio is decoded once too, so that it cannot fail later."""
     known = {"start": 0.0, "text": "", "previous": "", "seconds": 0.0, "dropped": ""}
     audio, transcript = row["audio"] or {"bytes": None, "path": None}, row[settings.column]
-    metadata = row.get("metadata") or {}
-    metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
+    metadata = read_metadata(row.get("metadata"))
     known["recording"] = str(metadata.get("entry_id") or audio["path"] or "")
-    content = digest(audio["bytes"] or str(audio["path"]).encode())
+    content = content_of(audio)
     try:
         seconds, _, _ = audio_header(audio)
         known["seconds"] = seconds
-        if not settings.for_training:
-            decode_audio(audio)
+        if not settings.for_training and (problem := check_waveform(decode_audio(audio), seconds)) in BROKEN:
+            raise AudioError(problem)
         if settings.without_speech:
             transcript = transcript or ""
         if not isinstance(transcript, str):
@@ -332,9 +344,10 @@ def describe_row(row: dict[str, Any], settings: RowSettings) -> list[dict[str, A
     except ValueError as error:  # AudioError is one
         return [known | {"dropped": str(error)}]
     quality = metadata.get("quality_score")
-    is_poor = settings.min_quality is not None and quality is not None and quality < settings.min_quality
+    is_poor = settings.min_quality is not None and isinstance(quality, int | float) and quality < settings.min_quality
     described = [known | {"start": g.start, "seconds": g.end - g.start, "dropped": g.reason} for g in gaps]
-    previous = clean_previous(row.get("prev_transcript") or "", settings.text_rules)
+    previous = row.get("prev_transcript")
+    previous = clean_previous(previous, settings.text_rules) if isinstance(previous, str) else ""
     for piece in pieces:
         text = normalize_target(piece.text, settings.text_rules)
         words = [spoken for word in text.split() if (spoken := "".join(SPOKEN.findall(word)).lower())]
@@ -351,8 +364,30 @@ def describe_row(row: dict[str, Any], settings: RowSettings) -> list[dict[str, A
     return described
 
 
+def read_metadata(metadata: Any) -> dict[str, Any]:
+    """A row's metadata, which some corpora write as JSON; {} where it is neither that nor a struct."""
+    if isinstance(metadata, str):
+        with contextlib.suppress(ValueError):
+            metadata = json.loads(metadata)
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def content_of(audio: dict[str, Any]) -> str:
+    """A digest of the audio's bytes; of a file its path, size and time of change, so that it need not be read."""
+    if audio["bytes"]:
+        return digest(audio["bytes"])
+    path = os.path.abspath(str(audio["path"]))
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        path += f" {status.st_size} {status.st_mtime_ns}"
+    return digest(path.encode())
+
+
+DIGEST = 24  # characters of a digest
+
+
 def digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=12).hexdigest()
+    return hashlib.blake2b(content, digest_size=DIGEST // 2).hexdigest()
 
 
 def why_unusable(text: str, seconds: float, settings: RowSettings) -> str:
@@ -548,11 +583,14 @@ LEAKED = pyarrow.schema(
 )
 
 
+HEARD = f"heard-{SOUND_VERSION}-*.parquet"
+
+
 def prepared_folder(source: Source, config: DataConfig) -> Path:
-    """Where prepare_corpora.py keeps what it heard of a source: heard-*.parquet, leaks-<evaluation set>/*.parquet."""
+    """Where prepare_corpora.py keeps what it heard of a source: heard-….parquet, leaks-<evaluation set>/….parquet."""
     local = Path(source.path).resolve()
-    if config.prepared_dir is None and local.exists():
-        return local.with_name(f"{local.name}.prepared")
+    if config.prepared_dir is None and local.exists():  # beside a file it is hidden, or it would be data of its folder
+        return local.with_name(f"{local.name}.prepared" if local.is_dir() else f".{local.name}.prepared")
     name = local.name if local.exists() else source.path.replace("/", "--")
     return Path(config.prepared_dir or Path(datasets.config.HF_DATASETS_CACHE) / "prepared") / f"{name}.prepared"
 
@@ -579,7 +617,7 @@ def with_prepared(train: SpeechRows, config: DataConfig) -> SpeechRows:
     Pieces that were not listened to yet stay as their headers describe them.
     """
     folders = list(dict.fromkeys(prepared_folder(source, config) for source in config.train_sources))
-    heard = read_parts(folders, "heard-*.parquet", pyarrow.schema([PREPARED.field(i) for i in range(3)]))
+    heard = read_parts(folders, HEARD, pyarrow.schema([PREPARED.field(i) for i in range(3)]))
     if not len(heard):
         return train
     places = pyarrow.compute.index_in(piece_names(train), heard["name"].combine_chunks())
@@ -618,14 +656,15 @@ def without_leaks(train: SpeechRows, heldout: SpeechRows, config: DataConfig) ->
 
     The sound is compared by `--prepare`, so that it is found under another codec, rate or level.
     """
-    by_audio = pyarrow.compute.is_in(train.arrow("digest"), heldout.arrow("digest").combine_chunks()).to_numpy()
+    contents = [pyarrow.compute.utf8_slice_codeunits(rows.arrow("digest"), 0, DIGEST) for rows in (train, heldout)]
+    by_audio = pyarrow.compute.is_in(contents[0], contents[1].combine_chunks()).to_numpy()
     train = drop(train, config.train_sources, by_audio, "audio of an evaluation set", named=None)
     folders = list(dict.fromkeys(prepared_folder(source, config) for source in config.train_sources))
     compared = f"leaks-{evaluation_key(heldout)}"
     if leaks := sorted(read_parts(folders, f"{compared}/*.parquet", LEAKED)["name"].to_pylist()):
         by_sound = pyarrow.compute.is_in(piece_names(train), pyarrow.array(leaks)).to_numpy()
         train = drop(train, config.train_sources, by_sound, "sound of an evaluation set", named=None)
-    parts = [part for folder in folders for part in folder.glob("heard-*.parquet")]
+    parts = [part for folder in folders for part in folder.glob(HEARD)]
     if any(not (part.parent / compared / part.name).exists() for part in parts):
         train.notes.append("not all of it was compared by sound with this evaluation set: run --prepare again")
     is_long = pyarrow.compute.greater_equal(heldout.arrow("word_count"), config.leak_min_words)

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from hebrew_audio import SAMPLE_RATE, AudioError, FingerprintIndex, check_waveform, decode_audio, fingerprint
 from hebrew_corpora import (
+    HEARD,
     LEAKED,
     PREPARED,
     DataConfig,
@@ -81,27 +82,32 @@ def write_part(table: pyarrow.Table, file: Path) -> None:
 def listen_to(rows: SpeechRows, folder: Path, workers: int, label: str) -> int:
     """Listens to those pieces of one source that no part in `folder` has; returns how many there were."""
     names = piece_names(rows).to_pylist()
-    known = set(read_parts([folder], "heard-*.parquet", pyarrow.schema([PREPARED.field("name")]))["name"].to_pylist())
+    known = set(read_parts([folder], HEARD, pyarrow.schema([PREPARED.field("name")]))["name"].to_pylist())
     left = [number for number, name in enumerate(names) if name not in known]
     chunks = [left[begin : begin + AT_ONCE] for begin in range(0, len(left), AT_ONCE)]
     results = in_processes(chunks, lambda chunk: [listen(rows[number]) for number in chunk], workers)
     found: list[tuple] = []
-    first = 1 + max((int(file.stem.split("-")[1]) for file in folder.glob("heard-*.parquet")), default=0)
+    first = 1 + max((int(file.stem.split("-")[2]) for file in folder.glob(HEARD)), default=0)
     with tqdm(total=len(left), desc=f"listening to {label}", unit=" utterances") as bar:
         for i, (chunk, heard) in enumerate(zip(chunks, results, strict=True), start=1):
             found += [(names[number], *one) for number, one in zip(chunk, heard, strict=True)]
             bar.update(len(chunk))
             if len(found) >= PART or i == len(chunks):
                 columns = dict(zip(PREPARED.names, map(list, zip(*found, strict=True)), strict=True))
-                write_part(pyarrow.table(columns, schema=PREPARED), folder / f"heard-{first:06}.parquet")
+                write_part(pyarrow.table(columns, schema=PREPARED), folder / HEARD.replace("*", f"{first:06}"))
                 found, first = [], first + 1
     return len(left)
 
 
 def evaluation_sounds(heldout: SpeechRows, workers: int) -> FingerprintIndex:
-    """The evaluation set's fingerprints, by the recordings' names."""
+    """The evaluation set's fingerprints, by the recordings' names; clipped or short, what decodes has one."""
+
+    def sound(number: int) -> bytes:
+        piece = heldout[number]
+        return fingerprint(np.nan_to_num(decode_audio(piece["audio"], piece["start"], piece["end"]))).tobytes()
+
     index = FingerprintIndex()
-    results = in_processes(list(range(len(heldout))), lambda number: listen(heldout[number])[2], workers)
+    results = in_processes(list(range(len(heldout))), sound, workers)
     recordings = heldout.column("recording")
     for recording, sound in zip(recordings, tqdm(results, "evaluation set", len(heldout)), strict=True):
         index.add(recording, np.frombuffer(sound, np.uint32))
@@ -120,7 +126,7 @@ def compare_with(index: FingerprintIndex, folder: Path, key: str, workers: int, 
                 found.append({"name": name, "recording": matches[0][0], "bit_error_rate": matches[0][1]})
         return pyarrow.Table.from_pylist(found, LEAKED)
 
-    parts = sorted(folder.glob("heard-*.parquet"))
+    parts = sorted(folder.glob(HEARD))
     left = [part for part in parts if not (folder / f"leaks-{key}" / part.name).exists()]
     results = in_processes(left, leaks, workers)
     for part, table in zip(left, tqdm(results, f"comparing {label}", len(left), unit=" files"), strict=True):

@@ -38,6 +38,7 @@ import torch
 import torch.distributed
 import transformers
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import Qwen3ASRForConditionalGeneration, Qwen3ASRProcessor, TrainerCallback
 
@@ -52,7 +53,7 @@ from batching import (
     useful_tokens,
 )
 from corpus_report import write_report
-from corpus_stream import Leaks, SpeechStream, StreamedSource, StreamReader, load_streams_and_eval
+from corpus_stream import SpeechStream, StreamedSource, StreamReader, load_streams_and_eval
 from hebrew_audio import SAMPLE_RATE, AudioError, WaveformAugmentation, augment, check_waveform, decode_audio
 from hebrew_corpora import BROKEN, DataConfig, InputError, Mixture, SpeechRows, load_train_and_eval
 from hebrew_scoring import score
@@ -301,6 +302,11 @@ class TrainingConfig(DataConfig):
     def _check_batch(self, processes: int) -> None:
         if self.batch_size < 1 or self.target_effective_batch < 1:
             raise InputError("batch_size and target_effective_batch must be at least 1")
+        if self.streaming and self.target_effective_batch % processes:
+            raise InputError(
+                f"streaming needs a target_effective_batch ({self.target_effective_batch}) that is a multiple of the"
+                f" number of processes ({processes})"
+            )
         if self.tokens_per_micro_batch is not None and self.tokens_per_micro_batch < 1:
             raise InputError("tokens_per_micro_batch must be at least 1, or None")
         target, at_once = self.target_effective_batch, self.batch_size * processes
@@ -641,9 +647,12 @@ def load_model(config: TrainingConfig, use_bf16: bool) -> SpeechModel:
                 f"{config.model_name_or_path} is not a Qwen3-ASR checkpoint in transformers' layout"
                 f" (model_type {model_config.model_type}): use Qwen/Qwen3-ASR-1.7B-hf or Qwen/Qwen3-ASR-0.6B-hf"
             )
-        model = SpeechModel.from_pretrained(
-            config.model_name_or_path, dtype=torch.bfloat16 if use_bf16 else torch.float32
+        model, loaded = SpeechModel.from_pretrained(
+            config.model_name_or_path,
+            dtype=torch.bfloat16 if use_bf16 else torch.float32,
+            output_loading_info=True,
         )
+        check_whole(config.model_name_or_path, loaded)
     check_stages(model, config.stages)
     for name, parameter in model.named_parameters():
         if any(trains_in(name, stage, model.config) for stage in config.stages):
@@ -656,12 +665,20 @@ def load_model(config: TrainingConfig, use_bf16: bool) -> SpeechModel:
     return model
 
 
+def check_whole(name: str, loaded: dict[str, Any]) -> None:
+    """Raises InputError for a checkpoint of which weights are missing: they would be random."""
+    if lost := sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]])):
+        raise InputError(
+            f"{name} cannot be loaded: {len(lost)} of its weights are missing or of another size, {lost[0]}"
+        )
+
+
 @contextlib.contextmanager
 def checkpoint_problems(name: str):
     """Turns what transformers raises for a checkpoint that is not there or not whole into one message."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
@@ -699,7 +716,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         )
         if config.streaming:
             self.sampler = StreamedEpochs(config.steps_per_epoch)
-            self.stream = self.open_stream(train_rows, eval_rows)
+            self.stream = self.open_stream(train_rows)
         else:
             self.mixture = Mixture(train_rows, config.train_sources, config.seed)
             around = len(self.collator.prompt(0, "")) + len(self.collator.language_prefix) + 1
@@ -720,11 +737,10 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             return torch.utils.data.DataLoader(self.stream, batch_sampler=self.sampler, collate_fn=lambda step: step)
         return self._loader(self.train_dataset, self.sampler, functools.partial(collate_step, self.collator))
 
-    def open_stream(self, streams: list[StreamedSource], heldout: SpeechRows) -> StreamReader:
+    def open_stream(self, streams: list[StreamedSource]) -> StreamReader:
         config = self.config
         stream = SpeechStream(
             streams,
-            Leaks(heldout, config),
             SpeechDataset(None, self.processor, config, training=True).utterance,
             functools.partial(collate_streamed, self.collator),
             share=config.target_effective_batch // self.args.world_size,
@@ -1303,6 +1319,8 @@ def main(config: TrainingConfig) -> None:
     folder, _lock = open_run_folder(config, state)  # the lock holds as long as this function runs
     run_log = RunLog(folder, state.process_index)
     if config.prepare:
+        if config.streaming:
+            raise InputError("--prepare listens to corpora on the disk: leave --streaming out")
         if state.num_processes > 1:
             raise InputError("--prepare runs without torchrun; preprocessing_num_workers says in how many processes")
         prepare(config, config.seed, run_log.say)

@@ -68,10 +68,10 @@ class Transcript:
     """What a model wrote for a piece, or for a recording."""
 
     text: str
-    language: str
-    """As the model named it; "" where it names none."""
-    truncated: bool
-    """The limit of tokens ended it."""
+    language: str | None
+    """As the model named it, "" where it named none; None for a model that names none, or was given one."""
+    truncated: bool | None
+    """The limit of tokens ended it; None where that cannot be told."""
 
 
 class Transcriber(Protocol):
@@ -133,7 +133,7 @@ class QwenModel:
         parsed = self.processor.decode(tokens, return_format="parsed")
         prefilled = self.decoding.language
         return [
-            Transcript(output["transcription"] or "", prefilled or output["language"] or "", cut)
+            Transcript(output["transcription"] or "", None if prefilled else output["language"] or "", cut)
             for output, cut in zip(parsed, truncated, strict=True)
         ]
 
@@ -145,8 +145,17 @@ class PipelineModel:
         if decoding.context:
             raise InputError(f"{name}: only Qwen3-ASR takes a context")
         self.dtype = "bfloat16" if bf16 else "float32"
-        dtype = getattr(torch, self.dtype)
-        self.pipeline = transformers.pipeline("automatic-speech-recognition", name, device=device, dtype=dtype)
+        is_ctc = transformers.AutoConfig.from_pretrained(name).model_type in MODEL_FOR_CTC_MAPPING_NAMES
+        kind = transformers.AutoModelForCTC if is_ctc else transformers.AutoModelForSpeechSeq2Seq
+        model, loaded = kind.from_pretrained(name, dtype=getattr(torch, self.dtype), output_loading_info=True)
+        training.check_whole(name, loaded)
+        self.pipeline = transformers.pipeline(
+            "automatic-speech-recognition",
+            model=model,
+            tokenizer=transformers.AutoTokenizer.from_pretrained(name),
+            feature_extractor=transformers.AutoFeatureExtractor.from_pretrained(name),
+            device=device,
+        )
         self.settings: dict[str, Any] = {}
         if self.pipeline.model.can_generate():
             self.settings = {"num_beams": decoding.num_beams}
@@ -162,7 +171,7 @@ class PipelineModel:
         given = {"generate_kwargs": self.settings} if self.settings else {}
         heard = [{"raw": waveform, "sampling_rate": SAMPLE_RATE} for waveform in features]
         outputs = self.pipeline(heard, batch_size=len(heard), **given)
-        return [Transcript(output["text"].strip(), "", truncated=False) for output in outputs]
+        return [Transcript(output["text"].strip(), None, truncated=None) for output in outputs]
 
 
 # --------------------------------------------------------------------------------------------------- Pieces and batches
@@ -232,12 +241,14 @@ def estimated_snr(waveform: np.ndarray) -> float | None:
 # --------------------------------------------------------------------------------------------------- Transcribing a set
 
 
-def key(name: str, decoding: Decoding, rows: SpeechRows) -> str:
-    """Names what transcripts depend on: the weights, the audio and how they are written."""
+def key(name: str, dtype: str, decoding: Decoding, rows: SpeechRows) -> str:
+    """Names what transcripts depend on: the weights, the audio, how they are written, and this module."""
     folder = Path(transformers.utils.cached_file(name, "config.json")).parent
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir()) if f.is_file()]
     files = [file for file in files if file[0] != "README.md"]
-    return digest(json.dumps([files, dataclasses.asdict(decoding), rows.column("digest")]).encode())
+    code = [Path(__file__).read_text(encoding="utf-8"), transformers.__version__]
+    audio = [rows.column("digest"), rows.column("end")]
+    return digest(json.dumps([str(folder), files, dtype, dataclasses.asdict(decoding), audio, code]).encode())
 
 
 def read_lines(folder: Path) -> Iterator[dict[str, Any]]:
@@ -261,7 +272,8 @@ def transcribe_set(
     hides_progress: bool,
 ) -> None:
     """Transcribes this process's share of the batches that are not in `folder` yet, and appends them to it."""
-    batches = batches_of(plan(rows, decoding.longest_seconds, workers), decoding.batch_seconds)
+    pieces = plan(rows, decoding.longest_seconds, workers)
+    batches, counts = batches_of(pieces, decoding.batch_seconds), Counter(p.number for p in pieces)
     done = {tuple(piece) for line in read_lines(folder) for piece in line["pieces"]}
     left = [b for b in batches[rank::processes] if not all((p.number, p.place) in done for p in b)]
 
@@ -283,6 +295,7 @@ def transcribe_set(
             now = time.perf_counter()
             line = {
                 "pieces": [(p.number, p.place) for p in batch],
+                "of": [counts[p.number] for p in batch],
                 "transcripts": [dataclasses.astuple(transcript) for transcript in transcripts],
                 "seconds": [p.seconds for p in batch],
                 "snr_db": [snr for _, snr in heard],
@@ -316,17 +329,19 @@ class Transcribed:
 def read_transcripts(folder: Path, count: int) -> Transcribed:
     """Joins the pieces of each of `count` recordings; raises InputError when one is missing."""
     pieces: dict[tuple[int, int], tuple[Transcript, float, float | None]] = {}
+    counts: dict[int, int] = {}  # pieces of each recording
     took = heard = peak = 0.0
     for line in read_lines(folder):
         found = [Transcript(*transcript) for transcript in line["transcripts"]]
-        places = map(tuple, line["pieces"])
+        places = list(map(tuple, line["pieces"]))
+        counts |= {number: of for (number, _), of in zip(places, line["of"], strict=True)}
         pieces |= dict(zip(places, zip(found, line["seconds"], line["snr_db"], strict=True), strict=True))
         took, heard = took + line["took_seconds"], heard + sum(line["seconds"])
         peak = max(peak, line["peak_memory_gb"])
     by_recording: dict[int, list] = {}
     for (number, _), piece in sorted(pieces.items()):
         by_recording.setdefault(number, []).append(piece)
-    if missing := count - len(by_recording):
+    if missing := sum(len(by_recording.get(number, [])) != counts.get(number) for number in range(count)):
         raise InputError(f"{missing} transcripts are not in {folder}: is it on a file system that all machines share?")
     recordings = [by_recording[number] for number in range(count)]
     snrs = [[snr for *_, snr in mine if snr is not None] for mine in recordings]
@@ -340,8 +355,10 @@ def read_transcripts(folder: Path, count: int) -> Transcribed:
 
 def joined(pieces: list[tuple[Transcript, float, float | None]]) -> Transcript:
     """One transcript of a recording's pieces; its language is the one most of the audio was heard as."""
-    seconds: Counter[str] = Counter()
+    seconds: Counter[str | None] = Counter()
     for transcript, length, _ in pieces:
         seconds[transcript.language] += length
     text = " ".join(transcript.text for transcript, *_ in pieces if transcript.text)
-    return Transcript(text, seconds.most_common(1)[0][0], any(transcript.truncated for transcript, *_ in pieces))
+    known = [transcript.truncated for transcript, *_ in pieces if transcript.truncated is not None]
+    truncated = any(known) if known else None
+    return Transcript(text, seconds.most_common(1)[0][0], truncated)

@@ -79,7 +79,7 @@ def write_prepared(folder: str) -> None:
     for part, begin in enumerate(range(0, len(names), prepare_corpora.PART), start=1):
         mine = names[begin : begin + prepare_corpora.PART]
         columns = [mine, train.seconds[begin : begin + len(mine)], [""] * len(mine), [b""] * len(mine)]
-        file = place / f"heard-{part:06}.parquet"
+        file = place / hebrew_corpora.HEARD.replace("*", f"{part:06}")
         prepare_corpora.write_part(pa.table(columns, schema=hebrew_corpora.PREPARED), file)
         compared = place / f"leaks-{hebrew_corpora.evaluation_key(heldout)}" / file.name
         prepare_corpora.write_part(hebrew_corpora.LEAKED.empty_table(), compared)

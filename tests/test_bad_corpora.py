@@ -93,6 +93,37 @@ def test_an_empty_source_beside_a_good_one_is_named(tmp_path):
         load_train_and_eval(config, seed=1)
 
 
+def test_odd_columns_are_read_or_refused(tmp_path):
+    clip = {"bytes": wav(tmp_path / "a.wav").read_bytes(), "path": "a"}
+    for metadata in ("null", "free text", '{"entry_id": "x"}', None):
+        data = [{"audio": clip, "text": "שלום", "metadata": metadata}]
+        datasets.Dataset.from_list(data).save_to_disk(tmp_path / f"m{metadata}"[:8])
+        assert len(load(tmp_path / f"m{metadata}"[:8], min_quality_score=0.5)) == 1
+    datasets.Dataset.from_list([{"audio": "a.wav", "text": "שלום"}]).save_to_disk(tmp_path / "paths")
+    with pytest.raises(InputError, match=r"its column `audio` holds Value\('string'\), no audio"):
+        load(tmp_path / "paths")
+
+
+def test_a_slice_of_a_folder_of_audio_is_a_slice_and_a_split_that_is_not_there_is_none(tmp_path):
+    for name in "abc":
+        wav(tmp_path / "audio" / f"{name}.wav")
+    (tmp_path / "audio" / "metadata.csv").write_text("file_name,text\na.wav,א\nb.wav,ב\nc.wav,ג\n")
+    sliced = load_rows([Source(str(tmp_path / "audio"), split="train[1:]")], DataConfig(), for_training=True)
+    assert sliced.column("text") == ["ב", "ג"]
+    with pytest.raises(InputError, match="no split 'test'"):
+        load_rows([Source(str(tmp_path / "audio"), split="test[:1]")], DataConfig(), for_training=True)
+
+
+def test_a_file_that_was_mended_is_read_again(tmp_path):
+    for name in "ab":
+        wav(tmp_path / "audio" / f"{name}.wav", 2.0)
+    (tmp_path / "audio" / "metadata.csv").write_text("file_name,text\na.wav,שלום\nb.wav,עולם\n")
+    (tmp_path / "audio" / "b.wav").write_bytes(b"broken")
+    assert load(tmp_path / "audio", max_broken_share=0.5).column("text") == ["שלום"]
+    wav(tmp_path / "audio" / "b.wav", 1.0)
+    assert load(tmp_path / "audio").seconds.tolist() == [2.0, 1.0]
+
+
 def test_a_script_is_refused_with_the_way_around_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fleurs.py").write_text("raise SystemError('was run')")

@@ -273,6 +273,22 @@ def test_duplicates_and_leaks_are_removed_and_listed(tmp_path):
     assert len(load_train_and_eval(config, seed=1)[0]) == 3
 
 
+def test_every_piece_of_an_evaluation_recording_is_a_leak(tmp_path):
+    """The training corpus has the same recording, cut into pieces: not only its beginning is removed."""
+    file = spoken([("אלף", 0.0, 9.0), ("בית", 10.0, 19.0), ("גימל", 20.0, 29.0)], 30.0, tmp_path / "a.wav")
+    text = "<|0.00|>אלף<|9.00|><|10.00|>בית<|19.00|><|20.00|>גימל<|29.00|>"
+    other = {"audio": wav(tmp_path / "b.wav", 2.0), "transcript": "משהו אחר"}
+    config = DataConfig(
+        train_sources=[Source(str(parquet(tmp_path / "train", [{"audio": file, "transcript": text}, other])))],
+        eval_sources=[Source(str(parquet(tmp_path / "heldout", [{"audio": file, "transcript": "שונה לגמרי"}])))],
+        max_audio_length_seconds=10.0,
+        min_characters_per_second=0.1,
+    )
+    rows, _ = load_train_and_eval(config, seed=1)
+    assert rows.column("text") == ["משהו אחר"]
+    assert [(drop.reason, drop.utterances) for drop in rows.dropped] == [("audio of an evaluation set", 3)]
+
+
 def test_too_many_broken_rows_end_the_run_with_their_names(tmp_path):
     (tmp_path / "noise.wav").write_bytes(b"nothing")
     rows = [{"audio": wav(tmp_path / "a.wav"), "transcript": "שלום"}] * 9

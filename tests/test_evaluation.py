@@ -17,6 +17,7 @@ import soundfile
 import torch
 import transformers
 from conftest import DEMO, ROOT
+from safetensors.torch import load_file, save_file
 from test_corpora import parquet
 
 import evaluate_hebrew_asr as evaluation
@@ -24,7 +25,7 @@ from evaluate_hebrew_asr import EvaluationSet, parse
 from hebrew_audio import decode_audio
 from hebrew_corpora import InputError, Source
 from hebrew_scoring import leaderboard_normalize
-from transcription import Decoding, batches_of, cut_at_pauses, load_speech_model, plan
+from transcription import Decoding, batches_of, cut_at_pauses, load_speech_model, plan, read_transcripts
 
 BASE = str(DEMO / "base")
 
@@ -130,24 +131,30 @@ def test_what_cannot_be_measured_is_said_and_the_rest_measured(tmp_path, heldout
         EvaluationSet("broken", Source(str(broken))),
         EvaluationSet("empty", Source(str(empty))),
     ]
+    shutil.copytree(BASE, tmp_path / "half")
+    weights = load_file(DEMO / "base" / "model.safetensors")
+    save_file(dict(sorted(weights.items())[20:]), tmp_path / "half" / "model.safetensors", {"format": "pt"})
+    shutil.copytree(BASE, tmp_path / "torn")
+    (tmp_path / "torn" / "model.safetensors").write_bytes((DEMO / "base" / "model.safetensors").read_bytes()[:5000])
     (tmp_path / "no-weights").mkdir()
     for file in ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / "base" / file, tmp_path / "no-weights" / file)
     shutil.copytree(DEMO / "base", tmp_path / "no-processor", ignore=shutil.ignore_patterns("processor*", "token*"))
     transformers.BertConfig().save_pretrained(tmp_path / "bert")
-    others = [str(tmp_path / name) for name in ("no-weights", "no-processor", "bert")]
+    others = [str(tmp_path / name) for name in ("no-weights", "no-processor", "bert", "half", "torn")]
     config = settings(tmp_path, heldout, "--compare", *others, sets=sets)
     with pytest.raises(InputError) as problem:
         evaluation.main(config)
     results = results_of(tmp_path / "out")["results"]
     measured = {(r["model"], r["set"]) for r in results if r["reason"] is None}
-    assert measured == {("base", "few")} and len(results) == 16
+    assert measured == {("base", "few")} and len(results) == 24
     assert not any("wer" in r for r in results if r["reason"])
     reasons = {(r["model"], r["set"]): r["reason"] for r in results}
     assert "no such folder" in reasons["base", "gone"] and "can be used" in reasons["base", "broken"]
     assert "does not transcribe speech (its model_type is bert)" in reasons["bert", "few"]
     assert "no-weights cannot be loaded" in reasons["no-weights", "few"]
     assert "no-processor cannot be loaded" in reasons["no-processor", "few"]
+    assert "weights are missing" in reasons["half", "few"] and "torn cannot be loaded" in reasons["torn", "few"]
     assert "not measured: base on gone" in str(problem.value)
     assert "not measured: " in (tmp_path / "out" / "table.md").read_text()
 
@@ -282,7 +289,9 @@ def test_transcripts_made_elsewhere(tmp_path, capsys):
     assert first["wer"]["value"] == pytest.approx(100 * 9 / 6) and second["wer"]["value"] == 100
     assert first["empty_references"] == 1 and first["failures"]["repetition"] == 1 and second["failures"]["empty"] == 4
     assert "a.jsonl" in capsys.readouterr().out
-    for line, message in (("{", "line 5"), ('{"reference": "א"}', "'hypothesis'")):
+    surrogate = '{"reference": "\\ud800", "hypothesis": ""}'
+    seconds = '{"reference": "א", "hypothesis": "", "seconds": NaN}'
+    for line, message in (("{", "line 5"), ('{"reference": "א"}', "'hypothesis'"), (surrogate, "5"), (seconds, "5")):
         (tmp_path / "c.jsonl").write_text((tmp_path / "a.jsonl").read_text() + f"\n{line}\n")
         with pytest.raises(InputError, match=message):
             evaluation.command(["--score", str(tmp_path / "c.jsonl"), "--output_dir", str(tmp_path / "out")])
@@ -296,8 +305,8 @@ def test_the_figures_land_in_the_model_card(tmp_path, heldout):
     shutil.copytree(BASE, tuned)
     (tuned / "README.md").write_text("---\nlicense: apache-2.0\n---\n\n# tuned\n\nText.\n")
     for _ in range(2):
-        config = settings(tmp_path, heldout, "--update_card")
-        config.models = [str(tuned)]
+        config = settings(tmp_path, heldout)
+        config.models, config.update_card = [str(tuned)], True
         evaluation.main(config)
     card = huggingface_hub.ModelCard.load(tuned / "README.md")
     (found,) = results_of(tmp_path / "out")["results"]
@@ -313,8 +322,59 @@ def test_the_figures_land_in_the_model_card(tmp_path, heldout):
         (["--model", "x", "--score", "y"], "either --model"),
         (["--model", "x", "--sets", "eval-d2"], "no set 'eval-d2': there are eval-d1, whatsapp"),
         (["--model", "x", "--sets", '{"path": "y"}'], "is no set"),
+        (["--model", "x", "--sets", "fleurs", '{"name": "fleurs", "path": "y"}'], "two sets have the name fleurs"),
+        (["--model", "x", "--max_wer_rise", "inf"], "max_wer_rise must be a number"),
+        (["--model", "x", "--longest_seconds", "0.03"], "longest_seconds must be"),
+        (["--model", "x", "--dtype", "float16"], "dtype is 'float16'"),
+        (["--model", "x", "--update_card"], "needs a local folder"),
+        (["--score", "x", "--update_card"], "takes files alone"),
     ],
 )
 def test_settings_that_cannot_be(arguments, message):
     with pytest.raises(InputError, match=message):
         parse(arguments)
+
+
+def test_a_model_that_names_no_language_any_more_fails_the_gate():
+    """`language None`, or no tag at all, is a wrong answer; a figure that is gone is no pass."""
+    one = EvaluationSet("english", Source("x"), "English")
+    named = [
+        evaluation.record("a cat", evaluation.Transcript("a cat", language, False)) for language in ("English", "")
+    ]
+    for record in named:
+        record["seconds"], record["recording"] = 1.0, "r"
+    results = [
+        {"model": model, "set": "english", "reason": None} | evaluation.summarize(records, one)
+        for model, records in (("tuned", [named[1]] * 10), ("base", [named[0]] * 10))
+    ]
+    assert [r["language_accuracy"] for r in results] == [0.0, 100.0]
+    gates = evaluation.forgetting_gates(results, ["tuned", "base"], [one], limit=5.0)
+    assert [gate["passed"] for gate in gates] == [True, False]
+    results[0]["language_accuracy"] = None
+    assert [g["passed"] for g in evaluation.forgetting_gates(results, ["tuned", "base"], [one], 5.0)] == [True, False]
+
+
+def test_audio_that_changed_is_transcribed_again(tmp_path, heldout):
+    """A folder's files have the same names as before, and another content."""
+    (file,) = heldout.glob("*.parquet")
+    rows = pyarrow.parquet.read_table(file).to_pylist()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "metadata.csv").write_text("file_name,text\na.wav,שלום\n")
+    written = []
+    for row in rows[:2]:
+        soundfile.write(folder / "a.wav", decode_audio(row["audio"]), 16_000)
+        evaluation.main(settings(tmp_path, folder))
+        written += hypotheses_of(tmp_path / "out")
+    assert written[0] != written[1] and written == transcribe_alone(rows[:2])
+
+
+def test_pieces_that_are_lost_are_missed(tmp_path):
+    line = {"pieces": [(0, 0)], "transcripts": [("א", "", False)], "seconds": [1.0], "snr_db": [None], "of": [2]}
+    line |= {"took_seconds": 1.0, "peak_memory_gb": 1.0}
+    (tmp_path / "0.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(InputError, match="1 transcripts are not in"):
+        read_transcripts(tmp_path, 1)
+    (tmp_path / "1.jsonl").write_text(json.dumps(line | {"pieces": [(0, 1)], "transcripts": [("ב", "", True)]}) + "\n")
+    (joined,) = read_transcripts(tmp_path, 1).transcripts
+    assert joined.text == "א ב" and joined.truncated

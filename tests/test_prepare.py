@@ -1,5 +1,8 @@
 """What `--prepare` hears is used by later starts, found again after an interruption, and finds leaks by their sound."""
 
+import hashlib
+import inspect
+
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -8,6 +11,7 @@ import soxr
 from conftest import DEMO, ROOT
 from test_corpora import parquet
 
+import hebrew_audio
 import prepare_corpora
 from hebrew_audio import decode_audio
 from hebrew_corpora import DataConfig, InputError, Source, load_train_and_eval, prepared_folder
@@ -113,7 +117,7 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(leaking, monkeypatch):
     write, listened = prepare_corpora.write_part, []
 
     def interrupted(table, file):
-        if file.name == "heard-000003.parquet":
+        if file.name == "heard-1-000003.parquet":
             raise KeyboardInterrupt
         write(table, file)
 
@@ -122,7 +126,7 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(leaking, monkeypatch):
     monkeypatch.setattr(prepare_corpora, "write_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(leaking, 1, print)
-    assert sorted(file.name for file in folder.glob("*")) == ["heard-000001.parquet", "heard-000002.parquet"]
+    assert sorted(file.name for file in folder.glob("*")) == ["heard-1-000001.parquet", "heard-1-000002.parquet"]
     assert "listened to before: 40.0%" in load_train_and_eval(leaking, seed=1)[0].notes[0]
     monkeypatch.setattr(prepare_corpora, "write_part", write)
     listened.clear()
@@ -135,3 +139,11 @@ def test_the_flag_takes_no_value():
     config = recipe(["--demo", "--prepare", "--num_epochs", "1"])
     assert config.prepare and not config.inspect_data and config.num_epochs == 1
     assert str(ROOT) in config.train_sources[0].path
+
+
+def test_what_was_heard_is_of_the_functions_that_hear():
+    """A change of one of these that changes what it returns needs another SOUND_VERSION; then renew this."""
+    sources = [inspect.getsource(one) for one in (hebrew_audio.decode_audio, hebrew_audio.check_waveform)]
+    sources.append(inspect.getsource(hebrew_audio.fingerprint))
+    known = {1: "4114588e5a1f"}
+    assert hashlib.sha256("".join(sources).encode()).hexdigest()[:12] == known[hebrew_audio.SOUND_VERSION]

@@ -13,7 +13,7 @@ import pytest
 from conftest import DEMO, ROOT
 from test_corpora import parquet, wav
 
-from corpus_stream import Leaks, SpeechStream, StreamReader, load_streams_and_eval
+from corpus_stream import SpeechStream, StreamReader, load_streams_and_eval
 from hebrew_corpora import DataConfig, InputError, Source, load_rows
 
 
@@ -36,12 +36,12 @@ def config_of(folder, heldout, **settings) -> DataConfig:
 
 def loader(config, rank: int = 0, processes: int = 1, workers: int = 0, share: int = 4, start=None) -> StreamReader:
     """A step is a list of the utterances' (source's text, pass)."""
-    streams, heldout = load_streams_and_eval(config, seed=1)
+    streams, _ = load_streams_and_eval(config, seed=1)
 
     def featurize(piece, epoch, number):
         return {"text": piece["text"], "pass": epoch, "number": number, "recording": piece["recording"]}
 
-    stream = SpeechStream(streams, Leaks(heldout, config), featurize, lambda step: step, share, 1, rank, processes)
+    stream = SpeechStream(streams, featurize, lambda step: step, share, 1, rank, processes)
     reader = StreamReader(stream, workers, pin_memory=False)
     if start:
         reader.go_on_from(start, stream.seed)
@@ -96,9 +96,17 @@ def test_shares_of_two_sources_and_what_is_left_out(tmp_path, heldout):
     assert reasons["empty text"] > 10 and reasons["text of an evaluation set"] > 10
 
 
-def test_a_source_of_which_nothing_can_be_used_ends_the_stream(tmp_path, heldout):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_source_of_which_nothing_can_be_used_ends_the_stream(tmp_path, heldout, workers, capfd):
     rows = [{"audio": wav(tmp_path / "a.wav"), "transcript": "..."}]
     config = config_of(parquet(tmp_path / "c", rows), heldout)
+    with pytest.raises(InputError, match=r"c: a whole pass over this process's share gave nothing to train on$"):
+        take(loader(config, workers=workers), 1)
+    assert "error: " in capfd.readouterr().err, "whichever process it is"
+
+
+def test_all_of_the_evaluation_set_is_kept_out_however_much_of_it_is_evaluated(tmp_path, heldout):
+    config = config_of(heldout, heldout, max_eval_utterances=2, drop_duplicates=False)
     with pytest.raises(InputError, match="gave nothing to train on"):
         take(loader(config), 1)
 
