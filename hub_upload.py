@@ -20,7 +20,12 @@ from typing import Any, TypeVar
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils._http import default_client_factory
 
@@ -66,10 +71,10 @@ def _http_client() -> Any:
 
 def reason(error: BaseException) -> str:
     """An error as one line, without tokens and without the query of an address, which may be a permission."""
-    while isinstance(error, RuntimeError) and error.__cause__:  # "Error while uploading …": why, is below it
+    while isinstance(error, (RuntimeError, LocalEntryNotFoundError)) and error.__cause__:  # "Error while uploading …"
         error = error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"hf_\w+", "hf_…", re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", text))[:300]
+    return re.sub(r"hf_\w+", "hf_…", re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", text))[:300].rstrip(".")
 
 
 def lasting(error: BaseException) -> bool:
@@ -446,9 +451,10 @@ def _fetch_newest(
     for position, name in enumerate(names):
         if checkpoints.number_of(Path(name)) <= after:
             return False
-        if _fetch(api, repo_id, branch, name, there[name], place, say):
+        if found := _fetch(api, repo_id, branch, name, there[name], place, say):
             wer = {older: _wer(api, repo_id, branch, older) for older in names[position + 1 :]}
-            for older in sorted((n for n in wer if wer[n] is not None), key=wer.get)[:1]:
+            better = [n for n, w in wer.items() if w is not None and (found.wer is None or w <= found.wer)]
+            for older in sorted(better, key=wer.get)[:1]:
                 _fetch(api, repo_id, branch, older, there[older], place, say)
             return True
     return False
@@ -456,7 +462,10 @@ def _fetch_newest(
 
 def _wer(api: HfApi, repo_id: str, branch: str, name: str) -> float | None:
     file = api.hf_hub_download(repo_id, f"{name}/{MANIFEST}", revision=branch)
-    return json.loads(Path(file).read_text())["wer"]
+    try:
+        return float(json.loads(Path(file).read_text())["wer"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _fetch(
