@@ -6,6 +6,7 @@ manifest before it believes one, and opens nothing but safetensors and JSON: a c
 Imports nothing of this project.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -14,7 +15,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8})(?:-(\d+))?")  # a second one of the same step ends in -2
 UNFINISHED, SET_ASIDE = "unfinished-", "set-aside-"  # what such a name begins with is no checkpoint
 SPARE_BYTES = 2**20  # on top of what the tensors and documents have, for headers and the manifest
+
+STATUS_LOCK = threading.RLock()
 
 Say = Callable[[str], None]
 
@@ -132,9 +135,16 @@ class Writer:
     A checkpoint that cannot be written is said and counted, and the run goes on with the last one it has.
     """
 
-    def __init__(self, parent: Path, keep: int, say: Say, done: Callable[[Checkpoint], None]):
-        """`done` is called, in the thread, with each checkpoint that is on the disk."""
-        self.parent, self.keep, self.say, self.done = parent, keep, say, done
+    def __init__(
+        self,
+        parent: Path,
+        keep: int,
+        say: Say,
+        done: Callable[[Checkpoint], None],
+        in_use: Callable[[], Collection[Path]] = tuple,
+    ):
+        """`done` is called, in the thread, with each checkpoint that is on the disk; `in_use` are not pruned."""
+        self.parent, self.keep, self.say, self.done, self.in_use = parent, keep, say, done, in_use
         self.newest: Checkpoint | None = None
         self.failures = 0
         self.stalls: list[float] = []  # seconds that training stood still for each save
@@ -178,7 +188,7 @@ class Writer:
                 f"checkpoint {self.newest.folder.name}: {size / 1e6:.1f} MB in {seconds:.2f} s, while training stood"
                 f" still for {self.stalls[-1]:.3f} s"
             )
-            prune(self.parent, self.keep, self.say)
+            prune(self.parent, self.keep, self.say, self.in_use())
             self.done(self.newest)
         except Exception as error:  # safetensors has errors of its own for a full disk
             self.failures += 1
@@ -270,13 +280,14 @@ def adopt(checkpoint: Checkpoint, parent: Path) -> Checkpoint:
     return Checkpoint(parent / checkpoint.folder.name, checkpoint.facts)
 
 
-def prune(parent: Path, keep: int, say: Say) -> None:
+def prune(parent: Path, keep: int, say: Say, in_use: Collection[Path] = ()) -> None:
     """Removes all but the newest `keep` checkpoints and the one of the lowest WER, and what was left unfinished.
 
-    Nothing is removed unless the newest is valid: the last valid one may be any of the others.
+    Nothing is removed unless the newest is valid: the last valid one may be any of the others. One that is `in_use`
+    stays until a later call.
     """
     folders = names(parent)
-    doomed = [folder for folder in folders[keep:] if folder not in by_wer(parent)[:1]]
+    doomed = [folder for folder in folders[keep:] if folder not in (*by_wer(parent)[:1], *in_use)]
     leftovers = [path for prefix in (UNFINISHED, SET_ASIDE) for path in parent.glob(f"{prefix}*")]
     if not doomed and not leftovers:
         return
@@ -318,10 +329,16 @@ def put(file: Path, content: str) -> None:
 def write_status(folder: Path, state: str, **facts: Any) -> None:
     """Says in status.json how the run stands; a full disk does not end the run over it."""
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    try:
+    with STATUS_LOCK, contextlib.suppress(OSError):
         put(folder / "status.json", json.dumps({"state": state, "at": now, **facts}, indent=1))
-    except OSError:
-        return
+
+
+def update_status(folder: Path, **facts: Any) -> None:
+    """Adds to what status.json says, or replaces it; from any thread."""
+    with STATUS_LOCK:
+        status = read_status(folder)
+        status.pop("at", None)
+        write_status(folder, status.pop("state"), **status | facts)
 
 
 def read_status(folder: Path) -> dict[str, Any]:

@@ -28,11 +28,13 @@ from transformers import Trainer, TrainerCallback
 import checkpoints
 from checkpoints import Checkpoint
 from hebrew_corpora import InputError
+from hub_upload import CheckpointUploader, fetch_checkpoints
 from model_costs import Window, Work
 from run_log import RunLog
 from run_watch import LAUNCHER_ENDED, Watch, checksum, stop_name, take_lock
 
 WEIGHTS, ADAM = "model.safetensors", "optimizer.safetensors"  # the tensors of a checkpoint
+SECONDS_TO_LEAVE = 2.0  # of the grace time, when the last checkpoint is still being uploaded
 TIMES_TO_GO_BACK = 2  # to a checkpoint, before a run without finite gradients is given up
 
 
@@ -114,7 +116,11 @@ def find_checkpoint(place: Path, say: Callable[[str], None]) -> Checkpoint | Non
 def checkpoint_to_resume(config: Any, folder: Path, run_log: RunLog) -> Checkpoint | None:
     """The checkpoint that `resume` asks for, or None for a run that begins; InputError for one that cannot be used."""
     place = folder / "checkpoints"
-    if config.resume in ("auto", "never"):
+    if config.resume == "hub":
+        with together():
+            if run_log.is_main:
+                fetch_checkpoints(config, folder, run_log.say)
+    if config.resume in ("auto", "never", "hub"):
         there = bool(checkpoints.names(place))
         found = find_checkpoint(place, run_log.say)
         if there and found is None:
@@ -191,8 +197,16 @@ class ResumableTrainer(Trainer):
         self.resumed: Checkpoint | None = None
         self.stopped = 0  # the signal that ended the run
         config, folder = self.config, Path(self.args.output_dir)
+        uploads = config.uploads and config.hub_checkpoints and self.args.process_index == 0
+        self.uploader = CheckpointUploader(
+            config.hf_repo_id if uploads else None, folder, config.hub_save_total_limit, self.run_log.say
+        )
         self.writer = checkpoints.Writer(
-            folder / "checkpoints", config.save_total_limit, self.run_log.say, self.checkpoint_written
+            folder / "checkpoints",
+            config.save_total_limit,
+            self.run_log.say,
+            self.checkpoint_written,
+            lambda: self.uploader.in_use,
         )
         self.watch = Watch(
             self.args.process_index,
@@ -280,8 +294,8 @@ class ResumableTrainer(Trainer):
     def checkpoint_written(self, checkpoint: Checkpoint) -> None:
         """Called in the writer's thread for each checkpoint that is on the disk."""
         facts = {"step": checkpoint.step, "checkpoint": checkpoint.folder.name, "failed_saves": self.writer.failures}
-        if checkpoints.read_status(self.run_log.folder)["state"] == "running":
-            checkpoints.write_status(self.run_log.folder, "running", **facts)
+        checkpoints.update_status(self.run_log.folder, **facts)
+        self.uploader.wake()
 
     @functools.cached_property
     def files_for_use(self) -> dict[str, bytes]:
@@ -498,6 +512,8 @@ def check_checkpoint(checkpoint: Checkpoint, trainer: ResumableTrainer) -> None:
 
 def train(trainer: ResumableTrainer) -> None:
     """Trains to the end; goes back to the last checkpoint when steps keep failing. Raises Stopped on a signal."""
+    if trainer.resumed:
+        trainer.uploader.wake()
     while True:
         try:
             if trainer.evaluation_pending:
@@ -522,16 +538,21 @@ def ends_early(trainer: ResumableTrainer):
         return
     except Stopped:
         pass
-    run_log = trainer.run_log
+    run_log, uploader = trainer.run_log, trainer.uploader
     trainer.writer.wait()
+    seconds = trainer.watch.seconds_left() - SECONDS_TO_LEAVE
     if run_log.is_main:
         last = next(iter(checkpoints.names(trainer.writer.parent)), None)
         where = f"checkpoint {last.name}" if last else "no checkpoint yet"
         step, why = trainer.state.global_step, stop_name(trainer.stopped)
+        facts = {"step": step, "why": why, "checkpoint": last.name if last else None}
+        checkpoints.write_status(run_log.folder, "preempted", **facts, **uploader.facts())
         run_log.say(f"stopped at step {step} ({why}), {where}; the same command goes on from there")
-        checkpoints.write_status(
-            run_log.folder, "preempted", step=step, why=why, checkpoint=last.name if last else None
-        )
+        if last and uploader.repo_id:
+            is_there = uploader.drain(seconds) and uploader.uploaded == last.name
+            state = "is on the Hub" if is_there else f"is not on the Hub, which has {uploader.uploaded or 'none'}"
+            run_log.say(f"{where} {state}{'' if is_there or not uploader.problem else f' ({uploader.problem})'}")
+            checkpoints.update_status(run_log.folder, on_hub=is_there, **uploader.facts())
     trainer.watch.gather(None)
     trainer.watch.close()
     run_log.finish()

@@ -91,6 +91,11 @@ class Watch:
         torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self._control)
         return int(asked)
 
+    def seconds_left(self) -> float:
+        """Of the grace time, for all processes: of the one that was asked to stop first."""
+        spent = time.monotonic() - self._stop_time if self.stop else 0.0
+        return self.grace_seconds - max(self.gather(spent))
+
     def differing_ranks(self, number: int) -> list[int]:
         """The processes whose number is not that of the first one."""
         if self._control is None:

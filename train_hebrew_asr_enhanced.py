@@ -31,7 +31,6 @@ from typing import Any
 
 import accelerate
 import datasets
-import huggingface_hub
 import jsonargparse
 import numpy as np
 import torch
@@ -57,6 +56,7 @@ from corpus_stream import SpeechStream, StreamedSource, StreamReader, load_strea
 from hebrew_audio import SAMPLE_RATE, AudioError, WaveformAugmentation, augment, check_waveform, decode_audio
 from hebrew_corpora import BROKEN, DataConfig, InputError, Mixture, SpeechRows, load_train_and_eval
 from hebrew_scoring import score
+from hub_upload import LAST_CHECKPOINT_SECONDS, check_upload, upload, upload_command
 from label_loss import IGNORED_LABEL, SpeechModel, label_nats
 from model_card import write_model_card
 from model_costs import Window, work_of
@@ -66,7 +66,6 @@ from resuming import (
     checkpoint_to_resume,
     ends_early,
     failures_noted,
-    first_line,
     load_weights,
     open_run_folder,
     together,
@@ -184,7 +183,8 @@ class TrainingConfig(DataConfig):
 
     # Checkpoints
     resume: str = "auto"
-    """auto: go on where the run in the folder stopped; never: a new run; or the folder of a checkpoint."""
+    """auto: go on where the run in the folder stopped; never: a new run; hub: also from what was uploaded, where the
+    folder has nothing as new; or the folder of a checkpoint."""
     save_steps: int = 500
     """Steps from one checkpoint to the next. Also when the WER is the lowest so far, and at the end of each stage."""
     save_total_limit: int = 2
@@ -209,6 +209,10 @@ class TrainingConfig(DataConfig):
     """owner/name on the Hub; None: the model stays on this disk."""
     skip_hf_upload: bool = field(default_factory=lambda: os.environ.get("SKIP_HF_UPLOAD", "").lower() in ("1", "true"))
     hf_private: bool = True
+    hub_checkpoints: bool = True
+    """Upload checkpoints while training, to a branch of the repository, which `--resume hub` goes on from."""
+    hub_save_total_limit: int = 1
+    """So many of the newest checkpoints stay on the Hub, and the one of the lowest WER; its history keeps no others."""
 
     # Run
     inspect_data: bool = False
@@ -295,6 +299,11 @@ class TrainingConfig(DataConfig):
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
                 raise InputError(f"{name} must lie between {low} and {high}, got {getattr(self, name)}")
+        if self.hub_checkpoints and not 1 <= self.hub_save_total_limit <= self.save_total_limit:
+            raise InputError(
+                f"hub_save_total_limit must lie between 1 and save_total_limit ({self.save_total_limit}), what is kept"
+                f" here: {self.hub_save_total_limit}"
+            )
         self.check_sources()
         if self.uploads and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.hf_repo_id):
             raise InputError(f"hf_repo_id must be owner/name, got {self.hf_repo_id!r} (from HF_REPO_ID?)")
@@ -327,6 +336,7 @@ MAY_CHANGE = {  # settings that a resumed run may have otherwise than before
     *("bf16", "final_dtype", "dataloader_num_workers", "preprocessing_num_workers", "batch_size"),
     *("eval_steps", "eval_batch_size", "num_logged_predictions", "logging_steps", "target_loss", "target_wer"),
     *("tracker", "wandb_project", "wandb_run_name", "hf_repo_id", "skip_hf_upload", "hf_private"),
+    *("hub_checkpoints", "hub_save_total_limit"),
     *("resume", "save_steps", "save_total_limit", "preemption_grace_seconds", "stall_timeout_minutes"),
     *("max_bad_steps", "check_ranks_steps", "inspect_data", "output_dir", "process_timeout_minutes"),
     *("tokens_per_micro_batch", "gradient_checkpointing", "prepare", "prepared_dir"),
@@ -1095,6 +1105,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         numbers["train/trainable_parameters"] = trainable_parameters(self.model)
         numbers["train/dropped_utterances"] = self.dropped_utterances
         numbers |= self.window.numbers(self.model, now - self.window_started)
+        numbers |= self.uploader.numbers(step)
         self.window_started, self.window = now, Window()
         if math.isnan(self.last_train_loss):
             self.warn_of_a_wrong_start(logs["loss"])
@@ -1222,44 +1233,6 @@ def save_for_use(model: torch.nn.Module, processor: Any, folder: Path, dtype: to
     unfinished.rename(folder)
 
 
-# -------------------------------------------------------------------------------------------------------------- Upload
-
-
-def check_upload(config: TrainingConfig) -> None:
-    """Makes sure, before the first step, that the token exists and may write, and creates the repository."""
-    api = huggingface_hub.HfApi()
-    try:
-        api.whoami()
-        api.create_repo(config.hf_repo_id, private=config.hf_private, exist_ok=True)
-        api.auth_check(config.hf_repo_id, write=True)
-    except Exception as error:  # HTTP and connection errors of several libraries; all mean the same here
-        raise InputError(
-            f"cannot upload to {config.hf_repo_id}: {first_line(error)}. Log in with a token that may write (`uv run hf"
-            " auth login`, or HF_TOKEN), or set SKIP_HF_UPLOAD=true"
-        ) from error
-
-
-def upload_command(config: TrainingConfig, folder: Path) -> str:
-    return f"uv run hf upload {config.hf_repo_id or 'OWNER/NAME'} {folder} ."
-
-
-def upload(config: TrainingConfig, folder: Path) -> str:
-    """Uploads the model's folder; returns the commit's address, or raises InputError and leaves the folder as it is."""
-    try:
-        return (
-            huggingface_hub.HfApi()
-            .upload_folder(
-                repo_id=config.hf_repo_id, folder_path=folder, commit_message="Fine-tuned to Hebrew speech recognition"
-            )
-            .commit_url
-        )
-    except Exception as error:  # the client raises HTTP, connection, value and runtime errors, by the phase it is in
-        raise InputError(
-            f"the upload to {config.hf_repo_id} failed: {first_line(error)}. The model is in {folder}; upload it"
-            f" with: {upload_command(config, folder)}"
-        ) from error
-
-
 # ---------------------------------------------------------------------------------------------------------------- Main
 
 
@@ -1273,7 +1246,10 @@ def check_disk(folder: Path, model: torch.nn.Module, config: TrainingConfig) -> 
     )
     checkpoint = weights + 2 * sum(parameter.nbytes for parameter in trained)  # with Adam's moments
     there = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
-    needed = (config.save_total_limit + 2) * checkpoint + 2 * weights - there  # the best, and one in the making
+    kept = config.save_total_limit + 2  # the best, and one in the making
+    if config.uploads and config.hub_checkpoints:
+        kept += 1  # one that is being uploaded
+    needed = kept * checkpoint + 2 * weights - there
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(f"{folder}: {free / 1e9:.1f} GB free on its disk, the run needs {needed / 1e9:.1f} GB")
@@ -1338,7 +1314,7 @@ def main(config: TrainingConfig) -> None:
         return
     with together():
         if config.uploads and state.is_main_process:
-            check_upload(config)
+            check_upload(config, folder, run_log.say)
     with failures_noted(folder):
         run(config, state, folder, run_log, use_bf16)
 
@@ -1395,7 +1371,8 @@ def run(config: TrainingConfig, state: accelerate.PartialState, folder: Path, ru
         final = trainer.evaluate(metric_key_prefix="final", model=best.to(trainer.args.device))
     if state.is_main_process:
         describe_result(trainer, final)
-        checkpoints.write_status(folder, "finished", step=trainer.state.global_step, uploaded=None)
+        step = trainer.state.global_step
+        checkpoints.write_status(folder, "finished", step=step, uploaded=None, **trainer.uploader.facts())
     run_log.finish()
     leave_process_group()
 
@@ -1404,6 +1381,7 @@ def run(config: TrainingConfig, state: accelerate.PartialState, folder: Path, ru
         try:
             if config.uploads:
                 publish(config, folder, run_log)
+                trainer.uploader.drain(LAST_CHECKPOINT_SECONDS)
             else:
                 run_log.say(f"not uploaded; to do it: {upload_command(config, trainer.final_folder)}")
         finally:
@@ -1412,9 +1390,8 @@ def run(config: TrainingConfig, state: accelerate.PartialState, folder: Path, ru
 
 def publish(config: TrainingConfig, folder: Path, run_log: RunLog) -> None:
     """Uploads the final model of a finished run."""
-    address = upload(config, folder / "final_model")
-    run_log.say(f"uploaded: {address}")
-    checkpoints.write_status(folder, "finished", uploaded=address)
+    address = upload(config, folder / "final_model", run_log.say)
+    checkpoints.update_status(folder, uploaded=address)
 
 
 def describe_result(trainer: GradualUnfreezeTrainer, final: dict[str, float]) -> None:

@@ -3,10 +3,12 @@
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "demo"
+TOKEN = "hf_write_token_that_must_not_leak"
 sys.path.insert(0, str(ROOT))
 CACHE = tempfile.TemporaryDirectory(prefix="hebrew-asr-tests-")
 # Read when the libraries are imported, hence before any of them is.
@@ -28,11 +30,14 @@ for name in (
 ):
     os.environ.pop(name, None)
 
+import huggingface_hub
 import pyarrow.parquet
 import pytest
 import torch
 import transformers
+from hub_server import HubServer
 
+import hub_upload
 from hebrew_corpora import Source, load_rows
 from train_hebrew_asr_enhanced import Stage, TrainingConfig, load_model
 
@@ -117,3 +122,32 @@ def train_rows(config):
 @pytest.fixture
 def eval_rows(config):
     return load_rows(config.eval_sources, config, for_training=False)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A running server that the client of this process takes for the Hub; pauses after failures are short."""
+    with HubServer(users={TOKEN: ("OzLabs", "write"), "hf_read_token": ("OzLabs", "read")}) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.utils._http.time", HastyClock())
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(hub_upload, "FIRST_WAIT_SECONDS", 0.01)
+        monkeypatch.setattr(hub_upload, "SILENT_SECONDS", 2.0)
+        hub_upload.prepare_library()
+        huggingface_hub.utils._http.close_session()
+        yield server
+    huggingface_hub.utils._http.close_session()
+
+
+class HastyClock:
+    """The time module for the client, whose own attempts then follow one another a hundred times as fast."""
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+    @staticmethod
+    def sleep(seconds):
+        time.sleep(seconds / 100)

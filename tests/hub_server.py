@@ -8,8 +8,8 @@
         assert not any(b"hf_w" in request.body for request in hub.requests)
 
 The client is the installed huggingface_hub, pointed here by HF_ENDPOINT. Not served: Xet (hence HF_HUB_DISABLE_XET=1,
-which huggingface_hub reads once, at import), pull requests, LFS multipart uploads, paged listings, deleting and listing
-of branches, tags and repositories, spaces; a request for what has no route is answered 501. As on the Hub, a new
+which huggingface_hub reads once, at import), pull requests, paged listings, deleting of branches and repositories,
+spaces; a request for what has no route is answered 501. As on the Hub, a new
 repository holds `.gitattributes`, and LFS content travels to and from a storage at another origin
 (`http://localhost:port`) whose URLs are their own permission: it refuses a request with an Authorization header.
 """
@@ -18,6 +18,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -67,7 +68,8 @@ class HubError(Exception):
 class Fault:
     """What goes wrong with the next `times` requests of `method` ("*": any) whose path or query contains `path`.
 
-    `status` and `hang_up` leave the request undone; `cut` and `corrupt` spoil the answer to a request that was done.
+    `status`, `hang_up` and `cut_request` leave the request undone; `cut` and `corrupt` spoil the answer to one that was
+    done.
     """
 
     method: str
@@ -80,6 +82,8 @@ class Fault:
     hang_up: bool = False  # the connection is closed without an answer
     cut: int | None = None  # bytes of the answer's body after which the connection is closed
     corrupt: bool = False  # the last byte of the answer's body is changed, so its hash is wrong
+    cut_request: int | None = None  # bytes of the request's body after which the connection is closed
+    bytes_per_s: float | None = None  # how fast the bodies of request and answer go
 
 
 @dataclass(frozen=True)
@@ -156,8 +160,11 @@ class HubServer:
 
     `users` maps a token to (name, role) or (name, role, grants), see `User`. `repos` maps "owner/name" of a model and
     "datasets/owner/name" of a dataset to its `Repo`. `requests` lists everything received, in order of arrival. `url`
-    (for HF_ENDPOINT or HfApi(endpoint=...)) is known once the context is entered.
+    (for HF_ENDPOINT or HfApi(endpoint=...)) is known once the context is entered. LFS content of more than
+    `lfs_part_bytes` is asked for in parts, as the Hub does from 5 GB on.
     """
+
+    lfs_part_bytes = 5_000_000_000
 
     def __init__(self, users: dict[str, tuple] | None = None):
         self.users = {token: User(*user) for token, user in (users or {}).items()}
@@ -165,6 +172,7 @@ class HubServer:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.storage: dict[str, bytes | None] = {}  # "repo key/sha256" -> LFS content, None while only announced
+        self.parts: dict[str, dict[int, bytes]] = {}  # the same key -> parts that have come
         self.lock = threading.Lock()
         self.closing = threading.Event()
 
@@ -213,12 +221,11 @@ class HubServer:
 
     # From a request to its action
 
-    def receive(self, request: Request) -> Fault:
-        """Records `request` and uses up the fault that meets it, if any."""
+    def meet(self, method: str, path: str) -> Fault:
+        """Uses up the fault that meets a request, if any."""
         with self.lock:
-            self.requests.append(request)
             for fault in self.faults:
-                if fault.times > 0 and fault.method in ("*", request.method) and fault.path in request.path:
+                if fault.times > 0 and fault.method in ("*", method) and fault.path in path:
                     fault.times -= 1
                     return fault
         return Fault("", "")
@@ -337,6 +344,35 @@ class HubServer:
         repo.tags[name] = repo.resolve(revision).id
         return {}
 
+    def delete_tag(self, request, caller, repo, revision):
+        if repo.tags.pop(revision, None) is None:
+            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return {}
+
+    def list_refs(self, request, caller, repo):
+        refs = {"converts": []}
+        for kind, known in (("branches", repo.branches), ("tags", repo.tags)):
+            folder = "heads" if kind == "branches" else "tags"
+            refs[kind] = [{"name": n, "ref": f"refs/{folder}/{n}", "targetCommit": c} for n, c in known.items()]
+        return refs
+
+    def squash(self, request, caller, repo, revision):
+        """Replaces a branch's history by one commit; LFS content that no branch or tag has any more is given up."""
+        files = repo.commits[repo.branches[revision]].files
+        del repo.branches[revision]
+        repo.commit(revision, files, json.loads(request.body)["message"], "", caller.name)
+        seen, queue = set(), [*repo.branches.values(), *repo.tags.values()]
+        while queue:
+            if (commit_id := queue.pop()) and commit_id not in seen:
+                seen.add(commit_id)
+                queue.append(repo.commits[commit_id].parent)
+        repo.commits = {commit_id: commit for commit_id, commit in repo.commits.items() if commit_id in seen}
+        kept = {hashlib.sha256(c).hexdigest() for commit in repo.commits.values() for c in commit.files.values()}
+        for key in [key for key in self.storage if key.startswith(f"{repo.key}/")]:
+            if self.storage[key] is not None and key.rsplit("/", 1)[1] not in kept:
+                del self.storage[key]
+        return {}
+
     def preupload(self, request, caller, repo, revision):
         """Says which files go as LFS and gives the hash of those present: the client commits no unchanged file."""
         present, answers = repo[revision], []
@@ -354,7 +390,20 @@ class HubServer:
             key = f"{repo.key}/{wanted['oid']}"
             if self.storage.setdefault(key, None) is None:  # without `actions` the client sends no content
                 wanted["actions"] = {"upload": {"href": f"{self.storage_url}/{key}"}}
+                if wanted["size"] > self.lfs_part_bytes:
+                    numbers = range(1, -(-wanted["size"] // self.lfs_part_bytes) + 1)
+                    header = {str(number): f"{self.storage_url}/{key}?part={number}" for number in numbers}
+                    header["chunk_size"] = str(self.lfs_part_bytes)
+                    wanted["actions"]["upload"] = {"href": f"{self.url}/complete/{key}", "header": header}
         return {"transfer": "basic", "objects": objects}
+
+    def complete(self, request, key):
+        """Puts the parts of a content together."""
+        listed, parts = json.loads(request.body)["parts"], self.parts.pop(key)
+        if [part["etag"] for part in listed] != [f'"{number}"' for number in sorted(parts)]:
+            raise HubError(400, "The parts are not those that came")
+        whole = Request("PUT", request.path, {}, b"".join(parts[number] for number in sorted(parts)))
+        return self.use_storage(whole, key)
 
     def use_storage(self, request, key):
         if "authorization" in request.headers:
@@ -363,6 +412,10 @@ class HubServer:
             raise HubError(403, "Access denied")
         if request.method == "GET":
             return content_response(request, self.storage[key], {})
+        if "part" in request.query:
+            (number,) = request.query["part"]
+            self.parts.setdefault(key, {})[int(number)] = request.body
+            return Response(200, {"ETag": f'"{number}"'})
         if hashlib.sha256(request.body).hexdigest() != key.rsplit("/", 1)[1]:
             raise HubError(400, "The content does not have the announced sha256")
         self.storage[key] = request.body
@@ -425,10 +478,14 @@ ROUTES = [  # methods, path, access ("storage": no account, "any", or what `HubS
     ("GET", f"{_API}/commits/{_REVISION}", "list", HubServer.list_commits),
     ("POST", f"{_API}/branch/(?P<name>[^/]+)", "write", HubServer.create_branch),
     ("POST", f"{_API}/tag/{_REVISION}", "write", HubServer.create_tag),
+    ("DELETE", f"{_API}/tag/{_REVISION}", "write", HubServer.delete_tag),
+    ("GET", f"{_API}/refs", "list", HubServer.list_refs),
+    ("POST", f"{_API}/super-squash/{_REVISION}", "write", HubServer.squash),
     ("POST", f"{_API}/preupload/{_REVISION}", "write", HubServer.preupload),
     ("POST", f"{_API}/commit/{_REVISION}", "write", HubServer.commit),
     ("POST", rf"{_WEB}\.git/info/lfs/objects/batch", "write", HubServer.lfs_batch),
     ("GET|PUT", "/storage/(?P<key>.+)", "storage", HubServer.use_storage),
+    ("POST", "/complete/(?P<key>.+)", "storage", HubServer.complete),
     ("GET|HEAD", f"{_WEB}/resolve/{_REVISION}/(?P<path>.+)", "files", HubServer.download),
 ]
 
@@ -492,10 +549,18 @@ class _Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def answer(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        hub = self.server.hub
+        fault = hub.meet(self.command, self.path)
+        length = int(self.headers.get("Content-Length", 0))
+        if fault.cut_request is not None:
+            self.rfile.read(min(length, fault.cut_request))
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        body = b"".join(self.rfile.read(size) for size in self.crawl(length, fault))
         headers = {name.lower(): value for name, value in self.headers.items()}
-        request, hub = Request(self.command, self.path, headers, body), self.server.hub
-        fault = hub.receive(request)
+        request = Request(self.command, self.path, headers, body)
+        with hub.lock:
+            hub.requests.append(request)
         hub.closing.wait(fault.delay_s)
         if fault.hang_up or hub.closing.is_set():
             return
@@ -514,7 +579,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content[: fault.cut])
+            content, sent = content[: fault.cut], 0
+            for size in self.crawl(len(content), fault):
+                self.wfile.write(content[sent : sent + size])
+                sent += size
+
+    def crawl(self, length, fault):
+        """Sizes of the pieces of a body, a tenth of a second apart where it shall go slowly."""
+        if fault.bytes_per_s is None:
+            yield length
+            return
+        piece = max(1, int(fault.bytes_per_s / 10))
+        for start in range(0, length, piece):
+            self.server.hub.closing.wait(0.1)
+            yield min(piece, length - start)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer
 

@@ -18,6 +18,7 @@ import transformers
 from conftest import DEMO, ROOT
 from hub_server import HubServer
 
+import checkpoints
 from hebrew_audio import decode_audio
 from hebrew_corpora import InputError, Source
 from train_hebrew_asr_enhanced import Stage, TrainingConfig, main, parse_config
@@ -152,15 +153,37 @@ def holders_of(token: str, folder: Path, done, hub: HubServer) -> list[str]:
     """Where a token stands in clear: files, console, and what was sent to the Hub beside the header it belongs in."""
     found = [str(f) for f in folder.rglob("*") if f.is_file() and token.encode() in f.read_bytes()]
     found += ["console"] if token in done.stdout + done.stderr else []
+    commits = [commit for repo in hub.repos.values() for commit in repo.commits.values()]
+    stored = {path: content for commit in commits for path, content in commit.files.items()}
+    found += [f"on the Hub: {path}" for path, content in stored.items() if token.encode() in content]
     return found + [path for _, path, _, body in hub.requests if token.encode() in body or token in path]
 
 
 def test_the_token_is_nowhere(uploaded):
     run, done, hub, _ = uploaded
     assert any(TOKEN in headers.get("authorization", "") for _, _, headers, _ in hub.requests)
+    assert {"checkpoints-run", "main"} == hub.repos["OzLabs/Qwen3-ASR-Hebrew-Round2"].branches.keys()
+    assert (run / "status.json").exists() and list((run / "checkpoints").glob("step-*/state.json"))
     assert not holders_of(TOKEN, run, done, hub)
     (run / "planted.txt").write_text(f"token={TOKEN}")
-    assert holders_of(TOKEN, run, done, hub) == [str(run / "planted.txt")]
+    hub.add_repo("OzLabs/planted", {"model.safetensors": TOKEN.encode()})
+    assert holders_of(TOKEN, run, done, hub) == [str(run / "planted.txt"), "on the Hub: model.safetensors"]
+    (run / "planted.txt").unlink()
+
+
+def test_the_checkpoints_are_on_the_hub_and_the_model_is_tagged(uploaded):
+    run, done, hub, _ = uploaded
+    repo = hub.repos["OzLabs/Qwen3-ASR-Hebrew-Round2"]
+    assert repo.private and repo["run"] == repo["main"]
+    newest = checkpoints.names(run / "checkpoints")[0]
+    for path in newest.iterdir():
+        assert repo["checkpoints-run"][f"{newest.name}/{path.name}"] == path.read_bytes()
+    status = checkpoints.read_status(run)
+    assert (status["state"], status["hub"]["checkpoint"]) == ("finished", newest.name)
+    assert "/commit/" in status["uploaded"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["hub/failures"] == 0 and row["hub/lag_steps"] >= 0 for row in rows if "train/loss" in row)
+    assert f"checkpoint {newest.name} is on the Hub: " in done.stdout
 
 
 def test_the_cards_snippet_transcribes_as_printed(uploaded, tmp_path):
@@ -180,15 +203,14 @@ def test_the_cards_snippet_transcribes_as_printed(uploaded, tmp_path):
 
 def test_a_failed_upload_keeps_the_model_and_ends_with_an_error(tmp_path, corpus, heldout):
     with HubServer(users=USERS) as hub:
-        hub.fail("POST", "/commit/", 500)
+        hub.fail("POST", "/commit/main", 413)
         env = hub.env(home=tmp_path / "home", token=TOKEN)
         options = [*short_run(corpus, heldout, tmp_path / "run"), "--hf_repo_id", "OzLabs/asr", "--max_steps", "1"]
         done = command("train_round2_gradual.py", "--demo", *options, "--skip_hf_upload", "false", env=env)
     assert done.returncode == 1
-    assert re.search(
-        r"error: the upload to OzLabs/asr failed: .*upload it with: uv run hf upload OzLabs/asr", done.stderr
-    )
+    assert re.search(r"error: the upload to OzLabs/asr failed: .*or with: uv run hf upload OzLabs/asr", done.stderr)
     assert (tmp_path / "run" / "final_model" / "model.safetensors").exists()
+    assert checkpoints.read_status(tmp_path / "run")["uploaded"] is None
     assert "Traceback" not in done.stderr
 
 
