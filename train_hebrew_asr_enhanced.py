@@ -73,6 +73,7 @@ from resuming import (
 )
 from run_log import TRACKERS, RunLog, draw_curves, success_criteria, wer_summary
 from run_watch import outlive_stop_signals
+from training_plan import lines_of, make_plan
 
 MEL_BINS = 128
 TOKENS_PER_SECOND = 8  # of a fast speaker's Hebrew: 3.8 words a second, 2.1 tokens a word
@@ -219,6 +220,17 @@ class TrainingConfig(DataConfig):
     """Only read the corpora and write their report (corpus.html, .md, .json) into the run's folder."""
     prepare: bool = False
     """Only listen to the corpora (prepare_corpora.py) and write their report; later starts use what was heard."""
+    plan: bool = False
+    """Only print what the run will need (training_plan.py): memory, hours, cost. Needs no GPU and downloads nothing."""
+    plan_device: str = "A100-40GB"
+    """A100-40GB, A100-80GB, H100, H200, L40S or 4090."""
+    plan_devices: int = 8
+    plan_hours_of_audio: float | None = None
+    """Of an epoch; None: from the corpora where they are local, else 350."""
+    plan_mean_seconds: float = 6.0
+    """Of an utterance, where the corpora are not read."""
+    plan_price_per_hour: float | None = None
+    """Of one device; None: no cost is printed."""
     output_dir: str | None = None
     """None: a folder under runs/ with a name of the settings, the same for the same command."""
     seed: int = 42
@@ -340,6 +352,7 @@ MAY_CHANGE = {  # settings that a resumed run may have otherwise than before
     *("resume", "save_steps", "save_total_limit", "preemption_grace_seconds", "stall_timeout_minutes"),
     *("max_bad_steps", "check_ranks_steps", "inspect_data", "output_dir", "process_timeout_minutes"),
     *("tokens_per_micro_batch", "gradient_checkpointing", "prepare", "prepared_dir"),
+    *("plan", "plan_device", "plan_devices", "plan_hours_of_audio", "plan_mean_seconds", "plan_price_per_hour"),
 }
 
 
@@ -349,7 +362,7 @@ def parse_config(argv: list[str], defaults: TrainingConfig) -> TrainingConfig:
     parser.add_class_arguments(TrainingConfig, as_group=False)
     parser.add_argument("--config", action="config", help="a config.yaml of an earlier run")
     parser.set_defaults(dataclasses.asdict(defaults))
-    flags = ("--inspect_data", "--prepare")  # like --demo
+    flags = ("--inspect_data", "--prepare", "--plan")  # like --demo
     argv = [a + "=true" if a in flags and b.startswith("--") else a for a, b in itertools.pairwise([*argv, "--"])]
     try:
         # Without defaults: jsonargparse would fill a given list's items up from the default list's items.
@@ -1285,6 +1298,11 @@ def main(config: TrainingConfig) -> None:
 
     Ends the process with 128 + the signal's number when the run was stopped by one.
     """
+    if config.plan:
+        config.check(config.plan_devices)
+        print(*lines_of(make_plan(config, trains_in)), sep="\n")
+        return
+
     # 1. Processes and settings
     cpu = not torch.cuda.is_available()
     state = accelerate.PartialState(cpu=cpu, timeout=timedelta(minutes=config.process_timeout_minutes))
