@@ -1,11 +1,12 @@
 """What a run will need, before it is paid for: memory by part, whether it fits the device, hours and cost.
 
 Computed from the model's configuration, without a GPU and without a download. What a forward pass saves for the
-backward one, and the peak of a step, are checked against small models on a CPU; **nothing here was checked on a
-GPU**. There the CPU's fused attention is replaced by kernels that also save queries, keys, values, the output and one
-number for each head and position (FlashAttention, and the memory-efficient kernel that takes the mask of packed
-rows). The latter pads the mask and may keep a wider type of that number. CUDA's context, NCCL's buffers, cuDNN's
-workspace and fragmentation are not in the parts; `USABLE` leaves room for them.
+backward one, and the peak of a micro-batch, are checked against small models on a CPU; nothing here was checked on a
+GPU. Attention is SDPA: its fused kernels, on a CPU and on CUDA, save queries, keys, values, the output and one number
+for each head and position. With the mask of packed rows, CUDA takes the memory-efficient kernel instead of
+FlashAttention; both save the mask in the queries' type, and CUDA's pads its rows to a multiple of 8 or 16, which is not
+counted. The math kernel, for devices without those, would save the probabilities too, not counted either. CUDA's
+context, NCCL's buffers, cuDNN's workspace and fragmentation are in no part; `USABLE` leaves room for them.
 """
 
 import math
@@ -26,6 +27,7 @@ from model_costs import PEAK_FLOPS, Work, flops, real_config
 DEVICES = {"A100-40GB": 40, "A100-80GB": 80, "H100": 80, "H200": 141, "L40S": 48, "4090": 24}  # 10⁹ bytes, data sheets
 USABLE = 0.95  # of that; assumed, not measured
 MFU = (0.4, 0.5)  # assumed, not measured
+ON_TOP = "Adam's pass over its memory, the exchange of gradients, evaluation, checkpoints and waiting for data"
 REAL_MODEL = "Qwen/Qwen3-ASR-1.7B-hf"
 
 # Assumed of corpora that are not on this disk
@@ -98,7 +100,9 @@ def activations(
             each += FP32 * 2 * hidden + element * (copies * hidden + queries + keys + inner)
         layer(work.tokens * each + work.token_pairs * element, work.tokens * FP32 * hidden)
     if below:
-        saved += work.tokens * FP32 * (hidden + 1 + 2 * text.head_dim)
+        saved += work.tokens * FP32 * (hidden + 1)
+        turns = work.tokens * FP32 * 2 * text.head_dim  # of rotary positions, shared by all layers
+        saved, recomputed = (saved, recomputed + turns) if checkpointing else (saved + turns, 0)
     return Activations(saved, recomputed)
 
 
@@ -134,7 +138,7 @@ def passing(
 
     backward = head_gradient + kept.recomputed
     backward += work.tokens * (element * 3 * text.intermediate_size + FP32 * 2 * hidden)
-    embedding = 2 * FP32 * (head if learns else 0)
+    embedding = 3 * FP32 * (head if learns and config.tie_word_embeddings else 0)  # the head's, its own, their sum
     peak = max(convolution, kept.saved + loss, kept.saved + backward, embedding)
     return kept.saved, peak - kept.saved
 
@@ -280,7 +284,7 @@ class Plan:
     facts: list[str]
     """What it rests on."""
     hours: list[float]
-    """Of training alone at each of `MFU`: evaluation, checkpoints and waiting for data come on top."""
+    """Of forward and backward passes alone at each of `MFU`; what `ON_TOP` names is not in them."""
     cost: list[float] | None
 
 
@@ -356,11 +360,11 @@ def make_plan(config: Any, trains_in: Callable[[str, Any, transformers.Qwen3ASRC
         done = max(done, end)
     hours = [sum(plan.hours[i] for plan in plans) for i in range(len(MFU))]
     price = config.plan_price_per_hour
-    checkpointing = "on" if config.gradient_checkpointing else "off"
+    switch = "on" if config.gradient_checkpointing else "off"
     facts = [
         f"{config.model_name_or_path}, {weights.count(lambda name: True) / 1e6:,.0f} M parameters | {processes} ×"
-        f" {device} | at most {budget} tokens at once, checkpointing {checkpointing}",
-        f"{hours_of_audio:,.1f} h of audio an epoch ({origin}) | {steps_per_epoch:,} steps of"
+        f" {device} | at most {budget} tokens at once, checkpointing {switch}",
+        f"{hours_of_audio:,.2f} h of audio an epoch ({origin}) | {steps_per_epoch:,} steps of"
         f" {config.target_effective_batch} utterances an epoch | balance over processes and rows {steps.balance:.2f}",
     ]
     return Plan(plans, facts, hours, None if price is None else [hour * processes * price for hour in hours])
@@ -407,6 +411,7 @@ def repeated(config: transformers.Qwen3ASRConfig, work: Work, trains: Callable[[
 
 
 def advice(needed: Needed, device: str, budget: int, checkpointing: bool) -> list[str]:
+    """What would make a stage fit that does not, each alone."""
     found = []
     if smaller := needed.largest_budget(device, budget, checkpointing):
         found.append(f"--tokens_per_micro_batch {smaller}")
@@ -432,8 +437,8 @@ def lines_of(plan: Plan) -> list[str]:
     )
     rows.append(("steps", [f"{stage.steps:,}" for stage in stages]))
     for i, share in enumerate(MFU):
-        rows.append((f"seconds a step at {share:.0%} MFU", [f"{stage.step_seconds[i]:.2f}" for stage in stages]))
-        rows.append((f"hours at {share:.0%} MFU", [f"{stage.hours[i]:.1f}" for stage in stages]))
+        rows.append((f"seconds a step at {share:.0%} MFU", [f"{stage.step_seconds[i]:.3f}" for stage in stages]))
+        rows.append((f"hours at {share:.0%} MFU", [f"{stage.hours[i]:.2f}" for stage in stages]))
     width = max(len(label) for label, _ in rows)
     table = [f"{label:<{width}}" + "".join(f"{value:>9}" for value in values) for label, values in rows]
     changes = [
@@ -442,7 +447,7 @@ def lines_of(plan: Plan) -> list[str]:
         if stage.advice
     ]
     low, high = min(plan.hours), max(plan.hours)
-    end = f"in all {low:.1f}–{high:.1f} h of training; evaluation, checkpoints and waiting for data come on top"
+    end = f"in all {low:.2f}–{high:.2f} h of forward and backward passes; {ON_TOP} come on top"
     if plan.cost:
         end += f" | cost {min(plan.cost):,.2f}–{max(plan.cost):,.2f}"
     note = "computed, not measured: memory was checked on small models on a CPU, MFU is assumed, no GPU was tried"

@@ -1,0 +1,222 @@
+"""The plan's memory is what small models of the real classes need, to 15 %; its hours follow from operations.
+
+All of it on a CPU in fp32, the saved activations under the CPU's bf16 autocast too: no GPU has confirmed it.
+"""
+
+import dataclasses
+import weakref
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import DEMO
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import training_plan
+from batching import audio_token_count, pack
+from hebrew_corpora import InputError, load_rows
+from label_loss import SpeechModel, label_nats
+from model_costs import PEAK_FLOPS, flops, work_of
+from train_hebrew_asr_enhanced import Stage, freeze_for, main, parse_config, trains_in
+from train_round2_gradual import round2
+from training_plan import Weights, activations, make_plan, passing, standing
+
+STAGES = [
+    Stage("B", 1, {"projector": 1e-4, "llm_top": 1e-4, "lm_head": 1e-4}, 2, 2),
+    Stage("A", 2, {"projector": 1e-4, "audio_top": 1e-4, "llm_top": 1e-4, "lm_head": 1e-4}, 2, 2),
+    Stage("top alone", 3, {"llm_top": 1e-4}, 2, 2),
+]
+SIZES = {
+    "narrow": ({"num_hidden_layers": 4}, {"encoder_layers": 4}),
+    "wide": (
+        {
+            "num_hidden_layers": 5,
+            "hidden_size": 256,
+            "intermediate_size": 640,
+            "num_attention_heads": 8,
+            "head_dim": 32,
+        },
+        {"encoder_layers": 3, "d_model": 192, "encoder_ffn_dim": 640, "output_dim": 256, "downsample_hidden_size": 16},
+    ),
+}
+
+
+def small_model(size: str, vocabulary: int = 168) -> SpeechModel:
+    config = transformers.AutoConfig.from_pretrained(DEMO / "base")
+    text, audio = SIZES[size]
+    for part, changes in ((config.text_config, text | {"vocab_size": vocabulary}), (config.audio_config, audio)):
+        for name, value in changes.items():
+            setattr(part, name, value)
+    config.text_config.layer_types = ["full_attention"] * config.text_config.num_hidden_layers
+    torch.manual_seed(0)
+    return SpeechModel(config).train()
+
+
+def packed(config, seconds=(2.3, 4.1, 9.5, 3.0, 6.2)) -> dict[str, torch.Tensor]:
+    clips = [np.ones((128, int(100 * length)), np.float32) for length in seconds]
+    prompts = [[7] * 9 + [config.audio_token_id] * audio_token_count(clip.shape[1]) + [8] * 6 for clip in clips]
+    return pack(clips, prompts, [[9] * int(5 * length) for length in seconds], 2)[0]
+
+
+def checkpoint(model):
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
+
+
+def bytes_saved(model, batch, autocast: bool) -> int:
+    """Of the tensors that autograd still holds after the forward pass, each storage once, without the weights."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    seen = []
+
+    def note(tensor):
+        is_copy = autocast and tensor.dim() == 2 and (tensor.numel() in matrices) and tensor.dtype == torch.bfloat16
+        if tensor.untyped_storage().data_ptr() not in weights and not is_copy:
+            seen.append(weakref.ref(tensor))
+        return tensor
+
+    matrices = {parameter.numel() for parameter in model.parameters() if parameter.dim() == 2}
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        loss, _ = label_nats(model, **batch)
+    storages = (tensor.untyped_storage() for ref in seen if (tensor := ref()) is not None)
+    found = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    del loss
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_what_a_forward_pass_saves_is_what_the_plan_says(size, checkpointing, stage):
+    model = small_model(size)
+    if checkpointing:
+        checkpoint(model)
+    freeze_for(model, stage)
+    batch = packed(model.config)
+
+    def trains(name):
+        return trains_in(name, stage, model.config)
+
+    for element in (4, 2):
+        planned = activations(model.config, work_of(batch, model.config), trains, element, checkpointing)
+        measured = bytes_saved(model, batch, autocast=element == 2)
+        assert planned.saved == pytest.approx(measured, rel=0.15)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that were alive at once, from those there at the start on; every operation's output is seen."""
+
+    def __init__(self, there: list[torch.Tensor]):
+        super().__init__()
+        self.now = self.most = 0
+        self.alive = set()
+        for tensor in there:
+            self.add(tensor)
+
+    def add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.alive:
+            self.alive.add(storage._cdata)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.remove, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.now)
+
+    def remove(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.add(leaf)
+        return result
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("size", "vocabulary"), [("narrow", 168), ("wide", 20_000)])
+def test_the_peak_of_a_micro_batch_is_what_the_plan_says(size, vocabulary, checkpointing, monkeypatch):
+    """In each stage after the first step, with gradients and moments there; what stands is exact."""
+    model = small_model(size, vocabulary)
+    monkeypatch.setattr("label_loss.LOGITS_AT_ONCE", 40 * vocabulary)
+    monkeypatch.setattr(training_plan, "LOGITS_AT_ONCE", 40 * vocabulary)
+    if checkpointing:
+        checkpoint(model)
+    batch = packed(model.config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
+    weights = Weights.of(model.config)
+    stages = [lambda name, stage=stage: trains_in(name, stage, model.config) for stage in STAGES]
+    for number, stage in enumerate(STAGES):
+        freeze_for(model, stage)
+        label_nats(model, **batch)[0].backward()
+        optimizer.step()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        moments = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+        there = [*model.parameters(), *gradients, *moments]
+        stands = sum(tensor.nbytes for tensor in there)
+        assert sum(standing(weights, stages, number, 4, processes=1).values()) == stands
+        with Peak(there) as peak:
+            label_nats(model, **batch)[0].backward()
+        on_top = passing(model.config, work_of(batch, model.config), stages[number], 4, checkpointing)
+        assert sum(on_top) == pytest.approx(peak.most - stands, rel=0.15)
+
+
+@pytest.fixture(scope="module")
+def real():
+    """Round 2 on eight A100s of 40 GB, and its plan."""
+    config = parse_config(["--plan", "--plan_price_per_hour", "2"], round2())
+    return config, make_plan(config, trains_in)
+
+
+def test_the_stages_train_what_the_recipe_names(real):
+    """12 of 28 layers of the language model, the tied embedding and the projector; then 8 of 24 of the encoder."""
+    layer = 2048 * 128 * (16 + 8 + 8 + 16) + 3 * 2048 * 6144 + 2 * 2048 + 2 * 128
+    projector = 2 * 1024 + 1024 * 1024 + 1024 + 1024 * 2048 + 2048
+    encoder_layer = 4 * (1024 * 1024 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024
+    expected = 12 * layer + 151_936 * 2048 + projector
+    assert [stage.trained_parameters for stage in real[1].stages] == [expected, expected + 8 * encoder_layer]
+
+
+def test_hours_are_the_operations_of_the_steps_over_the_devices(real):
+    """The step's 64 utterances of 6 s on 8 devices, counted as one large batch; dealing them costs a tenth at most."""
+    config, plan = real
+    model, seconds = training_plan.real_config(), np.full(64, 6.0)
+    work = training_plan.work_expected(seconds)
+    for stage, planned in zip(config.stages, plan.stages, strict=True):
+        operations = sum(flops(model, work, lambda name, stage=stage: trains_in(name, stage, model)).values())
+        ideal = operations / 8 / (0.4 * PEAK_FLOPS["A100"])
+        assert ideal < planned.step_seconds[0] < 1.12 * ideal
+        assert planned.step_seconds[1] == pytest.approx(0.8 * planned.step_seconds[0])
+    assert sum(stage.steps for stage in plan.stages) == pytest.approx(5 * 350 * 3600 / 6 / 64, rel=0.01)
+    assert plan.cost == pytest.approx([hours * 8 * 2 for hours in plan.hours])
+
+
+def test_the_advised_budget_fits_and_the_next_larger_does_not(real):
+    config, plan = real
+    stage = plan.stages[1]
+    assert not stage.fits and stage.advice[0].startswith("--tokens_per_micro_batch ")
+    budget = int(stage.advice[0].split()[1])
+    changed = [dataclasses.replace(config, tokens_per_micro_batch=tokens) for tokens in (budget, budget + 64)]
+    assert [make_plan(other, trains_in).stages[1].fits for other in changed] == [True, False]
+
+
+def test_the_command_prints_the_plan_and_does_nothing_else(config, tmp_path, capsys, monkeypatch):
+    """Of a small model and a corpus on this disk; their hours are the corpus's own."""
+    monkeypatch.chdir(tmp_path)
+    main(dataclasses.replace(config, plan=True))
+    printed = capsys.readouterr().out
+    hours = load_rows(config.train_sources, config, for_training=True).hours
+    assert f"{hours:,.2f} h of audio an epoch (read from the corpora" in printed and "no GPU was tried" in printed
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "given", [["--plan_device", "V100"], ["--plan_devices", "0"], ["--model_name_or_path", "Qwen/Qwen3-ASR-0.6B-hf"]]
+)
+def test_what_the_plan_does_not_know_is_said(given):
+    with pytest.raises(InputError, match=r"plan_device|--plan"):
+        make_plan(parse_config(given, round2()), trains_in)
