@@ -153,7 +153,7 @@ class TrainingConfig(DataConfig):
     # Batch
     target_effective_batch: int = 64
     """Utterances of one optimizer step, over all processes."""
-    tokens_per_micro_batch: int | None = 4096
+    tokens_per_micro_batch: int | None = 3072
     """Tokens (audio and text) of one forward pass of one process; it governs. None: batch_size does, in padded rows."""
     batch_size: int = 2
     """Utterances of one forward pass of one process, where tokens_per_micro_batch is None."""

@@ -196,8 +196,8 @@ def test_hours_are_the_operations_of_the_steps_over_the_devices(real):
 
 
 def test_the_advised_budget_fits_and_the_next_larger_does_not(real):
-    config, plan = real
-    stage = plan.stages[1]
+    config = dataclasses.replace(real[0], tokens_per_micro_batch=8192)
+    stage = make_plan(config, trains_in).stages[1]
     assert not stage.fits and stage.advice[0].startswith("--tokens_per_micro_batch ")
     budget = int(stage.advice[0].split()[1])
     changed = [dataclasses.replace(config, tokens_per_micro_batch=tokens) for tokens in (budget, budget + 64)]
