@@ -336,9 +336,9 @@ def write_status(folder: Path, state: str, **facts: Any) -> None:
 def update_status(folder: Path, **facts: Any) -> None:
     """Adds to what status.json says, or replaces it; from any thread."""
     with STATUS_LOCK:
-        status = read_status(folder)
+        status = read_status(folder) | facts
         status.pop("at", None)
-        write_status(folder, status.pop("state"), **status | facts)
+        write_status(folder, status.pop("state"), **status)
 
 
 def read_status(folder: Path) -> dict[str, Any]:

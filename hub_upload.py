@@ -211,8 +211,8 @@ def upload(config: Any, folder: Path, say: Say) -> str:
         address = persist(attempt, FINAL_ATTEMPTS, say, f"the upload to {repo_id}")
     except Exception as error:
         raise InputError(
-            f"the upload to {repo_id} failed: {reason(error)}. {remedy(error)}. The model is in {folder}; upload it by"
-            f" the same command again, or with: {upload_command(config, folder)}"
+            f"the upload to {repo_id} failed: {reason(error)}. {remedy(error)}. The model is in {folder}; the same"
+            f" command uploads it, or: {upload_command(config, folder)}"
         ) from error
     say(f"uploaded: {address}, its {len(files)} files have the hashes of those in {folder}, tag {tag}")
     return address
@@ -325,6 +325,11 @@ class CheckpointUploader:
         self._hurry.set()
         self.wake()
         return self._idle.wait(max(0.0, seconds))
+
+    def finish(self) -> None:
+        """Waits a little for the last checkpoint; the model is on the Hub by then."""
+        if self.repo_id and not self.drain(LAST_CHECKPOINT_SECONDS):
+            self.say(f"warning: the last checkpoint is not on the Hub, which has {self.uploaded or 'none'}")
 
     def _run(self) -> None:
         wait = FIRST_WAIT_SECONDS
@@ -477,21 +482,20 @@ def _fetch(
     unfinished = place / f"{UNFINISHED}hub"
     started = time.perf_counter()
 
-    def download() -> checkpoints.Checkpoint:
+    def download() -> None:
         api.snapshot_download(repo_id, revision=branch, allow_patterns=f"{name}/*", local_dir=unfinished)
+
+    for what in ("downloaded again", "not used"):
+        persist(download, FINAL_ATTEMPTS, say, f"the download of {name}")
         try:
             found = checkpoints.verify(unfinished / name)
             if wrong := [file for file, entry in entries.items() if differs(unfinished / name / file, entry)]:
                 raise InvalidCheckpoint(f"{', '.join(wrong)} is another than the Hub's")
-        except InvalidCheckpoint:
+            break
+        except InvalidCheckpoint as problem:
+            say(f"warning: checkpoint {name} of {repo_id} is {what}: {problem}")
             shutil.rmtree(unfinished)  # or the client would believe what is there
-            raise
-        return found
-
-    try:
-        found = persist(download, START_ATTEMPTS, say, f"the download of {name}")
-    except InvalidCheckpoint as problem:
-        say(f"warning: checkpoint {name} of {repo_id} is not used: {problem}")
+    else:
         return None
     for path in (*(unfinished / name).iterdir(), unfinished / name):
         checkpoints.flush(path)

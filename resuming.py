@@ -160,7 +160,7 @@ def note_failure(folder: Path, reason: str) -> None:
     """The first process to fail knows best; the others then fail because it is gone."""
     if checkpoints.read_status(folder)["state"] == "running":
         last = next(iter(checkpoints.names(folder / "checkpoints")), None)
-        checkpoints.write_status(folder, "failed", why=reason, checkpoint=last.name if last else None)
+        checkpoints.update_status(folder, state="failed", why=reason, checkpoint=last.name if last else None)
 
 
 # ------------------------------------------------------------------------------------------------------------- Trainer

@@ -56,7 +56,7 @@ from corpus_stream import SpeechStream, StreamedSource, StreamReader, load_strea
 from hebrew_audio import SAMPLE_RATE, AudioError, WaveformAugmentation, augment, check_waveform, decode_audio
 from hebrew_corpora import BROKEN, DataConfig, InputError, Mixture, SpeechRows, load_train_and_eval
 from hebrew_scoring import score
-from hub_upload import LAST_CHECKPOINT_SECONDS, check_upload, upload, upload_command
+from hub_upload import check_upload, upload, upload_command
 from label_loss import IGNORED_LABEL, SpeechModel, label_nats
 from model_card import write_model_card
 from model_costs import Window, work_of
@@ -1399,7 +1399,7 @@ def run(config: TrainingConfig, state: accelerate.PartialState, folder: Path, ru
         try:
             if config.uploads:
                 publish(config, folder, run_log)
-                trainer.uploader.drain(LAST_CHECKPOINT_SECONDS)
+                trainer.uploader.finish()
             else:
                 run_log.say(f"not uploaded; to do it: {upload_command(config, trainer.final_folder)}")
         finally:

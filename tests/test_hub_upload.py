@@ -105,6 +105,18 @@ def test_the_newest_and_the_best_checkpoint_are_on_the_hub_and_its_history_holds
     assert (status["hub"]["lag_steps"], status["hub"]["failures"], status["hub"]["problem"]) == (0, 0, None)
 
 
+def test_a_history_that_cannot_be_cut_is_said_and_cut_by_the_next_upload(hub, run):
+    uploader = uploader_of(run)
+    hub.fail("POST", "/super-squash/", 503)
+    save(run, 2)
+    assert uploader.drain(20) and uploader.uploaded == "step-00000002" and uploader.failures == 1
+    assert "the history of checkpoints-run was not cut" in uploader.say
+    last = save(run, 4)
+    assert uploader.drain(20) and files_on(hub) == files_in(last)
+    repo = hub.repos[REPO]
+    assert repo.commits[repo.branches[BRANCH]].parent is None
+
+
 def test_a_run_without_a_repository_starts_no_thread(run):
     before = threading.active_count()
     uploader = CheckpointUploader(None, run, 1, Lines())

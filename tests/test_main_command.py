@@ -208,7 +208,7 @@ def test_a_failed_upload_keeps_the_model_and_ends_with_an_error(tmp_path, corpus
         options = [*short_run(corpus, heldout, tmp_path / "run"), "--hf_repo_id", "OzLabs/asr", "--max_steps", "1"]
         done = command("train_round2_gradual.py", "--demo", *options, "--skip_hf_upload", "false", env=env)
     assert done.returncode == 1
-    assert re.search(r"error: the upload to OzLabs/asr failed: .*or with: uv run hf upload OzLabs/asr", done.stderr)
+    assert re.search(r"error: the upload to OzLabs/asr failed: .*, or: uv run hf upload OzLabs/asr", done.stderr)
     assert (tmp_path / "run" / "final_model" / "model.safetensors").exists()
     assert checkpoints.read_status(tmp_path / "run")["uploaded"] is None
     assert "Traceback" not in done.stderr
