@@ -4,9 +4,9 @@ Computed from the model's configuration, without a GPU and without a download. W
 backward one, and the peak of a micro-batch, are checked against small models on a CPU; nothing here was checked on a
 GPU. Attention is SDPA: its fused kernels, on a CPU and on CUDA, save queries, keys, values, the output and one number
 for each head and position. With the mask of packed rows, CUDA takes the memory-efficient kernel instead of
-FlashAttention; both save the mask in the queries' type, and CUDA's pads its rows to a multiple of 8 or 16, which is not
-counted. The math kernel, for devices without those, would save the probabilities too, not counted either. CUDA's
-context, NCCL's buffers, cuDNN's workspace and fragmentation are in no part; `USABLE` leaves room for them.
+FlashAttention; both save the mask in the queries' type. CUDA's pads the mask's rows to a multiple of 8 or 16, and the
+math kernel, where neither runs, saves the probabilities: neither is counted. CUDA's context, NCCL's buffers, cuDNN's
+workspace and fragmentation are in no part; `USABLE` leaves room for them.
 """
 
 import math

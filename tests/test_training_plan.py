@@ -104,7 +104,8 @@ def test_what_a_forward_pass_saves_is_what_the_plan_says(size, checkpointing, st
     for element in (4, 2):
         planned = activations(model.config, work_of(batch, model.config), trains, element, checkpointing)
         measured = bytes_saved(model, batch, autocast=element == 2)
-        assert planned.saved == pytest.approx(measured, rel=0.15)
+        exact = element == 4 and not checkpointing
+        assert planned.saved == pytest.approx(measured, rel=0.03 if exact else 0.15)
 
 
 class Peak(TorchDispatchMode):
@@ -193,6 +194,18 @@ def test_hours_are_the_operations_of_the_steps_over_the_devices(real):
         assert planned.step_seconds[1] == pytest.approx(0.8 * planned.step_seconds[0])
     assert sum(stage.steps for stage in plan.stages) == pytest.approx(5 * 350 * 3600 / 6 / 64, rel=0.01)
     assert plan.cost == pytest.approx([hours * 8 * 2 for hours in plan.hours])
+
+
+def test_checkpointing_repeats_the_forward_pass_of_what_has_a_graph(real):
+    """All of the language model, below whose top the embedding trains; of the encoder only the top third, in A."""
+    config, model = real[0], training_plan.real_config()
+    work = training_plan.work_expected(np.full(64, 6.0))
+    forward = flops(model, work)
+    found = [
+        training_plan.repeated(model, work, lambda name, stage=stage: trains_in(name, stage, model))
+        for stage in config.stages
+    ]
+    assert found == pytest.approx([forward["llm"], forward["llm"] + forward["encoder"] / 3])
 
 
 def test_the_advised_budget_fits_and_the_next_larger_does_not(real):
