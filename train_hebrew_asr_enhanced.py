@@ -1300,7 +1300,8 @@ def main(config: TrainingConfig) -> None:
     """
     if config.plan:
         config.check(config.plan_devices)
-        print(*lines_of(make_plan(config, trains_in)), sep="\n")
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(*lines_of(make_plan(config, trains_in)), sep="\n")
         return
 
     # 1. Processes and settings
