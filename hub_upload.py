@@ -430,7 +430,7 @@ def fetch_checkpoints(config: Any, folder: Path, say: Say) -> None:
     here = checkpoints.newest_valid(place, say)
     try:
         there = persist(lambda: on_hub(api, repo_id, branch), START_ATTEMPTS, say, f"asking for {repo_id}")
-        found = _fetch_newest(api, repo_id, branch, there, place, say, here.step if here else -1)
+        found = _fetch_newest(api, repo_id, branch, newest_first(there), place, say, here.step if here else -1)
         if not (found or here):
             raise InputError(f"{repo_id} has no checkpoint of this run in a branch {branch}{_others(api, repo_id)}")
     except InputError:
@@ -448,19 +448,16 @@ def _others(api: HfApi, repo_id: str) -> str:
     return f", but of {', '.join(names)}: give the --output_dir of that name, or begin without --resume hub"
 
 
-def _fetch_newest(
-    api: HfApi, repo_id: str, branch: str, there: dict[str, Listing], place: Path, say: Say, after: int
-) -> bool:
+def _fetch_newest(api: HfApi, repo_id: str, branch: str, names: list[str], place: Path, say: Say, after: int) -> bool:
     """Fetches the newest valid checkpoint of a step later than `after`, and the best one before it."""
-    names = newest_first(there)
     for position, name in enumerate(names):
         if checkpoints.number_of(Path(name)) <= after:
             return False
-        if found := _fetch(api, repo_id, branch, name, there[name], place, say):
+        if found := _fetch(api, repo_id, branch, name, place, say):
             wer = {older: _wer(api, repo_id, branch, older) for older in names[position + 1 :]}
             better = [n for n, w in wer.items() if w is not None and (found.wer is None or w <= found.wer)]
             for older in sorted(better, key=wer.get)[:1]:
-                _fetch(api, repo_id, branch, older, there[older], place, say)
+                _fetch(api, repo_id, branch, older, place, say)
             return True
     return False
 
@@ -473,10 +470,8 @@ def _wer(api: HfApi, repo_id: str, branch: str, name: str) -> float | None:
         return None
 
 
-def _fetch(
-    api: HfApi, repo_id: str, branch: str, name: str, entries: Listing, place: Path, say: Say
-) -> checkpoints.Checkpoint | None:
-    """Downloads one checkpoint, checks it against the Hub's hashes and its own, and only then gives it its name."""
+def _fetch(api: HfApi, repo_id: str, branch: str, name: str, place: Path, say: Say) -> checkpoints.Checkpoint | None:
+    """Downloads one checkpoint, checks it against its manifest, and only then gives it its name."""
     if (place / name).exists():
         return None
     unfinished = place / f"{UNFINISHED}hub"
@@ -489,8 +484,6 @@ def _fetch(
         persist(download, FINAL_ATTEMPTS, say, f"the download of {name}")
         try:
             found = checkpoints.verify(unfinished / name)
-            if wrong := [file for file, entry in entries.items() if differs(unfinished / name / file, entry)]:
-                raise InvalidCheckpoint(f"{', '.join(wrong)} is another than the Hub's")
             break
         except InvalidCheckpoint as problem:
             say(f"warning: checkpoint {name} of {repo_id} is {what}: {problem}")
