@@ -45,6 +45,7 @@ def settings(tmp_path_factory, corpus, heldout):
         config = small_config(corpus, heldout, folder)
         config.model_name_or_path, config.use_waveform_augmentation = str(base), True
         config.logging_steps, config.eval_steps, config.save_steps, config.save_total_limit = 4, 5, 1, 100
+        config.eval_batch_size = 1  # at most four at once: an evaluation has three batches
         return dataclasses.replace(config, **changed)
 
     return make
