@@ -126,6 +126,7 @@ def test_what_a_stream_needs(settings, message):
         DataConfig(**(whole | settings)).check_sources()
 
 
+@pytest.mark.slow
 def test_a_streamed_run_that_was_stopped_ends_in_the_same_bits(tmp_path, heldout):
     """Two processes with two workers each; the second run is stopped in mid-epoch and goes on by the same command."""
     folder = shards(tmp_path / "c", [20, 20, 20, 20], first=200)
