@@ -263,7 +263,8 @@ def test_every_rank_ends_with_one_message_between_them(tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr.count("error: /no") == 1
-    assert len(re.findall(r"exitcode +: 1 ", done.stderr)) == 2, "both ranks end by themselves"
+    ends = re.findall(r"exitcode +: (-?\d+) ", done.stderr)
+    assert "1" in ends and set(ends) <= {"1", "-15"}, "torchrun ends the one that takes a tenth of a second longer"
 
 
 # What is refused before training, in this process
