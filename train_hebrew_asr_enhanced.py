@@ -51,14 +51,12 @@ from batching import (
     pack,
     useful_tokens,
 )
-from corpus_report import write_report
 from corpus_stream import SpeechStream, StreamedSource, StreamReader, load_streams_and_eval
 from hebrew_audio import SAMPLE_RATE, AudioError, WaveformAugmentation, augment, check_waveform, decode_audio
 from hebrew_corpora import BROKEN, DataConfig, InputError, Mixture, SpeechRows, load_train_and_eval
 from hebrew_scoring import score
 from hub_upload import check_upload, upload, upload_command
 from label_loss import IGNORED_LABEL, SpeechModel, label_nats
-from model_card import write_model_card
 from model_costs import Window, work_of
 from prepare_corpora import prepare
 from resuming import (
@@ -71,7 +69,8 @@ from resuming import (
     together,
     train,
 )
-from run_log import TRACKERS, RunLog, draw_curves, success_criteria, wer_summary
+from run_log import TRACKERS, RunLog
+from run_report import announce, describe_result, facts_of_run, report_data
 from run_watch import outlive_stop_signals
 from training_plan import lines_of, make_plan
 
@@ -1371,11 +1370,12 @@ def run(config: TrainingConfig, state: accelerate.PartialState, folder: Path, ru
     else:
         run_log.go_back([], 0)
     announce(trainer, eval_rows, state.num_processes)
+    run_log.say(stage_line(model, trainer.stage))
     run_log.start_tracker(
         config.tracker,
         config.wandb_project,
         config.wandb_run_name or folder.name,
-        dataclasses.asdict(config) | run_facts(trainer, train_rows, state.num_processes),
+        dataclasses.asdict(config) | facts_of_run(trainer, train_rows, state.num_processes),
         config.tags,
     )
 
@@ -1413,81 +1413,6 @@ def publish(config: TrainingConfig, folder: Path, run_log: RunLog) -> None:
     checkpoints.update_status(folder, uploaded=address)
 
 
-def describe_result(trainer: GradualUnfreezeTrainer, final: dict[str, float]) -> None:
-    """The model card, the curves, and the verdict's lines."""
-    config, run_log, folder = trainer.config, trainer.run_log, trainer.final_folder
-    write_model_card(
-        folder,
-        model_id=config.hf_repo_id or str(folder),
-        base_model=config.model_name_or_path,
-        train_sources=[source.path for source in config.train_sources],
-        eval_name=", ".join(source.path for source in config.eval_sources) or "held-out recordings",
-        final=final,
-        best_step=trainer.best_step,
-        settings=dataclasses.asdict(config),
-        tags=config.tags,
-    )
-    draw_curves(run_log.rows, trainer.stage_ends, folder.parent / "curves.png")
-    vocab_size = trainer.model.config.text_config.vocab_size
-    for line in (
-        *success_criteria(run_log.rows, config.target_loss, config.target_wer, vocab_size),
-        *wer_summary(run_log.rows, trainer.stage_ends, trainer.stage.name),
-    ):
-        run_log.say(line)
-
-
-def run_facts(
-    trainer: GradualUnfreezeTrainer, train_rows: SpeechRows | list[StreamedSource], processes: int
-) -> dict[str, Any]:
-    """What the dashboard should hold beside the settings."""
-    return {
-        "processes": processes,
-        "gpu_count": processes if torch.cuda.is_available() else 0,
-        "gradient_accumulation_steps": trainer.config.gradient_accumulation_steps(processes),
-        "effective_batch_size": trainer.config.target_effective_batch,
-        "steps": trainer.total_steps,
-        "train_utterances": None if trainer.config.streaming else len(train_rows),
-        "train_hours": None if trainer.config.streaming else train_rows.hours,
-        "bf16_autocast": trainer.use_bf16,
-        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-    }
-
-
-def announce(trainer: GradualUnfreezeTrainer, eval_rows: SpeechRows, processes: int) -> None:
-    """Says what will run, and which stages are cut."""
-    config, say = trainer.config, trainer.run_log.say
-    if config.train_sources[0].probability is not None and not config.streaming:
-        for source, count, rows in zip(config.train_sources, trainer.mixture.counts, trainer.mixture.rows, strict=True):
-            share = count / len(trainer.mixture)
-            say(f"mixture: {share:.1%} of an epoch from {source.path}, {count} of its {len(rows)} utterances")
-    budget = config.tokens_per_micro_batch
-    say(
-        f"{trainer.total_steps} steps, {len(trainer.sampler)} an epoch | {config.batch_size} utterances ×"
-        f" {config.gradient_accumulation_steps(processes):g} micro-batches × {processes} processes ="
-        f" {config.target_effective_batch} a step{f', dealt by tokens, at most {budget} at once' if budget else ''} |"
-        f" {'bf16 autocast' if trainer.use_bf16 else 'fp32'} on {trainer.args.device.type}"
-    )
-    last_epoch = math.ceil(trainer.total_steps / len(trainer.sampler))
-    marked = sum(not {"״", "׳"}.isdisjoint(reference) for reference in eval_rows.column("reference"))
-    if marked and config.text_rules.quote_style == "ascii":
-        say(
-            f"note: {marked} evaluation references have ״ or ׳, which targets write as \" and '"
-            " (text_rules.quote_style): by the leaderboard's rules those words differ"
-        )
-    for stage in config.stages:
-        if last_epoch < stage.last_epoch:
-            begins = config.first_epoch_of(stage)
-            what = "is left out" if last_epoch < begins else f"is cut (it would end with epoch {stage.last_epoch})"
-            say(f"stage {stage.name} {what}: the run ends in epoch {last_epoch}")
-    if trainer.resumed:
-        step, there = trainer.resumed.step, trainer.resumed.folder
-        say(
-            f"resumed at step {step} of {trainer.total_steps}, stage {trainer.stage.name}, epoch"
-            f" {step / len(trainer.sampler):.2f}, from {there}"
-        )
-    say(stage_line(trainer.model, trainer.stage))
-
-
 def load_data(
     config: TrainingConfig, state: accelerate.PartialState
 ) -> tuple[SpeechRows | list[StreamedSource], SpeechRows]:
@@ -1507,21 +1432,6 @@ def load_in_turn(state: accelerate.PartialState, load: Callable[[], Any]) -> Any
         if problem:
             raise problem
     return data
-
-
-def report_data(
-    folder: Path,
-    train_rows: SpeechRows | list[StreamedSource],
-    eval_rows: SpeechRows,
-    config: TrainingConfig,
-    run_log: RunLog,
-) -> None:
-    run_log.say(f"run folder {folder}")
-    if run_log.is_main:
-        for line in write_report(folder, None if config.streaming else train_rows, eval_rows, config):
-            run_log.say(line)
-        for stream in train_rows if config.streaming else []:
-            run_log.say(f"streamed: {stream.source}, {stream.rows.num_shards} shards, read while training")
 
 
 def quiet_libraries(is_main: bool) -> None:
