@@ -59,7 +59,9 @@ def ranked(scores: pyarrow.Table) -> pyarrow.Table:
     return scores.sort_by(list(order.items())).append_column("rank", pyarrow.array(ranks, mask=skipped))
 
 
-def nats_per_token(trainer: training.GradualUnfreezeTrainer, batch: dict[str, torch.Tensor]) -> list[float]:
+def nats_per_token(
+    trainer: training.GradualUnfreezeTrainer, batch: dict[str, torch.Tensor], languages: list[str]
+) -> list[float]:
     """Mean nats of each transcript's tokens, the mark of its end included, the language's name before it not."""
     inputs = trainer._prepare_inputs({k: tensor for k, tensor in batch.items() if not k.startswith("prompt_")})
     inputs["input_features"] = inputs["input_features"].to(trainer.model.model.audio_tower.conv2d1.weight.dtype)
@@ -67,8 +69,8 @@ def nats_per_token(trainer: training.GradualUnfreezeTrainer, batch: dict[str, to
     with torch.no_grad(), torch.autocast(trainer.args.device.type, torch.bfloat16, enabled=any_bf16):
         _, nats = label_nats(trainer.model, **inputs)
     counts = (inputs["labels"] != IGNORED_LABEL).sum(dim=1).tolist()
-    prefix = len(trainer.collator.language_prefix)
-    return [mine[prefix:].mean().item() for mine in nats.split(counts)]
+    prefixes = [len(trainer.collator.language_prefix(language)) for language in languages]
+    return [mine[prefix:].mean().item() for mine, prefix in zip(nats.split(counts), prefixes, strict=True)]
 
 
 def character_error_rate(text: str, hypothesis: str) -> float:
@@ -89,7 +91,8 @@ def score(trainer: training.GradualUnfreezeTrainer, batches: list[list[tuple[int
             inputs = trainer.collator(heard, training=False)
             _, generated, _ = trainer.prediction_step(trainer.model, inputs, prediction_loss_only=False)
             hypotheses = trainer.processor.decode(generated, return_format="transcription_only")
-            for u, nats, hypothesis in zip(heard, nats_per_token(trainer, inputs), hypotheses, strict=True):
+            nats_of_each = nats_per_token(trainer, inputs, [u["language"] for u in heard])
+            for u, nats, hypothesis in zip(heard, nats_of_each, hypotheses, strict=True):
                 cer = character_error_rate(u["text"], hypothesis)
                 found[u["index"]] |= {"hypothesis": hypothesis, "nats_per_token": nats, "cer": cer}
         yield list(found.values())

@@ -360,12 +360,12 @@ def flat(settings: Any, name: str = "") -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two nested settings, a line for each field."""
+    """What differs between two nested settings, a line for each field; one that is not there is as good as null."""
     old, new = flat(json.loads(json.dumps(old))), flat(json.loads(json.dumps(new)))
     return [
         f"{name}: {old.get(name, '(none)')} → {new.get(name, '(none)')}"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name, "(none)") != new.get(name, "(none)")
+        if old.get(name) != new.get(name)
     ]
 
 

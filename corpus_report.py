@@ -19,8 +19,8 @@ import soundfile
 from markupsafe import Markup
 from pyarrow.compute import count_distinct, utf8_length, utf8_split_whitespace
 
-from hebrew_audio import SAMPLE_RATE, AudioError, check_waveform, decode_audio
-from hebrew_corpora import DataConfig, Source, SpeechRows
+from hebrew_audio import SAMPLE_RATE, AudioError, decode_audio
+from hebrew_corpora import DataConfig, Source, SpeechRows, why_unheard
 from hebrew_text import HEBREW, INVISIBLE, LATIN, SPOKEN, has_hebrew, script_shares
 
 PERCENTILES = (1, 5, 50, 95, 99)
@@ -192,7 +192,7 @@ def playable(sample: dict[str, Any], rows: SpeechRows) -> dict[str, Any]:
         waveform = decode_audio(piece["audio"], piece["start"], end)
     except AudioError as error:
         return sample | {"problem": str(error), "audio": ""}
-    problem = check_waveform(waveform, min(piece["seconds"], SAMPLE_SECONDS))
+    problem = why_unheard(waveform, min(piece["seconds"], SAMPLE_SECONDS), piece["language"])
     audio = encode_audio(waveform)
     return sample | {"problem": problem, "audio": audio, "kilobytes": len(audio) / 1e3, "whole": whole}
 

@@ -449,7 +449,7 @@ def load_set(one: EvaluationSet, config: EvaluationConfig) -> SpeechRows:
         max_eval_utterances=config.max_utterances,
         preprocessing_num_workers=max(1, config.num_workers),
     )
-    rows = load_rows([one.source], settings, for_training=False, without_speech=not one.has_speech)
+    rows = load_rows([dataclasses.replace(one.source, language=one.language)], settings, for_training=False)
     return without_too_many(rows, settings)
 
 

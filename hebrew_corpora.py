@@ -5,7 +5,6 @@ found by the workers that decode, or beforehand by prepare_corpora.py. Imports n
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -47,6 +46,13 @@ class Source:
     """The transcript's column; None takes the first of transcript, text, sentence, transcription."""
     probability: float | None = None
     """Share of an epoch's utterances; for all sources or for none, where an epoch is every utterance once."""
+    language: str | None = None
+    """What is spoken, as Qwen3-ASR names it (`English`); `None`, its name for no speech: nobody speaks, and the right
+    transcript is empty. Left out (null): the language of the run."""
+
+    @property
+    def has_speech(self) -> bool:
+        return self.language != "None"
 
     def __str__(self) -> str:
         """The path, with what else tells it from another source."""
@@ -107,6 +113,11 @@ class DataConfig:
         """Raises InputError for a mixture that is none."""
         if not self.train_sources:
             raise InputError("train_sources is empty: name at least one dataset")
+        for source in [*self.train_sources, *self.eval_sources]:
+            if source.language is not None and not re.fullmatch("[A-Z][a-z]+", source.language):
+                raise InputError(f"{source}: language is {source.language!r}, must be a name like English, or None")
+        if self.eval_sources and not any(source.has_speech for source in self.eval_sources):
+            raise InputError("nobody speaks in eval_sources, so there is no error rate: name a set with speech")
         if not 0 <= self.drop_worst_share < 1 or (self.audit_scores is None) != (self.drop_worst_share == 0):
             raise InputError("audit_scores and drop_worst_share (above 0, below 1) go together: give both or neither")
         if self.streaming:
@@ -263,6 +274,7 @@ INDEX = datasets.Features(
         "digest": datasets.Value("string"),  # of the audio's bytes, or its path, and where in it the piece begins
         "words": datasets.Value("string"),  # digest of the words alone, to find the same sentence elsewhere
         "word_count": datasets.Value("int32"),
+        "language": datasets.Value("string"),  # as its source has it; null: the run's
         "dropped": datasets.Value("string"),  # why it cannot be used, or ""
     }
 )
@@ -294,7 +306,11 @@ class RowSettings:
     fastest: float  # characters a second
     min_quality: float | None
     require_hebrew: bool
-    without_speech: bool = False  # an empty transcript is the right one
+    language: str | None
+
+    @property
+    def has_speech(self) -> bool:
+        return self.language != "None"
 
 
 def row_settings(source: Source, columns: list[str], config: DataConfig, for_training: bool) -> RowSettings:
@@ -307,7 +323,8 @@ def row_settings(source: Source, columns: list[str], config: DataConfig, for_tra
         slowest=config.min_characters_per_second,
         fastest=config.max_characters_per_second,
         min_quality=config.min_quality_score if for_training else None,
-        require_hebrew=config.require_hebrew,
+        require_hebrew=config.require_hebrew and source.language in (None, "Hebrew"),
+        language=source.language,
     )
 
 
@@ -325,7 +342,7 @@ OFFICIAL_PREFIX = re.compile(r"^language [A-Za-z]+<asr_text>")  # of the targets
 
 def describe_row(row: dict[str, Any], settings: RowSettings) -> list[dict[str, Any]]:
     """Reads one row's text and audio header; evaluation audio is decoded once too, so that it cannot fail later."""
-    known = {"start": 0.0, "text": "", "previous": "", "seconds": 0.0, "dropped": ""}
+    known = {"start": 0.0, "text": "", "previous": "", "seconds": 0.0, "dropped": "", "language": settings.language}
     audio, transcript = row["audio"] or {"bytes": None, "path": None}, row[settings.column]
     metadata = read_metadata(row.get("metadata"))
     known["recording"] = str(metadata.get("entry_id") or audio["path"] or "")
@@ -335,7 +352,7 @@ def describe_row(row: dict[str, Any], settings: RowSettings) -> list[dict[str, A
         known["seconds"] = seconds
         if not settings.for_training and (problem := check_waveform(decode_audio(audio), seconds)) in BROKEN:
             raise AudioError(problem)
-        if settings.without_speech:
+        if not settings.has_speech:
             transcript = transcript or ""
         if not isinstance(transcript, str):
             raise ValueError("empty text" if transcript is None else "text is not a string")
@@ -391,19 +408,28 @@ def digest(content: bytes) -> str:
 
 
 def why_unusable(text: str, seconds: float, settings: RowSettings) -> str:
-    if not SPOKEN.search(text):
-        return "" if settings.without_speech else "empty text"
+    has_text = SPOKEN.search(text) is not None
+    if settings.has_speech and not has_text:
+        return "empty text"
     if not settings.for_training:
         return ""
+    if has_text and not settings.has_speech:
+        return "text where nobody speaks"
     if settings.require_hebrew and not has_hebrew(text):
         return "no Hebrew in the text"
     if seconds < settings.shortest or seconds <= 0:
         return f"shorter than {settings.shortest:g} s"
     if seconds > settings.longest + hebrew_text.PAST_THE_END:
         return f"longer than {settings.longest:g} s"
-    if not settings.slowest <= len(text) / seconds <= settings.fastest:
+    if settings.has_speech and not settings.slowest <= len(text) / seconds <= settings.fastest:
         return f"not {settings.slowest:g}–{settings.fastest:g} characters a second"
     return ""
+
+
+def why_unheard(waveform: np.ndarray, seconds: float, language: str | None) -> str | None:
+    """`check_waveform`, for which silence is no problem where nobody speaks."""
+    problem = check_waveform(waveform, seconds)
+    return None if (problem, language) == ("silent", "None") else problem
 
 
 def described(rows: datasets.Dataset, source: Source, settings: RowSettings, workers: int) -> datasets.Dataset:
@@ -484,18 +510,12 @@ class SpeechRows:
         return float(self.seconds.sum()) / 3600
 
 
-def load_rows(
-    sources: list[Source], config: DataConfig, for_training: bool, without_speech: bool = False
-) -> SpeechRows:
-    """Loads sources; raises InputError when one cannot be read, nothing of it is left, or too much of it is broken.
-
-    `without_speech`: recordings in which nobody speaks, whose right transcript is empty.
-    """
+def load_rows(sources: list[Source], config: DataConfig, for_training: bool) -> SpeechRows:
+    """Loads sources; raises InputError when one cannot be read, nothing of it is left, or too much of it is broken."""
     loaded, tables, dropped = [], [], []
     for number, source in enumerate(sources):
         rows = load_source(source)
         settings = row_settings(source, rows.column_names, config, for_training)
-        settings = dataclasses.replace(settings, without_speech=without_speech)
         wanted = {"audio", settings.column, "metadata", "prev_transcript"}
         rows = rows.select_columns([name for name in rows.column_names if name in wanted])
         table = described(rows, source, settings, config.preprocessing_num_workers).with_format("arrow")[:]
@@ -625,6 +645,8 @@ def with_prepared(train: SpeechRows, config: DataConfig) -> SpeechRows:
     places = places.fill_null(0).to_numpy()
     seconds = np.where(is_heard, heard["seconds"].to_numpy()[places], train.seconds)
     problems = np.where(is_heard, heard["problem"].to_numpy(zero_copy_only=False)[places], "")
+    has_speech = np.array([source.has_speech for source in config.train_sources])[train.source_numbers]
+    problems = np.where(~has_speech & (problems == "silent"), "", problems)
     sizes = np.bincount(train.source_numbers, minlength=len(config.train_sources)).tolist()
     sizes = [size + total_dropped(train, source) for size, source in zip(sizes, config.train_sources, strict=True)]
     train = SpeechRows(train.sources, train.index, train.used, train.dropped, seconds)
@@ -636,7 +658,7 @@ def with_prepared(train: SpeechRows, config: DataConfig) -> SpeechRows:
         f"shorter than {config.min_audio_length_seconds:g} s": seconds < config.min_audio_length_seconds,
         f"longer than {config.max_audio_length_seconds:g} s": seconds
         > config.max_audio_length_seconds + hebrew_text.PAST_THE_END,
-        f"not {slowest:g}–{fastest:g} characters a second": (rate < slowest) | (rate > fastest),
+        f"not {slowest:g}–{fastest:g} characters a second": has_speech & ((rate < slowest) | (rate > fastest)),
     }
     for reason, is_so in reasons.items():
         problems = np.where(is_heard & is_so & (problems == ""), reason, problems)
@@ -703,12 +725,17 @@ def split(config: DataConfig, seed: int) -> tuple[SpeechRows, SpeechRows]:
     if config.eval_sources:
         heldout = load_rows(config.eval_sources, config, for_training=False)
     else:
-        recordings = sorted(train.arrow("recording").unique().to_pylist())
+        is_own = pyarrow.compute.is_null(train.arrow("language"))  # an error rate is of one language
+        recordings = sorted(train.arrow("recording").filter(is_own).unique().to_pylist())
         if len(recordings) < 2:
-            raise InputError("eval_sources is empty and the training data is one recording: name an evaluation set")
+            raise InputError(
+                f"eval_sources is empty, and the training data in the run's language has {len(recordings)} recordings:"
+                " name an evaluation set"
+            )
         count = max(1, round(config.eval_fraction * len(recordings)))
         chosen = set(np.random.default_rng(seed).choice(recordings, count, replace=False).tolist())
-        is_heldout = pyarrow.compute.is_in(train.arrow("recording"), pyarrow.array(sorted(chosen))).to_numpy()
+        is_heldout = pyarrow.compute.is_in(train.arrow("recording"), pyarrow.array(sorted(chosen)))
+        is_heldout = pyarrow.compute.and_(is_heldout, is_own).to_numpy()
         heldout = SpeechRows(train.sources, train.index, train.used[is_heldout], [])
         train = drop(train, config.train_sources, is_heldout, "held out for evaluation")
     return train, heldout

@@ -52,8 +52,8 @@ from batching import (
     useful_tokens,
 )
 from corpus_stream import SpeechStream, StreamedSource, StreamReader, load_streams_and_eval
-from hebrew_audio import SAMPLE_RATE, AudioError, WaveformAugmentation, augment, check_waveform, decode_audio
-from hebrew_corpora import BROKEN, DataConfig, InputError, Mixture, SpeechRows, load_train_and_eval
+from hebrew_audio import SAMPLE_RATE, AudioError, WaveformAugmentation, augment, decode_audio
+from hebrew_corpora import BROKEN, DataConfig, InputError, Mixture, SpeechRows, load_train_and_eval, why_unheard
 from hebrew_scoring import score
 from hub_upload import check_upload, upload, upload_command
 from label_loss import IGNORED_LABEL, SpeechModel, label_nats
@@ -420,6 +420,7 @@ class SpeechDataset(torch.utils.data.Dataset):
             "features": log_mel(self.feature_extractor, waveform),
             "text": row["text"],
             "context": row["previous"] if given else "",
+            "language": row["language"] or self.config.language,
             "epoch": int(epoch),
             "index": int(number),
         }
@@ -429,7 +430,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         waveform = decode_audio(row["audio"], row["start"], row["end"])
         if not self.training:
             return waveform
-        if problem := check_waveform(waveform, row["seconds"]):
+        if problem := why_unheard(waveform, row["seconds"], row["language"]):
             raise AudioError(problem)
         if self.config.use_waveform_augmentation:
             random = np.random.default_rng([self.config.seed, epoch, number, 2])
@@ -488,14 +489,14 @@ class GlobalBatchSampler(torch.utils.data.Sampler):
 class DataCollatorSpeechSeq2SeqWithPadding:
     """Turns utterances into the tensors of one forward pass.
 
-    The prompt is the base model's chat template; the target `language Hebrew<asr_text>…<|im_end|>` follows it. What
-    is supervised is decided by position: everything after the prompt, up to and with <|im_end|> (which is also the
-    padding token, so that a mask by token id would never teach the model to stop).
+    The prompt is the base model's chat template; the target `language Hebrew<asr_text>…<|im_end|>` follows it (where
+    nobody speaks, `language None<asr_text><|im_end|>`). What is supervised is decided by position: everything after
+    the prompt, up to and with <|im_end|> (which is also the padding token, so that a mask by token id would never teach
+    the model to stop).
     """
 
     def __init__(self, processor: Qwen3ASRProcessor, config: TrainingConfig):
         self.processor, self.tokenizer, self.config = processor, processor.tokenizer, config
-        self.language_prefix = self.tokens(f"language {config.language}<asr_text>")
         self.audio_token_id = self.tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
         self.end_of_turn_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
 
@@ -503,6 +504,10 @@ class DataCollatorSpeechSeq2SeqWithPadding:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - the collator lives as long as the process
+    def language_prefix(self, language: str) -> list[int]:
+        return self.tokens(f"language {language}<asr_text>")
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019
     def around_audio(self, context: str) -> tuple[list[int], list[int]]:
         """The base model's chat template before and after the audio; `context` fills the system turn."""
         turns = [{"role": "user", "content": [{"type": "audio", "audio": ""}]}]
@@ -520,8 +525,10 @@ class DataCollatorSpeechSeq2SeqWithPadding:
         """Prompt and target of each utterance; for none, the prompt of a second of silence and no target."""
         contexts = [u["context"] for u in utterances] or [""]
         prompts = [self.prompt(count, context) for count, context in zip(frames, contexts, strict=True)]
-        targets = [self.language_prefix + self.tokens(u["text"]) + [self.end_of_turn_id] for u in utterances] or [[]]
-        return prompts, targets
+        targets = [
+            self.language_prefix(u["language"]) + self.tokens(u["text"]) + [self.end_of_turn_id] for u in utterances
+        ]
+        return prompts, targets or [[]]
 
     def __call__(self, utterances: list[dict[str, Any]], training: bool) -> dict[str, torch.Tensor]:
         """Collates utterances of SpeechDataset, one to a row.
@@ -555,7 +562,7 @@ class DataCollatorSpeechSeq2SeqWithPadding:
         }
         if not training:
             if self.config.eval_prefill_language:
-                prompts = [p + self.language_prefix for p in prompts]
+                prompts = [p + self.language_prefix(u["language"]) for p, u in zip(prompts, utterances, strict=True)]
             batch["prompt_input_ids"] = self.pad(prompts, self.end_of_turn_id, left=True)
             batch["prompt_attention_mask"] = self.pad([[1] * len(p) for p in prompts], 0, left=True)
         return batch
@@ -741,7 +748,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             self.stream = self.open_stream(train_rows)
         else:
             self.mixture = Mixture(train_rows, config.train_sources, config.seed)
-            around = len(self.collator.prompt(0, "")) + len(self.collator.language_prefix) + 1
+            around = len(self.collator.prompt(0, "")) + len(self.collator.language_prefix(config.language)) + 1
             tokens = UtteranceTokens(train_rows, around, self.collator.tokens, config)
             self.sampler = GlobalBatchSampler(self.mixture, tokens, config, args.process_index, args.world_size)
         self.total_steps = config.max_steps or config.num_epochs * len(self.sampler)
@@ -1026,7 +1033,8 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         metrics = {"loss": sum(loss * count for *_, loss, count in found) / sum(count for *_, count in found)}
         metrics |= score(references, hypotheses)
         if not self.config.eval_prefill_language:
-            metrics["other_language"] = sum(language != self.config.language for _, _, language, *_ in found)
+            expected = [language or self.config.language for language in dataset.rows.column("language")]
+            metrics["other_language"] = sum(language != expected[row] for row, _, language, *_ in found)
         if model is None and not math.isnan(self.last_train_loss):
             metrics["loss_minus_train_loss"] = metrics["loss"] - self.last_train_loss
         metrics = {f"{metric_key_prefix}/{name}": value for name, value in metrics.items()}

@@ -125,7 +125,7 @@ class QwenModel:
         """Each piece has its own limit of tokens, so that no transcript depends on what else is in the batch."""
         few, a_second = MOST_TOKENS
         limits = [self.decoding.max_new_tokens or few + math.ceil(a_second * s) for s in seconds]
-        context = {"text": "", "context": self.decoding.context}
+        context = {"text": "", "context": self.decoding.context, "language": self.collator.config.language}
         batch = self.collator([{"features": f} | context for f in features], training=False)
         generated = training.generate(self.model, batch, max(limits), num_beams=self.decoding.num_beams)
         tokens = [row[:limit] for row, limit in zip(generated.tolist(), limits, strict=True)]

@@ -2,6 +2,7 @@
 
     uv run --group demo python demo/make_demo.py              # everything, into demo/
     uv run --group demo python demo/make_demo.py --out DIR    # elsewhere
+    uv run --group demo python demo/make_demo.py --replay     # only demo/replay/, half a minute
 
 The checkpoint has the classes, files, prompt and special tokens of Qwen/Qwen3-ASR-1.7B-hf, and a vocabulary of single
 characters. It is taught some Hebrew words, some English and what the absence of speech sounds like. The corpus speaks
@@ -22,14 +23,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from speech import (
+    ENGLISH_VOICES,
     RATE,
     Clip,
     Espeak,
     base_clips,
     corpus_rows,
+    delivery,
     distinct,
     english_sentence,
     hebrew_sentence,
+    nonspeech_clip,
     read_clips,
     row,
     test_clips,
@@ -48,6 +52,7 @@ from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 SEED = 20
 HELDOUT_ROWS, ENGLISH_ROWS, NONSPEECH_ROWS = 440, 160, 110
+REPLAY_ENGLISH, REPLAY_NONSPEECH = 250, 60
 CORPUS_SENTENCES = 2_400
 BASE_HEBREW, BASE_ENGLISH, BASE_NONSPEECH = 3_600, 900, 300  # clips to train the checkpoint on
 BATCH = 24  # clips
@@ -279,10 +284,29 @@ def report(model, processor, folder: Path) -> None:
     print(f"  nonspeech: answered with no text {100 * silent:.0f} %", flush=True)
 
 
+def write_replay(espeak: Espeak, out: Path) -> None:
+    """Training rows of what the checkpoint knows beside Hebrew; no sentence and no noise is one of the test sets'."""
+    rng, noise_rng = random.Random(SEED + 1), np.random.default_rng(SEED + 1)
+    tested = {clip.text for clip in read_clips(out / "english", "English")}
+    english = distinct(lambda: english_sentence(rng), REPLAY_ENGLISH, tested)
+    clips = {
+        "english": [Clip(espeak(t, rng.choice(ENGLISH_VOICES), **delivery(rng)), t, "English") for t in english],
+        "nonspeech": [nonspeech_clip(noise_rng) for _ in range(REPLAY_NONSPEECH)],
+    }
+    for name, mine in clips.items():
+        rows = [row(clip.wave, clip.text, f"demo-{name}", f"replay-{name}-{i:04d}") for i, clip in enumerate(mine)]
+        write_parquet(out / "replay" / name / "train-00000-of-00001.parquet", rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to")
-    out, started, rng = parser.parse_args().out, time.time(), random.Random(SEED)
+    parser.add_argument("--replay", action="store_true", help="only what is replayed, beside test sets that are there")
+    given, started, rng = parser.parse_args(), time.time(), random.Random(SEED)
+    out = given.out
+    if given.replay:
+        write_replay(Espeak(), out)
+        return
     torch.set_num_threads(1)  # the same sums in the same order on every machine load
     torch.manual_seed(SEED)
 
@@ -302,6 +326,7 @@ def main() -> None:
     for name, clips in test_clips(espeak, heldout, english, NONSPEECH_ROWS, rng).items():
         rows = [row(clip.wave, clip.text, f"demo-{name}", f"{name}-{i:04d}") for i, clip in enumerate(clips)]
         write_parquet(out / name / "test-00000-of-00001.parquet", rows)
+    write_replay(espeak, out)
     step("speaking the corpus")
     write_parquet(out / "corpus" / "train-00000-of-00001.parquet", corpus_rows(espeak, corpus, rng))
     step("speaking what the checkpoint is trained on")

@@ -91,11 +91,11 @@ def test_an_interrupted_audit_goes_on_and_ends_the_same(scores, spoken, tmp_path
     monkeypatch.setattr(audit_corpus, "BATCHES_PER_PART", 2)
     batches, of_one_batch = [], audit_corpus.nats_per_token
 
-    def counted(trainer, batch):
+    def counted(trainer, batch, languages):
         batches.append(batch)
         if len(batches) == 4:
             raise RuntimeError("power cut")
-        return of_one_batch(trainer, batch)
+        return of_one_batch(trainer, batch, languages)
 
     monkeypatch.setattr(audit_corpus, "nats_per_token", counted)
     with pytest.raises(RuntimeError, match="power cut"):

@@ -127,7 +127,7 @@ def test_tokens_are_known_before_anything_is_decoded(config, processor, train_ro
     dataset = SpeechDataset(train_rows, processor, config, training=True)
     previous = train_rows.index.column_names.index("previous")
     train_rows.index = train_rows.index.set_column(previous, "previous", train_rows.index["text"])
-    around = len(collator.prompt(0, "")) + len(collator.language_prefix) + 1
+    around = len(collator.prompt(0, "")) + len(collator.language_prefix("Hebrew")) + 1
     numbers = np.arange(len(train_rows))
     estimated = UtteranceTokens(train_rows, around, collator.tokens, config).of(3, numbers)
     exact = np.array([int(collator([dataset[(3, n)]], True)["attention_mask"].sum()) for n in numbers.tolist()])
