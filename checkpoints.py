@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 MANIFEST = "manifest.json"
@@ -150,6 +150,7 @@ class Writer:
         self.stalls: list[float] = []  # seconds that training stood still for each save
         self._host: dict[str, torch.Tensor] = {}  # buffers in host memory, used again by the next save
         self._thread: threading.Thread | None = None
+        self._bug: Exception | None = None
 
     def save(
         self, step: int, tensors: dict[str, dict[str, torch.Tensor]], documents: dict[str, bytes], facts: dict
@@ -165,8 +166,11 @@ class Writer:
         self._thread.start()
 
     def wait(self) -> None:
+        """Waits until what was to be saved is on the disk, or is given up; raises what is no trouble of the disk."""
         if self._thread:
             self._thread.join()
+        if self._bug:
+            raise self._bug
 
     def _to_host(self, name: str, group: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         copies = {}
@@ -182,18 +186,27 @@ class Writer:
         started = time.perf_counter()
         try:
             self.newest = write(self.parent, step, tensors, documents, facts)
-            seconds = time.perf_counter() - started
-            size = sum(file.stat().st_size for file in self.newest.folder.iterdir())
-            self.say(
-                f"checkpoint {self.newest.folder.name}: {size / 1e6:.1f} MB in {seconds:.2f} s, while training stood"
-                f" still for {self.stalls[-1]:.3f} s"
-            )
-            prune(self.parent, self.keep, self.say, self.in_use())
-            self.done(self.newest)
-        except Exception as error:  # safetensors has errors of its own for a full disk
+        except (OSError, SafetensorError) as error:  # safetensors has errors of its own for a full disk
             self.failures += 1
             last = self.newest.folder.name if self.newest else "none"
             self.say(f"warning: no checkpoint of step {step} ({error}); the last one is {last}, training goes on")
+            return
+        except Exception as error:
+            self._bug = error
+            return
+        seconds, folder = time.perf_counter() - started, self.newest.folder
+        try:
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            self.say(
+                f"checkpoint {folder.name}: {size / 1e6:.1f} MB in {seconds:.2f} s, while training stood still for"
+                f" {self.stalls[-1]:.3f} s"
+            )
+            prune(self.parent, self.keep, self.say, self.in_use())
+            self.done(self.newest)
+        except OSError as error:
+            self.say(f"warning: checkpoint {folder.name} is there, but older ones may be too many ({error})")
+        except Exception as error:
+            self._bug = error
 
 
 # ---------------------------------------------------------------------------------------------- Verifying and choosing

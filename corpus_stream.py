@@ -225,6 +225,9 @@ class StreamReader(torch.utils.data.Dataset):
         try:
             while (item := next(self.items)) is None:
                 pass
+        except RuntimeError:  # a worker died: whoever asks again goes on from `state`
+            self.items = None
+            raise
         except InputError as error:  # of one process, and of a worker: there the message has its traceback around it
             message = str(error).strip().splitlines()[-1].removeprefix("hebrew_corpora.InputError: ")
             print(f"error: {message}", file=sys.stderr, flush=True)

@@ -73,7 +73,9 @@ def reason(error: BaseException) -> str:
     """An error as one line, without tokens and without the query of an address, which may be a permission."""
     while isinstance(error, (RuntimeError, LocalEntryNotFoundError)) and error.__cause__:  # "Error while uploading …"
         error = error.__cause__
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    if not text or isinstance(error, (LookupError, TypeError, AttributeError)):  # an answer that is none, or a bug
+        text = f"{type(error).__name__} {text}".rstrip()
     return re.sub(r"hf_\w+", "hf_…", re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", text))[:300].rstrip(".")
 
 

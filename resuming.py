@@ -15,13 +15,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import accelerate
 import numpy as np
 import torch
 import torch.distributed
 import transformers
+from accelerate import skip_first_batches
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer, TrainerCallback
 
@@ -31,12 +32,14 @@ from hebrew_corpora import InputError
 from hub_upload import CheckpointUploader, fetch_checkpoints
 from model_costs import Window, Work
 from run_log import RunLog
-from run_watch import LAUNCHER_ENDED, Watch, checksum, stop_name, take_lock
+from run_watch import LAUNCHER_ENDED, Batches, Watch, checksum, stop_name, take_lock
 
 WEIGHTS, ADAM = "model.safetensors", "optimizer.safetensors"  # the tensors of a checkpoint
 SECONDS_TO_LEAVE = 2.0  # of the grace time, when the last checkpoint is still being uploaded
 TIMES_TO_GO_BACK = 2  # to a checkpoint, before a run without finite gradients is given up
 
+T = TypeVar("T")
+Batch = dict[str, torch.Tensor]
 
 # ------------------------------------------------------------------------------------------------------- Run's folder
 
@@ -142,7 +145,7 @@ def checkpoint_to_resume(config: Any, folder: Path, run_log: RunLog) -> Checkpoi
     return found
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException | str) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -193,6 +196,8 @@ class ResumableTrainer(Trainer):
         self.evaluated_step, self.saved_step = -1, 0
         self.evaluation_pending = False  # the evaluation of this step was cut off by a signal
         self.order, self.bad_steps, self.skipped_steps, self.times_gone_back = 0, 0, 0, 0
+        self.dead_workers, self.newly_dead = 0, 0  # of the loaders of all processes; of this one's, not yet among them
+        self.batches: Batches | None = None
         self._tr_loss, self._globalstep_last_logged = torch.zeros((), device=self.args.device), 0  # as Trainer does
         self.resumed: Checkpoint | None = None
         self.stopped = 0  # the signal that ended the run
@@ -261,14 +266,15 @@ class ResumableTrainer(Trainer):
         }
         config = self.config
         state = {
-            "losses": losses,
+            "losses": list(map(finite, losses)),
             "streams": streams,
             "last_logged_step": self._globalstep_last_logged,
             "windows": windows,
             "dropped_utterances": self.dropped_utterances,
             "broken_utterances": self.broken_utterances,
-            "last_train_loss": self.last_train_loss,
-            "best_wer": self.best_wer,
+            "dead_workers": self.dead_workers,
+            "last_train_loss": finite(self.last_train_loss),
+            "best_wer": finite(self.best_wer),
             "best_step": self.best_step,
             "evaluation_pending": self.evaluation_pending,
             "order": self.order,
@@ -277,11 +283,11 @@ class ResumableTrainer(Trainer):
             "tracker": self.run_log.tracker_id,
         }
         documents = self.files_for_use | {
-            "state.json": json.dumps(state).encode(),
+            "state.json": json.dumps(state, allow_nan=False).encode(),
             "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in self.run_log.rows).encode(),
         }
         facts = {
-            "wer": self.last_wer if self.evaluated_step == step else None,
+            "wer": finite(self.last_wer) if self.evaluated_step == step else None,
             "epoch": self.state.epoch,
             "stage": self.stage.name,
             "processes": self.args.world_size,
@@ -317,10 +323,12 @@ class ResumableTrainer(Trainer):
         load_weights(self.model, checkpoint)
         self.set_stage(self.config.stage_of_epoch(checkpoint.step // len(self.sampler) + 1))
         state = checkpoint.document("state.json")
-        for name in ("dropped_utterances", "broken_utterances", "last_train_loss", "best_wer", "best_step"):
+        for name in ("dropped_utterances", "broken_utterances", "best_step", "dead_workers"):
             setattr(self, name, state[name])
         for name in ("evaluation_pending", "bad_steps", "skipped_steps"):
             setattr(self, name, state[name])
+        self.last_train_loss = float("nan") if state["last_train_loss"] is None else state["last_train_loss"]
+        self.best_wer = float("inf") if state["best_wer"] is None else state["best_wer"]
         if self.best_step not in map(checkpoints.number_of, checkpoints.names(self.writer.parent)):
             self.best_wer, self.best_step = float("inf"), 0
         self.shuffle_anew(state["order"])
@@ -335,7 +343,7 @@ class ResumableTrainer(Trainer):
     def restore_window(self) -> None:
         """The losses since the last logged step, which another number of processes shares evenly."""
         state = self.resumed.document("state.json")
-        losses = state["losses"]
+        losses = [float("nan") if loss is None else loss for loss in state["losses"]]
         same = len(losses) == self.args.world_size
         self._tr_loss.fill_(losses[self.args.process_index] if same else sum(losses) / len(losses))
         self._globalstep_last_logged = state["last_logged_step"]
@@ -382,7 +390,7 @@ class ResumableTrainer(Trainer):
 
     def while_running(self, loader: torch.utils.data.DataLoader) -> Iterator[Any]:
         """A loader's batches; raises Stopped on all processes between two batches when one of them is asked to stop."""
-        batches = iter(loader)
+        batches = Batches(iter(loader), lambda done: iter(skip_first_batches(loader, done)), self.worker_died)
         for _ in range(max(self.watch.gather(len(loader)))):
             self.watch.mark(f"the evaluation after step {self.state.global_step}")
             if stop := self.watch.agree_to_stop():
@@ -403,9 +411,21 @@ class ResumableTrainer(Trainer):
 
     # Guards
 
-    def get_batch_samples(self, *args: Any) -> tuple[list, torch.Tensor | int | None]:
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any) -> tuple[list, torch.Tensor | int | None]:
         self.loss_before = self._tr_loss.clone()  # of the window, without the step that begins here
-        return super().get_batch_samples(*args)
+        if self.batches is None or self.batches.first is not epoch_iterator:
+            self.batches = Batches(epoch_iterator, self.rest_of_epoch, self.worker_died)
+        return super().get_batch_samples(self.batches, *args)
+
+    def rest_of_epoch(self, _: int) -> Iterator[Any]:
+        """The epoch's batches from the step that is due, by new workers."""
+        return iter(skip_first_batches(self.get_train_dataloader(), self.state.global_step % len(self.sampler)))
+
+    def worker_died(self, why: str) -> None:
+        """Says, from any process, that a worker of the loader died; the next step counts it."""
+        self.newly_dead += 1
+        line = f"warning: process {self.args.process_index}, after step {self.state.global_step}: {first_line(why)}"
+        print(f"{line}; new workers go on from the batch that is due", file=sys.stderr, flush=True)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -481,6 +501,29 @@ class CheckpointEvents(TrainerCallback):
             trainer.stopped, trainer.evaluation_pending = stop, control.should_evaluate
             control.should_evaluate = False
             control.should_save = control.should_training_stop = True
+
+
+def as_it_fits(run: Callable[[Batch], T], batch: Batch) -> list[tuple[int, T | None]]:
+    """Runs a batch, in halves where it does not fit the device's memory.
+
+    Returns:
+        the rows and the result of each part, in order; None for a single row that does not fit.
+    """
+    rows = len(next(iter(batch.values())))
+    try:
+        return [(rows, run(batch))]
+    except torch.OutOfMemoryError:
+        pass  # what it had allocated goes with its traceback, at the end of this block
+    torch.cuda.empty_cache()
+    if rows == 1:
+        return [(1, None)]
+    halves = [{name: tensor[part] for name, tensor in batch.items()} for part in np.s_[: rows // 2, rows // 2 :]]
+    return [part for half in halves for part in as_it_fits(run, half)]
+
+
+def finite(number: float) -> float | None:
+    """A number as JSON can have it."""
+    return number if math.isfinite(number) else None
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

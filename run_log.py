@@ -74,7 +74,7 @@ class RunLog:
         """Writes numbers under their names to metrics.jsonl and the dashboard, and the main ones as one line."""
         if not self.is_main:
             return
-        numbers = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in numbers.items()}
+        numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
         self.rows.append({"step": step} | numbers)
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(self.rows[-1]) + "\n")
@@ -111,6 +111,12 @@ class RunLog:
                 f"warning: step {step} was not applied, its gradient norm is {norm}; its {len(utterances)} utterances"
                 f" are in skipped-steps.txt: {', '.join(utterances[:3])}, …"
             )
+
+    def note_full_memory(self, halved: int, failed: list[str]) -> None:
+        """Says that evaluation batches did not fit the memory, and names the utterances that did not even alone."""
+        if halved or failed:
+            alone = f"; alone did not fit, and count as not heard at all: {', '.join(failed)}" if failed else ""
+            self.say(f"warning: out of memory in the evaluation, {halved} times a batch was halved{alone}")
 
     def note_dropped(self, reasons: list[str], step: int) -> None:
         """Lists utterances that were left out of a step (any rank: each has a file of its own)."""

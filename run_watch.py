@@ -6,13 +6,14 @@ Imports nothing of this project.
 import contextlib
 import fcntl
 import os
+import re
 import select
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what torchrun p
 LAUNCHER_ENDED = 255
 ONE_SIGNAL_SECONDS = 3.0  # a scheduler signals the launcher and every process, and the launcher passes its own on
 LOCK_SECONDS = 30.0
+DEATHS_IN_A_ROW = 3  # of a loader's workers, without a batch in between, before it is given up
+DEAD_WORKER = re.compile(r"DataLoader worker \(pid|Pin memory thread exited")  # in what torch raises for one
 
 
 class Watch:
@@ -160,6 +163,46 @@ def outlive_stop_signals(_: int, seconds: float) -> None:
     """For a loader's workers: whoever signals every process means the run, which still needs them for so long."""
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: signal.setitimer(signal.ITIMER_REAL, seconds))  # its SIGALRM ends them
+
+
+class Batches:
+    """A loader's batches; when one of its workers dies, new workers go on with the batch that is due.
+
+    Torch's own handler of SIGCHLD would raise wherever the main thread is just then, in the middle of a step too.
+    Without it, whoever waits for the next batch finds out, within 5 s.
+    """
+
+    def __init__(self, batches: Iterator[Any], again: Callable[[int], Iterator[Any]], died: Callable[[str], None]):
+        """`again(n)` gives what follows the first n batches, `died(why)` is called for each death."""
+        self.first = self.batches = batches
+        self.again, self.died = again, died
+        self.done = 0
+        self.deaths = 0  # in a row
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Any:
+        """The next batch; RuntimeError when workers go on dying before it comes."""
+        while True:
+            try:
+                batch = next(self.batches)
+                self.done, self.deaths = self.done + 1, 0
+                return batch
+            except RuntimeError as error:
+                if not DEAD_WORKER.search(str(error)):
+                    raise
+                self.deaths += 1
+                self.died(str(error))
+                if self.deaths == DEATHS_IN_A_ROW:
+                    raise RuntimeError(
+                        f"{self.deaths} workers of the loader died one after the other: out of memory (give fewer, by"
+                        " dataloader_num_workers), or a recording that the decoder does not survive"
+                    ) from error
+            with contextlib.suppress(AttributeError):  # a loader within the training process has none
+                self.batches._shutdown_workers()  # the others; they would go on holding memory
+            self.batches = self.again(self.done)
 
 
 def checksum(parameters: list[torch.Tensor]) -> int:

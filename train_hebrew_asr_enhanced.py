@@ -61,6 +61,7 @@ from model_costs import Window, work_of
 from prepare_corpora import prepare
 from resuming import (
     ResumableTrainer,
+    as_it_fits,
     checkpoint_to_resume,
     ends_early,
     failures_noted,
@@ -79,6 +80,7 @@ TOKENS_PER_SECOND = 8  # of a fast speaker's Hebrew: 3.8 words a second, 2.1 tok
 AUDIO_TOKEN = "<|audio_pad|>"
 END_OF_TURN = "<|im_end|>"
 ENOUGH_TO_JUDGE = 1000  # utterances, before a share of broken ones means something
+DOES_NOT_FIT = ("", "", 0.0, 0)  # hypothesis, language, nats, tokens of an utterance that memory does not hold
 COMPONENTS = ("projector", "audio_top", "llm_top", "lm_head")
 
 
@@ -919,8 +921,9 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         model.train()
         micro_batches, dropped = inputs
         self.run_log.note_dropped(dropped, self.state.global_step + 1)
-        # Target tokens, audio frames, dropped, of those the broken, positions of the model, of those not padding
-        totals = torch.zeros(6, dtype=torch.float64, device=self.args.device)
+        # Target tokens, audio frames, dropped, of those the broken, positions of the model, of those not padding,
+        # workers that died
+        totals = torch.zeros(7, dtype=torch.float64, device=self.args.device)
         totals[2], totals[3] = len(dropped), sum(line.split(":")[0] in BROKEN for line in dropped)
         for batch in micro_batches:
             supervised = (batch["labels"] != IGNORED_LABEL).sum()
@@ -929,12 +932,14 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             totals[4] += batch["input_ids"].numel()
             totals[5] += useful_tokens(batch) * (supervised > 0)
             self.window.work += work_of(batch, self.model.config)
+        totals[6], self.newly_dead = self.newly_dead, 0
         totals = self.accelerator.reduce(totals, reduction="sum")
         self.window.audio_seconds += totals[1].item() / FRAMES_PER_CHUNK
         self.window.positions += totals[4].item()
         self.window.useful += totals[5].item()
         self.dropped_utterances += int(totals[2].item())
         self.broken_utterances += int(totals[3].item())
+        self.dead_workers += int(totals[6].item())
         self.check_broken(self.state.global_step + 1)
         if not totals[0]:
             raise InputError(f"step {self.state.global_step + 1}: none of its utterances decodes")
@@ -996,6 +1001,13 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         most = max(self.config.generation_max_new_tokens, math.ceil(TOKENS_PER_SECOND * seconds))
         return loss, generate(module, inputs | prompts, most), inputs["labels"]
 
+    def transcribe(self, module: torch.nn.Module, batch: dict[str, torch.Tensor]) -> list[tuple[str, str, float, int]]:
+        """Hypothesis, language, mean nats of the batch, and target tokens of each utterance of one batch."""
+        loss, generated, labels = self.prediction_step(module, batch, prediction_loss_only=False)
+        outputs = self.processor.decode(generated, return_format="parsed")
+        tokens = (labels != IGNORED_LABEL).sum(dim=1).tolist()
+        return [(o["transcription"], o["language"], loss.item(), n) for o, n in zip(outputs, tokens, strict=True)]
+
     def evaluate(
         self,
         eval_dataset: SpeechDataset | None = None,
@@ -1015,23 +1027,23 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         module = model or self.model
         dataset = eval_dataset or self.eval_dataset
         module.eval()
-        found = []  # (row, hypothesis, language, mean nats of its batch, target tokens)
+        found, halved = [], 0  # (row, hypothesis, language, mean nats of its batch, target tokens)
         loader = self.get_eval_dataloader(dataset)
         batches = self.while_running(loader)
         for rows, batch in tqdm(batches, "evaluating", len(loader), leave=False, disable=self.run_log.hides_progress):
-            loss, generated, labels = self.prediction_step(module, batch, prediction_loss_only=False)
-            tokens = (labels != IGNORED_LABEL).sum(dim=1).tolist()
-            outputs = self.processor.decode(generated, return_format="parsed")
-            found += [
-                (row, output["transcription"], output["language"], loss.item(), count)
-                for row, output, count in zip(rows, outputs, tokens, strict=True)
-            ]
-        found = sorted(gather_object(found))
+            parts = as_it_fits(functools.partial(self.transcribe, module), batch)
+            outputs = [output for count, part in parts for output in part or [DOES_NOT_FIT] * count]
+            found += [(row, *output) for row, output in zip(rows, outputs, strict=True)]
+            halved += len(parts) - 1
+        found, (halved, *others) = sorted(gather_object(found)), gather_object([halved])
         texts = dataset.rows.column("reference")
         references = [texts[row] for row, *_ in found]
         hypotheses = [hypothesis for _, hypothesis, *_ in found]
-        metrics = {"loss": sum(loss * count for *_, loss, count in found) / sum(count for *_, count in found)}
+        failed = [row for row, *_, count in found if not count]
+        self.run_log.note_full_memory(halved + sum(others), [dataset.rows[row]["recording"] for row in failed])
+        metrics = {"loss": sum(loss * count for *_, loss, count in found) / max(1, sum(count for *_, count in found))}
         metrics |= score(references, hypotheses)
+        metrics["out_of_memory"] = len(failed)
         if not self.config.eval_prefill_language:
             expected = [language or self.config.language for language in dataset.rows.column("language")]
             metrics["other_language"] = sum(language != expected[row] for row, _, language, *_ in found)
@@ -1124,6 +1136,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         numbers["train/stage"] = self.config.stages.index(self.stage) + 1
         numbers["train/trainable_parameters"] = trainable_parameters(self.model)
         numbers["train/dropped_utterances"] = self.dropped_utterances
+        numbers["train/dead_workers"] = self.dead_workers
         numbers |= self.window.numbers(self.model, now - self.window_started)
         numbers |= self.uploader.numbers(step)
         self.window_started, self.window = now, Window()

@@ -229,6 +229,15 @@ def test_a_full_disk_is_said_and_counted_and_the_last_checkpoint_stays(tmp_path,
     assert [found.step for found in done] == [1, 4] and newest_valid(tmp_path, print).step == 4
 
 
+def test_a_mistake_in_the_writer_ends_the_run_and_is_not_taken_for_a_full_disk(tmp_path):
+    said = []
+    writer = Writer(tmp_path, 2, said.append, lambda _: None)
+    writer.save(1, tensors(1), {"state.json": "text, which is not bytes"}, FACTS)
+    with pytest.raises(TypeError):
+        writer.wait()
+    assert not said and not writer.failures and not list(tmp_path.iterdir())
+
+
 def test_settings_are_compared_field_by_field():
     old = {"seed": 1, "stages": [{"name": "B", "rates": {"x": 1e-3}}], "gone": 1}
     new = {"seed": 2, "stages": [{"name": "B", "rates": {"x": 1e-3, "y": 2}}, {"name": "A"}]}

@@ -65,6 +65,46 @@ def test_eval_loss_is_nats_per_token_and_every_utterance_counts_once(config, mod
     assert math.exp(-metrics["eval/loss"]) > 0.02, "the demo's base knows this prompt"
 
 
+def memory_for(monkeypatch, fits) -> None:
+    """Has the device run out of memory in every evaluation batch that does not `fit`."""
+    prediction_step = GradualUnfreezeTrainer.prediction_step
+
+    def step(self, model, inputs, **options):
+        if not fits(inputs):
+            raise torch.OutOfMemoryError("CUDA out of memory, as injected by the test")
+        return prediction_step(self, model, inputs, **options)
+
+    monkeypatch.setattr(GradualUnfreezeTrainer, "prediction_step", step)
+
+
+def test_an_evaluation_batch_that_does_not_fit_is_halved_and_gives_the_same(model, make_trainer, monkeypatch, capsys):
+    trainer = make_trainer(model)
+    expected = trainer.evaluate()
+    memory_for(monkeypatch, lambda inputs: len(inputs["labels"]) <= 2)
+    assert trainer.evaluate() == pytest.approx(expected, rel=1e-5)
+    assert expected["eval/out_of_memory"] == 0
+    assert "warning: out of memory in the evaluation, 6 times a batch was halved" in capsys.readouterr().out
+
+
+def test_an_utterance_that_does_not_fit_alone_is_counted_as_not_heard(model, make_trainer, monkeypatch, capsys):
+    trainer = make_trainer(model)
+    expected, row = trainer.evaluate(), 4
+    wanted = collate_evaluation(trainer.collator, [[trainer.eval_dataset[(0, row)]]])[1]["labels"]
+    target = wanted[wanted != -100].tolist()
+    memory_for(
+        monkeypatch, lambda inputs: all(labels[labels != -100].tolist() != target for labels in inputs["labels"])
+    )
+    capsys.readouterr()
+    metrics = trainer.evaluate()
+    assert metrics["eval/out_of_memory"] == 1
+    assert metrics["eval/empty_predictions"] == expected["eval/empty_predictions"] + 1
+    assert metrics["eval/wer"] != expected["eval/wer"] and math.isfinite(metrics["eval/loss"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "out of memory" in line)
+    assert trainer.eval_dataset.rows[row]["recording"] in line
+    memory_for(monkeypatch, lambda inputs: False)
+    assert trainer.evaluate()["eval/out_of_memory"] == 11, "and the run goes on"
+
+
 def evaluation_batch(trainer):
     """Four utterances of different lengths, features in fp32 as the loader makes them."""
     order = trainer.eval_dataset.rows.seconds.argsort()[:4]

@@ -2,7 +2,9 @@
 
 import dataclasses
 import gc
+import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -27,6 +29,7 @@ from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig, ma
 HERE = Path(__file__).parent
 LAST = 12  # steps of small_config: two epochs of 6, a stage each
 TIMES = ("train/audio_seconds_per_second", "train/waiting_for_data", "train/gigaflops_per_second")
+OWN = (*TIMES, "train/dead_workers")  # of each run
 STATE = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -87,9 +90,9 @@ def checkpoint(run: Path, step: int) -> Path:
 
 
 def rows(run: Path) -> list[dict]:
-    """What was logged, without times, and without how far the uploads were."""
+    """What was logged, without times, how far the uploads were, and the workers that died."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{n: value for n, value in line.items() if not n.startswith("hub/") and n not in TIMES} for line in lines]
+    return [{n: value for n, value in line.items() if not n.startswith("hub/") and n not in OWN} for line in lines]
 
 
 def newest(run: Path) -> Path:
@@ -100,10 +103,10 @@ def assert_same(run: Path, reference: Path) -> None:
     for name in STATE:
         mine, other = newest(run) / name, newest(reference) / name
         if name == "state.json":
-            mine, other = (json.loads(file.read_text()) for file in (mine, other))
+            mine, other = (json.loads(file.read_text(), parse_constant=pytest.fail) for file in (mine, other))
             for window in mine["windows"] + other["windows"]:
                 del window["waited"]  # a time
-            assert mine == other
+            assert mine | {"dead_workers": 0} == other
         else:
             assert mine.read_bytes() == other.read_bytes(), name
     assert rows(run) == rows(reference)
@@ -247,6 +250,34 @@ def test_a_run_whose_steps_stay_broken_gives_up(settings, tmp_path, monkeypatch)
     assert checkpoints.read_status(tmp_path / "run")["state"] == "failed"
 
 
+def kill_a_worker() -> None:
+    multiprocessing.active_children()[0].kill()
+
+
+def test_a_killed_worker_of_the_loader_is_counted_said_and_survived(whole, settings, tmp_path, monkeypatch, capfd):
+    prediction_step, killed = GradualUnfreezeTrainer.prediction_step, []
+
+    def killing(self, *args, **kwargs):
+        if self.state.global_step == 5 and not killed:
+            killed.append(kill_a_worker())
+        return prediction_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(GradualUnfreezeTrainer, "prediction_step", killing)
+    interrupt(monkeypatch, 7, kill_a_worker)
+    config = settings(tmp_path / "run", dataloader_num_workers=1, resume=str(checkpoint(whole, 2)))
+    main(config)
+    assert_same(tmp_path / "run", whole)
+    err = capfd.readouterr().err
+    assert err.count("DataLoader worker (pid") == 2 and "new workers go on from the batch that is due" in err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train/dead_workers"] for line in lines if line["step"] in (4, 8, 12) and "train/loss" in line] == [
+        0,
+        1,
+        2,
+    ]
+    assert json.loads((newest(tmp_path / "run") / "state.json").read_text())["dead_workers"] == 2
+
+
 # Over the Hub
 
 
@@ -387,6 +418,29 @@ def test_a_preempted_run_of_two_processes_ends_in_the_same_bits(settings, tmp_pa
     done = run("broken", -1, "TERM")
     assert done.returncode == 0 and "resumed at step 9 of 12, stage A" in done.stdout, done.stderr
     assert_same(tmp_path / "broken", tmp_path / "whole")
+
+
+def losses(run: Path) -> list[float]:
+    return [row["train/loss"] for row in rows(run) if "train/loss" in row]
+
+
+def test_another_number_of_processes_goes_on_with_the_same_steps_in_the_same_order(settings, tmp_path):
+    """One process, then two, then one again; without dropout, which each process draws for itself."""
+
+    def of(name: str, **changed) -> TrainingConfig:
+        config = settings(tmp_path / name, logging_steps=1, eval_steps=100, **changed)
+        return dataclasses.replace(config, model_name_or_path=str(DEMO / "base"))
+
+    main(of("whole"))
+    begun = of("resumed", resume=str(checkpoint(tmp_path / "whole", 3)))
+    done = two_processes(begun, 8, "TERM")
+    assert "resumed at step 3 of 12" in done.stdout and "stopped at step 9 (SIGTERM)" in done.stdout, done.stderr
+    assert checkpoints.verify(newest(tmp_path / "resumed")).facts["processes"] == 2
+    main(dataclasses.replace(begun, resume="auto"))
+    assert checkpoints.verify(newest(tmp_path / "resumed")).facts["processes"] == 1
+    expected = losses(tmp_path / "whole")
+    assert len(expected) == LAST and losses(tmp_path / "resumed") == pytest.approx(expected, rel=1e-5)
+    assert min(abs(a - b) for a, b in itertools.pairwise(expected)) > 1e-3, "other utterances would be seen"
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])

@@ -1,5 +1,6 @@
 """A process hears that it must stop, whatever it waits for, and ends when it cannot go on; two agree on both."""
 
+import multiprocessing
 import os
 import re
 import signal
@@ -8,7 +9,9 @@ import time
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed
+from accelerate import skip_first_batches
 
 import run_watch
 from run_watch import Watch
@@ -188,3 +191,59 @@ def test_a_rank_that_hangs_is_named_by_the_other(tmp_path, hanging):
     why = (tmp_path / f"why-{1 - hanging}").read_text()
     assert "no progress for 3 s since step 7" in why
     assert re.search(rf"[Rr]anks? {hanging}\b", why), why
+
+
+# A loader's workers
+
+
+class Clips(torch.utils.data.Dataset):
+    """Numbers; the one called `deadly` kills the process that asks for it."""
+
+    def __init__(self, deadly: int | None = None):
+        self.deadly = deadly
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, number: int) -> int:
+        if number == self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number
+
+
+def batches_of(clips: Clips, workers: int, told: list[str]) -> run_watch.Batches:
+    loader = torch.utils.data.DataLoader(clips, batch_size=2, num_workers=workers, collate_fn=list)
+    return run_watch.Batches(iter(loader), lambda done: iter(skip_first_batches(loader, done)), told.append)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_go_on_in_order_when_a_worker_is_killed(workers):
+    told = []
+    batches = batches_of(Clips(), workers, told)
+    before = [next(batches)]
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    time.sleep(0.3)  # a handler of SIGCHLD would raise here
+    assert [*before, *batches] == [[n, n + 1] for n in range(0, 12, 2)]
+    assert len(told) == 1 and "DataLoader worker (pid" in told[0]
+    del batches
+    wait_until(lambda: not multiprocessing.active_children())
+
+
+def test_a_loader_whose_workers_go_on_dying_is_given_up():
+    told, found = [], []
+    with pytest.raises(
+        RuntimeError, match=r"3 workers of the loader died one after the other: .*dataloader_num_workers"
+    ):
+        found += batches_of(Clips(deadly=5), 1, told)
+    assert len(told) >= 3
+
+
+def test_another_error_of_a_worker_is_raised_at_once():
+    class Broken(Clips):
+        def __getitem__(self, number: int) -> int:
+            raise RuntimeError("a broken clip")
+
+    told = []
+    with pytest.raises(RuntimeError, match="a broken clip"):
+        next(batches_of(Broken(), 1, told))
+    assert not told
