@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -162,8 +162,8 @@ def outlive_stop_signals(_: int, seconds: float) -> None:
         signal.signal(number, lambda *_: signal.setitimer(signal.ITIMER_REAL, seconds))  # its SIGALRM ends them
 
 
-def checksum(parameters: list[torch.Tensor]) -> int:
-    """A number of the parameters' bits, the same only where (nearly) every bit is."""
+def checksum(parameters: Iterable[torch.Tensor]) -> int:
+    """A number of the parameters' bits, the same only where (nearly) every bit is; holds one of them at a time."""
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [p.detach().view(words[p.element_size()]).sum(dtype=torch.int64) for p in parameters]
     weights = torch.arange(1, 2 * len(sums), 2, device=sums[0].device)
