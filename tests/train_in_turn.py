@@ -2,12 +2,11 @@
 
     torchrun --nproc_per_node=2 tests/train_in_turn.py RUNS.json
 
-RUNS.json holds a list of TrainingConfigs, each with a port that is free. Into a run's folder goes, for each rank, a file
-`ends-with-<rank>.json`: of every parameter whether it is sharded, how much of it is here, and the types of it and of its
-moments.
+RUNS.json holds a list of runs: a free port, a TrainingConfig, and the steps without a finite gradient. Into a run's
+folder goes, for each rank, `ends-with-<rank>.json`: of every parameter whether it is sharded, how much of it is here,
+whether it trains, and the types of it and of its moments.
 """
 
-import dataclasses
 import json
 import os
 import sys
@@ -15,17 +14,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import accelerate.state
+from accelerate.state import AcceleratorState, PartialState
 from torch.distributed.tensor import DTensor
 
 from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig, launch, main, parse_config
 
+train, clip = GradualUnfreezeTrainer.train, GradualUnfreezeTrainer._clip_grad_norm
+broken: list[int] = []  # steps of the run at hand
 
-def keep(trainer: GradualUnfreezeTrainer) -> None:
+
+def train_and_keep(self: GradualUnfreezeTrainer) -> None:
+    train(self)
     ends = {}
-    for name, parameter in trainer.model.named_parameters():
+    for name, parameter in self.model.named_parameters():
         is_sharded = isinstance(parameter, DTensor)
-        moments = trainer.optimizer.optimizer.state.get(parameter, {})
+        moments = self.optimizer.optimizer.state.get(parameter, {})
         ends[name] = {
             "sharded": is_sharded,
             "here": (parameter.to_local() if is_sharded else parameter).numel(),
@@ -34,23 +37,25 @@ def keep(trainer: GradualUnfreezeTrainer) -> None:
             "type": str(parameter.dtype),
             "moments": [str(moments[key].dtype) for key in ("exp_avg", "exp_avg_sq") if key in moments],
         }
-    file = Path(trainer.args.output_dir) / f"ends-with-{trainer.args.process_index}.json"
-    file.write_text(json.dumps(ends))
+    (Path(self.args.output_dir) / f"ends-with-{self.args.process_index}.json").write_text(json.dumps(ends))
 
 
-def train_and_keep(self: GradualUnfreezeTrainer) -> None:
-    train(self)
-    keep(self)
+def break_some(self: GradualUnfreezeTrainer, model):
+    if self.order == 0 and self.state.global_step + 1 in broken:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.fill_(float("nan"))
+    return clip(self, model)
 
 
 if __name__ == "__main__":
-    train, GradualUnfreezeTrainer.train = GradualUnfreezeTrainer.train, train_and_keep
+    GradualUnfreezeTrainer.train, GradualUnfreezeTrainer._clip_grad_norm = train_and_keep, break_some
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's own store serves one process group
-    for port, settings in json.loads(Path(sys.argv[1]).read_text()):
+    for port, settings, steps in json.loads(Path(sys.argv[1]).read_text()):
+        broken[:] = steps
         os.environ["MASTER_PORT"] = str(port)
-        for state in (accelerate.state.AcceleratorState, accelerate.state.PartialState):
-            state._reset_state()
-        config = dataclasses.replace(TrainingConfig(), **settings)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._reset_state()
         file = Path(f"{sys.argv[1]}.{os.environ['RANK']}")
-        file.write_text(json.dumps(dataclasses.asdict(config)))
+        file.write_text(json.dumps(settings))
         launch(lambda _, file=file: main(parse_config(["--config", str(file)], TrainingConfig())))
