@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8})(?:-(\d+))?")  # a second one of the same step ends in -2
@@ -179,6 +180,8 @@ class Writer:
             if buffer is None:
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 self._host[f"{name}/{key}"] = buffer
+            if isinstance(tensor, DTensor):
+                tensor = tensor.full_tensor()  # the other processes gather it too, in the same order
             copies[key] = buffer.copy_(tensor.detach(), non_blocking=True)
         return copies
 

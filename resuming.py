@@ -33,6 +33,7 @@ from hub_upload import CheckpointUploader, fetch_checkpoints
 from model_costs import Window, Work
 from run_log import RunLog
 from run_watch import LAUNCHER_ENDED, Batches, Watch, checksum, stop_name, take_lock
+from sharding import gather_for_others, sharded_like, whole
 
 WEIGHTS, ADAM = "model.safetensors", "optimizer.safetensors"  # the tensors of a checkpoint
 SECONDS_TO_LEAVE = 2.0  # of the grace time, when the last checkpoint is still being uploaded
@@ -256,14 +257,16 @@ class ResumableTrainer(Trainer):
         self.check_ranks()
         mine = self._tr_loss.item(), self.stream_state(), dataclasses.asdict(self.window)
         losses, streams, windows = zip(*self.watch.gather(mine), strict=True)
-        if self.args.process_index > 0:
-            return
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         adam = {
             f"{names[id(parameter)]}/{key}": tensor
             for parameter, moments in self.optimizer.state.items()
             for key, tensor in moments.items()
         }
+        weights = weights_of(self.model)
+        if self.args.process_index > 0:
+            gather_for_others([*weights.values(), *adam.values()])
+            return
         config = self.config
         state = {
             "losses": list(map(finite, losses)),
@@ -295,7 +298,7 @@ class ResumableTrainer(Trainer):
             "fingerprint": checkpoints.fingerprint(config.meaning()),
             "run": self.run_facts(),
         }
-        self.writer.save(step, {WEIGHTS: weights_of(self.model), ADAM: adam}, documents, facts)
+        self.writer.save(step, {WEIGHTS: weights, ADAM: adam}, documents, facts)
 
     def checkpoint_written(self, checkpoint: Checkpoint) -> None:
         """Called in the writer's thread for each checkpoint that is on the disk."""
@@ -356,8 +359,11 @@ class ResumableTrainer(Trainer):
         fused = self.optimizer.param_groups[0]["fused"]
         for name, tensor in self.resumed.tensors(ADAM):
             parameter, key = parameters[name.rpartition("/")[0]], name.rpartition("/")[2]
-            on_device = fused or key != "step"  # where AdamW keeps its step count
-            self.optimizer.state[parameter][key] = tensor.to(parameter.device) if on_device else tensor
+            if key != "step":
+                tensor = sharded_like(tensor, parameter)
+            elif fused:  # where AdamW keeps its step count
+                tensor = tensor.to(parameter.device)
+            self.optimizer.state[parameter][key] = tensor
 
     def _init_training_state(self, max_steps: int, num_update_steps_per_epoch: int, *args: Any) -> tuple[int, int]:
         """Trainer's own, then at the checkpoint's step; returns the epochs that are done, and the steps of the next."""
@@ -428,7 +434,7 @@ class ResumableTrainer(Trainer):
         print(f"{line}; new workers go on from the batch that is due", file=sys.stderr, flush=True)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = whole(super()._get_grad_norm(model, grad_norm=grad_norm))
         if math.isfinite(norm):  # the same on every rank: gradients are reduced by now
             self.bad_steps = 0
         else:
@@ -469,8 +475,8 @@ class ResumableTrainer(Trainer):
         self.run_log.say(f"warning: {problem}; back to step {found.step}, with data order {order}")
 
     def check_ranks(self) -> None:
-        """Compares what trains, bit by bit, over the processes."""
-        mine = checksum([parameter for parameter in self.model.parameters() if parameter.requires_grad])
+        """Compares what trains, bit by bit, over the processes; what is sharded, as each of them gathers it."""
+        mine = checksum(whole(parameter) for parameter in self.model.parameters() if parameter.requires_grad)
         if differing := self.watch.differing_ranks(mine):
             raise InputError(
                 f"at step {self.state.global_step} the weights of process {', '.join(map(str, differing))} differ from"
@@ -536,7 +542,7 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     mine = weights_of(model)
     with torch.no_grad():
         for name, tensor in checkpoint.tensors(WEIGHTS):
-            mine[name].copy_(tensor)
+            mine[name].copy_(sharded_like(tensor, mine[name]))
 
 
 def check_checkpoint(checkpoint: Checkpoint, trainer: ResumableTrainer) -> None:

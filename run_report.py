@@ -15,6 +15,7 @@ from corpus_stream import StreamedSource
 from hebrew_corpora import SpeechRows
 from model_card import write_model_card
 from run_log import RunLog, draw_curves, success_criteria, wer_summary
+from sharding import is_sharded
 
 
 def report_data(
@@ -83,7 +84,10 @@ def announce(trainer: Any, eval_rows: SpeechRows, processes: int) -> None:
         f" {config.gradient_accumulation_steps(processes):g} micro-batches × {processes} processes ="
         f" {config.target_effective_batch} a step{f', dealt by tokens, at most {budget} at once' if budget else ''} |"
         f" {'bf16 autocast' if trainer.use_bf16 else 'fp32'} on {trainer.args.device.type}"
+        f"{f' | what trains is sharded over the {processes} processes' if is_sharded(trainer.model) else ''}"
     )
+    if config.fsdp and processes == 1:
+        say("note: fsdp is on and there is one process: nothing is sharded")
     last_epoch = math.ceil(trainer.total_steps / len(trainer.sampler))
     marked = sum(not {"״", "׳"}.isdisjoint(reference) for reference in eval_rows.column("reference"))
     if marked and config.text_rules.quote_style == "ascii":

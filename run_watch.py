@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -205,8 +205,8 @@ class Batches:
             self.batches = self.again(self.done)
 
 
-def checksum(parameters: list[torch.Tensor]) -> int:
-    """A number of the parameters' bits, the same only where (nearly) every bit is."""
+def checksum(parameters: Iterable[torch.Tensor]) -> int:
+    """A number of the parameters' bits, the same only where (nearly) every bit is; holds one of them at a time."""
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [p.detach().view(words[p.element_size()]).sum(dtype=torch.int64) for p in parameters]
     weights = torch.arange(1, 2 * len(sums), 2, device=sums[0].device)

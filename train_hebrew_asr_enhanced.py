@@ -65,7 +65,6 @@ from resuming import (
     checkpoint_to_resume,
     ends_early,
     failures_noted,
-    load_weights,
     open_run_folder,
     together,
     train,
@@ -73,6 +72,7 @@ from resuming import (
 from run_log import TRACKERS, RunLog
 from run_report import announce, describe_result, facts_of_run, report_data
 from run_watch import outlive_stop_signals
+from sharding import is_sharded, shard, whole_model
 from training_plan import lines_of, make_plan
 
 MEL_BINS = 128
@@ -160,6 +160,8 @@ class TrainingConfig(DataConfig):
     """Utterances of one forward pass of one process, where tokens_per_micro_batch is None."""
     gradient_checkpointing: bool = False
     """Less memory for a third more time: what trains runs forward a second time in the backward pass."""
+    fsdp: bool = False
+    """Less memory for more exchange: of what trains, each process holds only a part, with its gradient and moments."""
 
     # Optimizer: AdamW
     weight_decay: float = 0.01
@@ -352,7 +354,7 @@ MAY_CHANGE = {  # settings that a resumed run may have otherwise than before
     *("hub_checkpoints", "hub_save_total_limit"),
     *("resume", "save_steps", "save_total_limit", "preemption_grace_seconds", "stall_timeout_minutes"),
     *("max_bad_steps", "check_ranks_steps", "inspect_data", "output_dir", "process_timeout_minutes"),
-    *("tokens_per_micro_batch", "gradient_checkpointing", "prepare", "prepared_dir"),
+    *("tokens_per_micro_batch", "gradient_checkpointing", "fsdp", "prepare", "prepared_dir"),
     *("plan", "plan_device", "plan_devices", "plan_hours_of_audio", "plan_mean_seconds", "plan_price_per_hour"),
 }
 
@@ -739,6 +741,8 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         self.collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
         self.stage = config.stage_of_epoch(1)
         freeze_for(model, self.stage)
+        if config.fsdp and args.world_size > 1:
+            shard(model, lambda name: any(trains_in(name, s, model.config) for s in config.stages), args.device)
         super().__init__(
             model=model,
             args=args,
@@ -920,6 +924,9 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         """
         model.train()
         micro_batches, dropped = inputs
+        if is_sharded(model) and self.config.streaming:  # each process cuts its own; layers are gathered by all at once
+            most = max(self.watch.gather(len(micro_batches)))
+            micro_batches = micro_batches + [self.collator.packed([])] * (most - len(micro_batches))
         self.run_log.note_dropped(dropped, self.state.global_step + 1)
         # Target tokens, audio frames, dropped, of those the broken, positions of the model, of those not padding,
         # workers that died
@@ -946,8 +953,10 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         loss = torch.zeros((), device=self.args.device)
         for i, batch in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
+            if is_sharded(model):
+                model.set_requires_gradient_sync(is_last)
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                # DDP averages gradients over the processes; the loss is a sum over tokens.
+                # Gradients are averaged over the processes; the loss is a sum over tokens.
                 share = self.negative_log_likelihood(model, batch) * self.args.world_size / totals[0].float()
                 self.accelerator.backward(share)
             loss += share.detach()
@@ -1024,7 +1033,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             `eval/wer`, `eval/cer`, `eval/loss` and the other numbers of `hebrew_scoring.score`, under the prefix.
         """
         started = time.perf_counter()
-        module = model or self.model
+        module = model or whole_model(self.model)
         dataset = eval_dataset or self.eval_dataset
         module.eval()
         found, halved = [], 0  # (row, hypothesis, language, mean nats of its batch, target tokens)
@@ -1077,8 +1086,9 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         if best is None:
             raise InputError(f"no checkpoint is in {self.writer.parent}, so there is no final model: is the disk full?")
         self.best_step = best.step
-        load_weights(self.model, best)
-        save_for_use(self.model, self.processor, self.final_folder, getattr(torch, self.config.final_dtype))
+        dtype = getattr(torch, self.config.final_dtype)
+        model = Qwen3ASRForConditionalGeneration.from_pretrained(best.folder, dtype=dtype)
+        save_for_use(model, self.processor, self.final_folder, dtype)
 
     @property
     def final_folder(self) -> Path:
