@@ -177,7 +177,7 @@ def parse(argv: list[str]) -> EvaluationConfig:
 def check_numbers(given: argparse.Namespace) -> None:
     """Raises InputError for a number that cannot mean anything."""
     least = {"longest_seconds": 1, "batch_seconds": 0, "num_beams": 1, "num_workers": 0, "max_new_tokens": 1}
-    least |= {"max_utterances": 1, "max_wer_rise": 0}
+    least |= {"max_utterances": 1, "max_wer_rise": 0, "temperature": 0}
     for name, low in least.items():
         value = getattr(given, name)
         if value is not None and not (low <= value < math.inf):
@@ -573,6 +573,7 @@ def report(
             found.append({"model": name, "set": one.name, "reason": reason})
     decoding = config.decoding
     how = "greedy" if decoding.num_beams == 1 else f"{decoding.num_beams} beams"
+    how += f", sampled at temperature {decoding.temperature:g}" if decoding.temperature else ""
     results = {
         "created": time.strftime("%Y-%m-%d"),
         "settings": dataclasses.asdict(config) | {"confidence": 0.95},

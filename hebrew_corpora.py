@@ -43,7 +43,8 @@ class Source:
     split: str = "train"
     """A split, or a slice of one as `datasets` writes it (`train[:1000]`); folders name theirs in the file names."""
     text_column: str | None = None
-    """The transcript's column; None takes the first of transcript, text, sentence, transcription."""
+    """The transcript's column; None takes the first of transcript, text, sentence, transcription. Empty: there is none,
+    or it is not to be read, for pseudo_label.py and where nobody speaks."""
     probability: float | None = None
     """Share of an epoch's utterances; for all sources or for none, where an epoch is every utterance once."""
     language: str | None = None
@@ -251,7 +252,9 @@ def with_audio_files(table: datasets.Dataset, folder: Path, names: Iterable[Any]
     )
 
 
-def text_column(source: Source, columns: list[str]) -> str:
+def text_column(source: Source, columns: list[str]) -> str | None:
+    if source.text_column == "":
+        return None
     wanted = [source.text_column] if source.text_column else TEXT_COLUMNS
     found = [name for name in wanted if name in columns]
     if not found:
@@ -297,7 +300,7 @@ BROKEN = {  # reasons that count for max_broken_share
 class RowSettings:
     """What decides how a row is read; part of the key of the cache."""
 
-    column: str
+    column: str | None  # None: the transcript is not known
     text_rules: TextRules
     for_training: bool
     shortest: float  # seconds
@@ -343,7 +346,8 @@ OFFICIAL_PREFIX = re.compile(r"^language [A-Za-z]+<asr_text>")  # of the targets
 def describe_row(row: dict[str, Any], settings: RowSettings) -> list[dict[str, Any]]:
     """Reads one row's text and audio header; evaluation audio is decoded once too, so that it cannot fail later."""
     known = {"start": 0.0, "text": "", "previous": "", "seconds": 0.0, "dropped": "", "language": settings.language}
-    audio, transcript = row["audio"] or {"bytes": None, "path": None}, row[settings.column]
+    audio = row["audio"] or {"bytes": None, "path": None}
+    transcript = "" if settings.column is None else row[settings.column]
     metadata = read_metadata(row.get("metadata"))
     known["recording"] = str(metadata.get("entry_id") or audio["path"] or "")
     content = content_of(audio)
@@ -409,7 +413,7 @@ def digest(content: bytes) -> str:
 
 def why_unusable(text: str, seconds: float, settings: RowSettings) -> str:
     has_text = SPOKEN.search(text) is not None
-    if settings.has_speech and not has_text:
+    if settings.has_speech and not has_text and (settings.for_training or settings.column is not None):
         return "empty text"
     if not settings.for_training:
         return ""

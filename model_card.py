@@ -31,7 +31,7 @@ def write_model_card(
     train_sources: list[str],
     eval_name: str,
     final: dict[str, float],
-    best_step: int,
+    origin: str,
     settings: dict[str, Any],
     tags: list[str],
 ) -> None:
@@ -40,6 +40,7 @@ def write_model_card(
     Args:
         model_id: what the snippet loads: the repository on the Hub, or the folder.
         final: the metrics of the checkpoint as it is stored, `final/wer`, `final/cer`, `final/wer_raw`, ….
+        origin: a sentence that says which weights these are.
         settings: the run's, without secrets; names of folders and projects are left out.
     """
     results = [
@@ -76,7 +77,7 @@ def write_model_card(
         f"Measured on this checkpoint as it is stored here, greedy decoding, the language {language}, text normalised"
         " as the ivrit.ai leaderboard does.\n\n"
         f"## Transcribe\n\n```python\n{SNIPPET.format(model_id=model_id)}```\n\n"
-        f"## Training\n\nThe checkpoint with the lowest WER, at step {best_step}. Settings:\n\n"
+        f"## Training\n\n{origin} Settings:\n\n"
         f"```json\n{json.dumps(settings, indent=2, ensure_ascii=False)}\n```\n",
         encoding="utf-8",
     )

@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +36,7 @@ from run_watch import LAUNCHER_ENDED, Batches, Watch, checksum, stop_name, take_
 from sharding import gather_for_others, sharded_like, whole
 
 WEIGHTS, ADAM = "model.safetensors", "optimizer.safetensors"  # the tensors of a checkpoint
+AVERAGE = "moving_average.safetensors"  # where a moving average is kept
 SECONDS_TO_LEAVE = 2.0  # of the grace time, when the last checkpoint is still being uploaded
 TIMES_TO_GO_BACK = 2  # to a checkpoint, before a run without finite gradients is given up
 
@@ -182,8 +183,8 @@ class ResumableTrainer(Trainer):
     """Trainer that saves complete checkpoints, goes on from one in the same bits, and stops when a signal asks it to.
 
     RNG states are not in a checkpoint, since every step and every utterance seeds its own. The subclass has config,
-    run_log, processor, sampler (an iterable over the steps of its `epoch`), total_steps, stage, stage_ends and
-    learning_rate, and says how to enter a stage and how to shuffle anew.
+    run_log, processor, sampler (an iterable over the steps of its `epoch`), total_steps, stage, stage_ends,
+    moving_average (or None) and learning_rate, and says how to enter a stage and how to shuffle anew.
 
     What it relies on in Trainer 5.23: `_init_training_state` returns the epochs and steps that are done, `_run_epoch`
     skips those steps in the sampler, and `_tr_loss` and `_globalstep_last_logged` are the window of the next log line.
@@ -265,7 +266,8 @@ class ResumableTrainer(Trainer):
         }
         weights = weights_of(self.model)
         if self.args.process_index > 0:
-            gather_for_others([*weights.values(), *adam.values()])
+            averages = self.moving_average.weights.values() if self.moving_average else ()
+            gather_for_others([*weights.values(), *adam.values(), *averages])
             return
         config = self.config
         state = {
@@ -298,7 +300,10 @@ class ResumableTrainer(Trainer):
             "fingerprint": checkpoints.fingerprint(config.meaning()),
             "run": self.run_facts(),
         }
-        self.writer.save(step, {WEIGHTS: weights, ADAM: adam}, documents, facts)
+        tensors = {WEIGHTS: weights, ADAM: adam}
+        if self.moving_average:
+            tensors[AVERAGE] = self.moving_average.weights
+        self.writer.save(step, tensors, documents, facts)
 
     def checkpoint_written(self, checkpoint: Checkpoint) -> None:
         """Called in the writer's thread for each checkpoint that is on the disk."""
@@ -324,6 +329,8 @@ class ResumableTrainer(Trainer):
         self.state.global_step = self.saved_step = checkpoint.step
         self.args.eval_on_start = False
         load_weights(self.model, checkpoint)
+        if self.moving_average:
+            self.moving_average.load(checkpoint.tensors(AVERAGE))
         self.set_stage(self.config.stage_of_epoch(checkpoint.step // len(self.sampler) + 1))
         state = checkpoint.document("state.json")
         for name in ("dropped_utterances", "broken_utterances", "best_step", "dead_workers"):
@@ -499,6 +506,8 @@ class CheckpointEvents(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, step = self.trainer, state.global_step
         trainer.watch.mark(f"step {step}")
+        if trainer.moving_average:
+            trainer.moving_average.update()
         if step % self.config.check_ranks_steps == 0:
             trainer.check_ranks()
         if step % self.config.save_steps == 0 or step in trainer.stage_ends or step == trainer.total_steps:
@@ -539,9 +548,14 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    load_tensors(model, checkpoint.tensors(WEIGHTS))
+
+
+def load_tensors(model: torch.nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Puts tensors in the place of the model's own, by name; two that are tied have one name, and stay tied."""
     mine = weights_of(model)
     with torch.no_grad():
-        for name, tensor in checkpoint.tensors(WEIGHTS):
+        for name, tensor in tensors:
             mine[name].copy_(sharded_like(tensor, mine[name]))
 
 

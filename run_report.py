@@ -43,7 +43,7 @@ def describe_result(trainer: Any, final: dict[str, float]) -> None:
         train_sources=[source.path for source in config.train_sources],
         eval_name=", ".join(source.path for source in config.eval_sources) or "held-out recordings",
         final=final,
-        best_step=trainer.best_step,
+        origin=trainer.final_origin,
         settings=dataclasses.asdict(config),
         tags=config.tags,
     )

@@ -47,6 +47,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a sharded tensor, or the tensor itself; writing to it writes to the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def gather_for_others(tensors: Iterable[torch.Tensor]) -> None:
     """Takes part in another process's `whole` of each of these tensors, one after the other."""
     for tensor in tensors:

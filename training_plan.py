@@ -164,12 +164,18 @@ class Weights:
 
 
 def standing(
-    weights: Weights, stages: list[Callable[[str], bool]], number: int, element: int, processes: int
+    weights: Weights,
+    stages: list[Callable[[str], bool]],
+    number: int,
+    element: int,
+    processes: int,
+    is_averaged: bool = False,
 ) -> dict[str, int]:
     """Bytes of each part that stays from one micro-batch to the next, in a stage given by its place.
 
     Args:
         stages: of each stage, whether a parameter trains; Adam's moments are those of all stages so far.
+        is_averaged: a moving average of what trains is kept.
     """
     trains = stages[number]
     ever = weights.count(lambda name: any(stage(name) for stage in stages))
@@ -181,6 +187,7 @@ def standing(
         "weights that never train": element * (weights.count(lambda name: True) - ever),
         "gradients": FP32 * now,
         "Adam's moments": 2 * FP32 * moved,
+        "moving average": FP32 * ever if is_averaged else 0,
         "DDP's buckets": FP32 * now if processes > 1 else 0,
         "bf16 copies for autocast": element * copied if element < FP32 else 0,
     }
@@ -338,7 +345,7 @@ def make_plan(config: Any, trains_in: Callable[[str, Any, transformers.Qwen3ASRC
         trains = trained[number]
         last = number == len(config.stages) - 1
         end = total_steps if last else min(total_steps, stage.last_epoch * steps_per_epoch)
-        parts = standing(weights, trained, number, BF16, processes)
+        parts = standing(weights, trained, number, BF16, processes, config.ema_decay is not None)
         needed = Needed(model, trains, sum(parts.values()), seconds)
         saved, on_top = needed.passing(budget, config.gradient_checkpointing)
         parts |= {"activations": saved, "loss, gradients in passing": on_top}

@@ -51,6 +51,10 @@ class Decoding:
     """Of audio in a batch, padding included."""
     dtype: str = "auto"
     """auto (bfloat16 where the GPU has it), bfloat16 or float32."""
+    temperature: float = 0.0
+    """0: the likeliest token at each step; above: sampled, from all tokens. Only with Qwen3-ASR."""
+    seed: int = 0
+    """Of the samples. The same command samples the same; another `batch_seconds` does not."""
 
 
 class Piece(NamedTuple):
@@ -127,7 +131,11 @@ class QwenModel:
         limits = [self.decoding.max_new_tokens or few + math.ceil(a_second * s) for s in seconds]
         context = {"text": "", "context": self.decoding.context, "language": self.collator.config.language}
         batch = self.collator([{"features": f} | context for f in features], training=False)
-        generated = training.generate(self.model, batch, max(limits), num_beams=self.decoding.num_beams)
+        with torch.random.fork_rng():  # of the CPU and of all GPUs
+            torch.manual_seed(int(digest(f"{self.decoding.seed}".encode() + features[0].tobytes())[:12], 16))
+            generated = training.generate(
+                self.model, batch, max(limits), num_beams=self.decoding.num_beams, temperature=self.decoding.temperature
+            )
         tokens = [row[:limit] for row, limit in zip(generated.tolist(), limits, strict=True)]
         truncated = [not self.ends.intersection(row) for row in tokens]
         parsed = self.processor.decode(tokens, return_format="parsed")
@@ -142,8 +150,8 @@ class PipelineModel:
     """Whisper and others, as transformers' own pipeline runs them."""
 
     def __init__(self, name: str, decoding: Decoding, device: torch.device, bf16: bool):
-        if decoding.context:
-            raise InputError(f"{name}: only Qwen3-ASR takes a context")
+        if decoding.context or decoding.temperature:
+            raise InputError(f"{name}: only Qwen3-ASR takes a context, and is sampled from")
         self.dtype = "bfloat16" if bf16 else "float32"
         is_ctc = transformers.AutoConfig.from_pretrained(name).model_type in MODEL_FOR_CTC_MAPPING_NAMES
         kind = transformers.AutoModelForCTC if is_ctc else transformers.AutoModelForSpeechSeq2Seq
