@@ -10,6 +10,8 @@ workspace and fragmentation are in no part; `USABLE` leaves room for them.
 """
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ USABLE = 0.95  # of that; assumed, not measured
 MFU = (0.4, 0.5)  # assumed, not measured
 ON_TOP = "Adam's pass over its memory, the exchange of gradients, evaluation, checkpoints and waiting for data"
 REAL_MODEL = "Qwen/Qwen3-ASR-1.7B-hf"
+LAYER = re.compile(r"(audio_tower|language_model)\.layers\.\d+\.")
 
 # Assumed of corpora that are not on this disk
 ASSUMED_HOURS = 350.0  # crowd-transcribe about 300, recital about 50
@@ -170,27 +173,65 @@ def standing(
     element: int,
     processes: int,
     is_averaged: bool = False,
+    sharded: bool = False,
 ) -> dict[str, int]:
     """Bytes of each part that stays from one micro-batch to the next, in a stage given by its place.
 
     Args:
         stages: of each stage, whether a parameter trains; Adam's moments are those of all stages so far.
         is_averaged: a moving average of what trains is kept.
+        sharded: over the processes, as `sharding.py` does.
     """
+    share = processes if sharded else 1
     trains = stages[number]
     ever = weights.count(lambda name: any(stage(name) for stage in stages))
     moved = weights.count(lambda name: any(stage(name) for stage in stages[: number + 1]))
     now = weights.count(trains)
     copied = weights.count(lambda name: trains(name) and name in weights.matrices)
     return {
-        "weights that train in some stage, fp32": FP32 * ever,
+        "weights that train in some stage, fp32": FP32 * ever // share,
         "weights that never train": element * (weights.count(lambda name: True) - ever),
-        "gradients": FP32 * now,
-        "Adam's moments": 2 * FP32 * moved,
-        "moving average": FP32 * ever if is_averaged else 0,
-        "DDP's buckets": FP32 * now if processes > 1 else 0,
-        "bf16 copies for autocast": element * copied if element < FP32 else 0,
+        "gradients": FP32 * now // share,
+        "Adam's moments": 2 * FP32 * moved // share,
+        "moving average": FP32 * ever // share if is_averaged else 0,
+        "DDP's buckets": FP32 * now if processes > 1 and not sharded else 0,
+        "bf16 copies for autocast": element * copied if element < FP32 else 0,  # the graph keeps them, whole
     }
+
+
+@dataclass
+class Gathered:
+    """What is whole for a while where training is sharded, in numbers.
+
+    In an evaluation all weights are; there are no gradients then, and it is not counted.
+    """
+
+    rest: int
+    """Of what trains in some stage, all outside of the layers: whole for a whole pass."""
+    layer: int
+    """The largest layer: whole as it runs, while the next one is gathered."""
+    now: int
+    """All that trains in this stage."""
+    tokens: float
+    """Of a process's share of a step, the most."""
+
+    @classmethod
+    def of(cls, weights: Weights, stages: list[Callable[[str], bool]], number: int, tokens: float) -> "Gathered":
+        sizes: Counter[str] = Counter()
+        for name, size in weights.sizes.items():
+            if any(stage(name) for stage in stages):
+                layer = LAYER.search(name)
+                sizes[layer[0] if layer else "rest"] += size
+        rest = sizes.pop("rest", 0)
+        return cls(rest, max(sizes.values(), default=0), weights.count(stages[number]), tokens)
+
+    def parts(self, budget: int) -> dict[str, int]:
+        """Bytes. Gradients are exchanged after a step's last micro-batch: where it has several, they add up whole."""
+        exchanged = self.now if self.tokens > budget else 2 * self.layer
+        return {
+            "weights gathered": FP32 * (self.rest + 2 * self.layer),
+            "gradients to be exchanged": FP32 * (self.rest + exchanged),
+        }
 
 
 # --------------------------------------------------------------------------------------------------------------- Steps
@@ -233,11 +274,13 @@ class Steps:
     """Of the process with the most tokens, summed over `STEPS_SIMULATED` steps."""
     balance: float
     """Tokens of all processes ÷ (processes × those of the slowest)."""
+    most: float
+    """Tokens of a process in a step, padding left out."""
 
 
 def simulated(seconds: np.ndarray, utterances: int, processes: int, budget: int) -> Steps:
     random = np.random.default_rng(0)
-    slowest, useful, bound = Work(), 0, 0
+    slowest, useful, bound, largest = Work(), 0, 0, 0.0
     for _ in range(STEPS_SIMULATED):
         step = random.choice(seconds, utterances)
         tokens = tokens_of(step)
@@ -246,7 +289,8 @@ def simulated(seconds: np.ndarray, utterances: int, processes: int, budget: int)
         most = max(shares, key=lambda share: share.tokens)
         slowest += most
         useful, bound = useful + tokens.sum(), bound + processes * most.tokens
-    return Steps(slowest, float(useful / bound))
+        largest = max(largest, *(sum(tokens[places].sum() for places in mine) for mine in dealt))
+    return Steps(slowest, float(useful / bound), float(largest))
 
 
 def assumed_durations(mean: float, longest: float) -> np.ndarray:
@@ -345,24 +389,31 @@ def make_plan(config: Any, trains_in: Callable[[str, Any, transformers.Qwen3ASRC
         trains = trained[number]
         last = number == len(config.stages) - 1
         end = total_steps if last else min(total_steps, stage.last_epoch * steps_per_epoch)
-        parts = standing(weights, trained, number, BF16, processes, config.ema_decay is not None)
-        needed = Needed(model, trains, sum(parts.values()), seconds)
-        saved, on_top = needed.passing(budget, config.gradient_checkpointing)
-        parts |= {"activations": saved, "loss, gradients in passing": on_top}
+        whole, sharded = (
+            Needed(
+                model,
+                trains,
+                standing(weights, trained, number, BF16, processes, config.ema_decay is not None, is_sharded),
+                seconds,
+                Gathered.of(weights, trained, number, steps.most) if is_sharded else None,
+            )
+            for is_sharded in (False, processes > 1)
+        )
+        needed = sharded if config.fsdp else whole
         operations = sum(flops(model, steps.slowest, trains).values()) / STEPS_SIMULATED
         if config.gradient_checkpointing:
             operations += repeated(model, steps.slowest, trains) / STEPS_SIMULATED
         plan = StagePlan(
             name=stage.name,
             trained_parameters=weights.count(trains),
-            memory=parts,
+            memory=needed.parts(budget, config.gradient_checkpointing),
             usable_bytes=usable(device),
             advice=[],
             steps=max(0, end - done),
             step_seconds=[operations / (share * peak_flops) for share in MFU],
         )
         if not plan.fits:
-            plan.advice = advice(needed, device, budget, config.gradient_checkpointing)
+            plan.advice = advice(needed, sharded, device, budget, config.gradient_checkpointing)
         plans.append(plan)
         done = max(done, end)
     hours = [sum(plan.hours[i] for plan in plans) for i in range(len(MFU))]
@@ -370,7 +421,8 @@ def make_plan(config: Any, trains_in: Callable[[str, Any, transformers.Qwen3ASRC
     switch = "on" if config.gradient_checkpointing else "off"
     facts = [
         f"{config.model_name_or_path}, {weights.count(lambda name: True) / 1e6:,.0f} M parameters | {processes} ×"
-        f" {device} | at most {budget} tokens at once, checkpointing {switch}",
+        f" {device} | at most {budget} tokens at once, checkpointing {switch}"
+        f"{', what trains is sharded' if config.fsdp and processes > 1 else ''}",
         f"{hours_of_audio:,.2f} h of audio an epoch ({origin}) | {steps_per_epoch:,} steps of"
         f" {config.target_effective_batch} utterances an epoch | balance over processes and rows {steps.balance:.2f}",
     ]
@@ -387,14 +439,24 @@ class Needed:
 
     model: transformers.Qwen3ASRConfig
     trains: Callable[[str], bool]
-    standing: int
+    standing: dict[str, int]
     seconds: np.ndarray
+    gathered: Gathered | None
+    """Where training is sharded."""
+
+    def parts(self, budget: int, checkpointing: bool) -> dict[str, int]:
+        """Bytes by part; their sum is the peak."""
+        saved, on_top = self.passing(budget, checkpointing)
+        found = self.standing | {"activations": saved, "loss, gradients in passing": on_top}
+        if self.gathered:
+            found |= self.gathered.parts(budget)
+        return found
 
     def passing(self, budget: int, checkpointing: bool) -> tuple[int, int]:
         return passing(self.model, largest_micro_batch(self.seconds, budget), self.trains, BF16, checkpointing)
 
     def bytes(self, budget: int, checkpointing: bool) -> int:
-        return self.standing + sum(self.passing(budget, checkpointing))
+        return sum(self.parts(budget, checkpointing).values())
 
     def largest_budget(self, device: str, most: int, checkpointing: bool) -> int | None:
         """Tokens of the largest micro-batch that fits, in steps of 64; None where the longest utterance does not."""
@@ -417,7 +479,7 @@ def repeated(config: transformers.Qwen3ASRConfig, work: Work, trains: Callable[[
     return total
 
 
-def advice(needed: Needed, device: str, budget: int, checkpointing: bool) -> list[str]:
+def advice(needed: Needed, sharded: Needed, device: str, budget: int, checkpointing: bool) -> list[str]:
     """What would make a stage fit that does not, each alone."""
     found = []
     if smaller := needed.largest_budget(device, budget, checkpointing):
@@ -426,6 +488,8 @@ def advice(needed: Needed, device: str, budget: int, checkpointing: bool) -> lis
         found.append(
             "--gradient_checkpointing true" + (f" --tokens_per_micro_batch {smaller}" if smaller < budget else "")
         )
+    if sharded.bytes(budget, checkpointing) <= usable(device):
+        found.append("--fsdp true")
     larger = [name for name in DEVICES if needed.bytes(budget, checkpointing) <= usable(name)]
     if larger:
         found.append(f"as it is on {', '.join(larger)}")

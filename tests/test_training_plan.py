@@ -217,6 +217,31 @@ def test_the_advised_budget_fits_and_the_next_larger_does_not(real):
     assert [make_plan(other, trains_in).stages[1].fits for other in changed] == [True, False]
 
 
+def test_sharding_divides_what_trains_over_the_devices(real):
+    """Whole for a while are the embedding, the projector, two layers, and where a step is in parts the gradients."""
+    config, plan = real
+    whole = plan.stages[0]
+    sharded = make_plan(dataclasses.replace(config, fsdp=True, plan_devices=64), trains_in).stages[0]
+    for part in ("weights that train in some stage, fp32", "gradients", "Adam's moments"):
+        assert sharded.memory[part] == pytest.approx(whole.memory[part] / 64, rel=1e-6)
+    assert sharded.memory["DDP's buckets"] == 0
+    for part in ("weights that never train", "bf16 copies for autocast"):
+        assert sharded.memory[part] == whole.memory[part]
+    layer = 2048 * 128 * (16 + 8 + 8 + 16) + 3 * 2048 * 6144 + 2 * 2048 + 2 * 128
+    rest = 151_936 * 2048 + 1024 * 1024 + 1024 + 1024 * 2048 + 2048 + 2 * 1024
+    assert sharded.memory["weights gathered"] == 4 * (rest + 2 * layer) == sharded.memory["gradients to be exchanged"]
+    several = make_plan(dataclasses.replace(config, fsdp=True, plan_devices=2), trains_in).stages[0]
+    assert several.memory["gradients to be exchanged"] == 4 * (rest + several.trained_parameters)
+
+
+def test_a_plan_that_does_not_fit_advises_sharding_where_that_fits(real):
+    plans = [
+        make_plan(dataclasses.replace(real[0], plan_device="4090", fsdp=fsdp), trains_in).stages[1]
+        for fsdp in (False, True)
+    ]
+    assert [plan.fits for plan in plans] == [False, True] and "--fsdp true" in plans[0].advice
+
+
 def test_the_command_prints_the_plan_and_does_nothing_else(config, tmp_path, capsys, monkeypatch):
     """Of a small model and a corpus on this disk; their hours are the corpus's own."""
     monkeypatch.chdir(tmp_path)
