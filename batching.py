@@ -13,12 +13,12 @@ import pyarrow
 import pyarrow.compute
 import torch
 
+from attention import WINDOW_TOKENS
 from hebrew_corpora import DataConfig, SpeechRows
 from label_loss import IGNORED_LABEL
 
 FRAMES_PER_CHUNK = 100  # the encoder's convolutions see the mel axis in chunks of 1 s, padded to a whole number of them
 TOKENS_PER_CHUNK = 13
-WINDOW_TOKENS = 8 * TOKENS_PER_CHUNK  # the encoder's attention sees so many at once
 SHORTEST_CLIP = 0.5  # seconds; the extractor pads shorter ones to it
 TEXTS_TOKENISED = 1000  # to learn how many tokens a character is
 
@@ -116,7 +116,7 @@ def useful_tokens(batch: dict[str, torch.Tensor]) -> int:
 
 
 def pack(
-    clips: list[np.ndarray], prompts: list[list[int]], targets: list[list[int]], padding: int
+    clips: list[np.ndarray], prompts: list[list[int]], targets: list[list[int]], padding: int, in_one_row: bool = False
 ) -> tuple[dict[str, torch.Tensor], list[slice]]:
     """The tensors of one forward pass over utterances that stand one after the other.
 
@@ -124,14 +124,16 @@ def pack(
         clips: (mel, frames) features of each utterance.
         prompts: tokens without a label, with a placeholder for each audio token of the clip.
         targets: tokens with one.
+        in_one_row: where attention costs nothing across utterances; then nothing at all is padded.
 
     Returns:
         input_features (1, mel, frames) with the clips in a row, each filled up to a whole second; input_features_mask
         (1, frames); window_ends, in audio tokens, of the encoder's attention; input_ids, position_ids (from 0 in each
-        utterance) and labels (rows, tokens). And where each clip's frames are.
+        utterance) and labels (rows, tokens); utterance_ends, in the tokens of all rows, padding being one more. And
+        where each clip's frames are.
     """
     lengths = [len(prompt + target) for prompt, target in zip(prompts, targets, strict=True)]
-    rows = rows_of(np.array(lengths))
+    rows = [np.arange(len(lengths))] if in_one_row else rows_of(np.array(lengths))
     widths = [math.ceil(clip.shape[1] / FRAMES_PER_CHUNK) * FRAMES_PER_CHUNK for clip in clips]
     features = torch.zeros(1, len(clips[0]), sum(widths))
     mask = torch.zeros(1, sum(widths), dtype=torch.long)
@@ -146,6 +148,7 @@ def pack(
         windows += [*range(last + WINDOW_TOKENS, end, WINDOW_TOKENS), end]
     shape = len(rows), max(sum(lengths[i] for i in row) for row in rows)
     tokens, positions, labels = (torch.full(shape, value) for value in (padding, 0, IGNORED_LABEL))
+    ends = {0}
     for number, row in enumerate(rows):
         begin = 0
         for i in row.tolist():
@@ -153,6 +156,7 @@ def pack(
             tokens[number, begin:end] = torch.tensor(prompts[i] + targets[i])
             positions[number, begin:end] = torch.arange(lengths[i])
             labels[number, middle:end] = tokens[number, middle:end]
+            ends |= {number * shape[1] + end, (number + 1) * shape[1]}
             begin = end
     batch = {
         "input_features": features,
@@ -160,6 +164,7 @@ def pack(
         "window_ends": torch.tensor(windows, dtype=torch.int32),
         "input_ids": tokens,
         "position_ids": positions,
+        "utterance_ends": torch.tensor(sorted(ends), dtype=torch.int32),
         "labels": labels,
     }
     return batch, [places[i] for i in range(len(clips))]

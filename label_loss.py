@@ -11,6 +11,8 @@ import torch
 from transformers import Qwen3ASRForConditionalGeneration
 from transformers.models.qwen3_asr.modeling_qwen3_asr import Qwen3ASRCausalLMOutputWithPast
 
+from attention import WINDOW_TOKENS, packed
+
 IGNORED_LABEL = -100  # marks positions without a label
 LOGITS_AT_ONCE = 2**26  # 268 MB in fp32: 441 positions of the real vocabulary
 
@@ -65,6 +67,7 @@ def label_nats(
     input_features_mask: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
+    utterance_ends: torch.Tensor | None = None,
     window_ends: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of −log p over all labels, and −log p of each of them, row by row.
@@ -72,18 +75,21 @@ def label_nats(
     Args:
         labels: (rows, tokens), IGNORED_LABEL where a token is not to be learnt; each is predicted by the token before.
         position_ids: for rows that hold several utterances: 0 where one begins; attention stays inside of each.
+        utterance_ends: of them, where utterances begin and end, one row after the other; padding is one more.
         window_ends: for features of several clips in a row: where the encoder's windows begin and end, in audio tokens.
     """
     inner = model.model
-    windows = {} if window_ends is None else {"cu_seqlens": window_ends}
+    windows = {} if window_ends is None else {"cu_seqlens": window_ends, "max_seqlen": WINDOW_TOKENS}
+    text = {"attention_mask": attention_mask, "position_ids": position_ids}
+    if utterance_ends is not None:
+        text |= packed(inner.language_model.config, utterance_ends, longest=input_ids.shape[1])
     audio = inner.get_audio_features(input_features, input_features_mask, return_dict=True, **windows).pooler_output
     embedded = inner.get_input_embeddings()(input_ids)
     is_audio = (input_ids == model.config.audio_token_id).unsqueeze(-1)
     hidden = inner.language_model(
         inputs_embeds=embedded.masked_scatter(is_audio, audio.to(embedded.dtype)),
-        attention_mask=attention_mask,
-        position_ids=position_ids,
         use_cache=False,
+        **text,
     ).last_hidden_state
     next_labels = labels[:, 1:]
     has_label = next_labels != IGNORED_LABEL

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, fields
 import torch
 import transformers
 
-from batching import FRAMES_PER_CHUNK, WINDOW_TOKENS
+from attention import WINDOW_TOKENS, is_inside_utterances
+from batching import FRAMES_PER_CHUNK
 
 PEAK_FLOPS = {  # dense bf16 a second, of the makers' data sheets, by a part of the name CUDA gives the device
     "A100": 312e12,
@@ -30,7 +31,7 @@ class Work:
     tokens: int = 0
     """Positions of the language model, padding included."""
     token_pairs: int = 0
-    """Sum over the rows of their width squared."""
+    """Sum of the squared widths of what attention is computed in: rows, or utterances."""
     labels: int = 0
     """Positions that are projected to the vocabulary."""
 
@@ -46,12 +47,15 @@ def work_of(batch: dict[str, torch.Tensor], config: transformers.Qwen3ASRConfig)
     else:
         counts = (batch["input_ids"] == config.audio_token_id).sum(dim=1).tolist()
         windows = [min(WINDOW_TOKENS, count - begin) for count in counts for begin in range(0, count, WINDOW_TOKENS)]
+    attended = [width] * rows
+    if "utterance_ends" in batch and is_inside_utterances(config.text_config):
+        attended = batch["utterance_ends"].diff().tolist()
     return Work(
         chunks=len(batch["input_features"]) * batch["input_features"].shape[2] // FRAMES_PER_CHUNK,
         audio_tokens=sum(windows),
         window_pairs=sum(window**2 for window in windows),
         tokens=rows * width,
-        token_pairs=rows * width**2,
+        token_pairs=sum(width**2 for width in attended),
         labels=int((batch["labels"] >= 0).sum()),
     )
 

@@ -4,7 +4,7 @@ Of every weight that some stage trains, of its gradient and of its moments, a pr
 are processes. What never trains stays whole on each. Imports nothing of this project.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.distributed
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Qwen3ASRForConditionalGeneration
 
 
-def shard(model: Qwen3ASRForConditionalGeneration, ever_trains: Callable[[str], bool], device: torch.device) -> None:
+def shard(model: Qwen3ASRForConditionalGeneration, ever_trains: Collection[str], device: torch.device) -> None:
     """Moves a model to the device and shards it in place over all processes.
 
     A layer of a tower is gathered when it runs. The rest is gathered together and stays whole from the beginning of a
@@ -26,10 +26,10 @@ def shard(model: Qwen3ASRForConditionalGeneration, ever_trains: Callable[[str], 
     wrapped in DistributedDataParallel.
 
     Args:
-        ever_trains: of a parameter's name, whether some stage trains it.
+        ever_trains: names of the parameters that some stage trains.
     """
     model.to(device)
-    whole_ones = {parameter for name, parameter in model.named_parameters() if not ever_trains(name)}
+    whole_ones = {parameter for name, parameter in model.named_parameters() if name not in ever_trains}
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for layer in (*model.model.audio_tower.layers, *model.model.language_model.layers):
         if not whole_ones.issuperset(layer.parameters()):

@@ -42,6 +42,7 @@ from tqdm.auto import tqdm
 from transformers import Qwen3ASRForConditionalGeneration, Qwen3ASRProcessor, TrainerCallback
 
 import checkpoints
+from attention import CHOICES, is_inside_utterances, set_attention
 from averaging import MovingAverage, evaluate_final, model_of, newest
 from batching import (
     FRAMES_PER_CHUNK,
@@ -112,6 +113,9 @@ class TrainingConfig(DataConfig):
     """The name the model writes before the transcript: `language Hebrew<asr_text>…`."""
     bf16: bool | None = None
     """bf16 autocast and bf16 frozen weights (what trains is kept in fp32); None: where the GPU has it."""
+    attention: str = "auto"
+    """auto: the fastest there is; sdpa: as transformers does it; varlen: PyTorch's FlashAttention, for packed rows and
+    the encoder's windows; flash_attention_2, flash_attention_3: the package's."""
     final_dtype: str = "bfloat16"
     """The one type of the final model's weights on disk."""
 
@@ -300,6 +304,7 @@ class TrainingConfig(DataConfig):
         self._check_batch(processes)
         choices = {
             "tracker": TRACKERS,
+            "attention": CHOICES,
             "final_dtype": ("bfloat16", "float32"),
             "lr_scheduler_type": ("cosine", "linear", "constant", "constant_with_warmup"),
         }
@@ -354,7 +359,7 @@ class TrainingConfig(DataConfig):
 
 
 MAY_CHANGE = {  # settings that a resumed run may have otherwise than before
-    *("bf16", "final_dtype", "dataloader_num_workers", "preprocessing_num_workers", "batch_size"),
+    *("bf16", "attention", "final_dtype", "dataloader_num_workers", "preprocessing_num_workers", "batch_size"),
     *("eval_steps", "eval_batch_size", "num_logged_predictions", "logging_steps", "target_loss", "target_wer"),
     *("tracker", "wandb_project", "wandb_run_name", "hf_repo_id", "skip_hf_upload", "hf_private"),
     *("hub_checkpoints", "hub_save_total_limit"),
@@ -507,6 +512,7 @@ class DataCollatorSpeechSeq2SeqWithPadding:
 
     def __init__(self, processor: Qwen3ASRProcessor, config: TrainingConfig):
         self.processor, self.tokenizer, self.config = processor, processor.tokenizer, config
+        self.in_one_row = False  # of packed batches
         self.audio_token_id = self.tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
         self.end_of_turn_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
 
@@ -581,7 +587,7 @@ class DataCollatorSpeechSeq2SeqWithPadding:
         """Collates utterances (or none) for training, as `batching.pack` does, and masks them."""
         clips = [u["features"] for u in utterances] or [np.zeros((MEL_BINS, FRAMES_PER_CHUNK), np.float32)]
         prompts, targets = self.sequences(utterances, [clip.shape[1] for clip in clips])
-        batch, places = pack(clips, prompts, targets, self.end_of_turn_id)
+        batch, places = pack(clips, prompts, targets, self.end_of_turn_id, self.in_one_row)
         if self.config.use_specaugment:
             for utterance, place in zip(utterances, places, strict=False):
                 clip, draw = batch["input_features"][:, :, place], (utterance["epoch"], utterance["index"])
@@ -701,6 +707,7 @@ def load_model(config: TrainingConfig, use_bf16: bool) -> SpeechModel:
             output_loading_info=True,
         )
         check_whole(config.model_name_or_path, loaded)
+    set_attention(model, config.attention, use_bf16)
     check_stages(model, config.stages)
     for parameter in ever_trained(model, config.stages).values():
         parameter.data = parameter.data.float()
@@ -753,10 +760,11 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         self.config, self.run_log, self.use_bf16 = config, run_log, use_bf16
         self.processor = processor
         self.collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
+        self.collator.in_one_row = is_inside_utterances(model.config.text_config)
         self.stage = config.stage_of_epoch(1)
         freeze_for(model, self.stage)
         if config.fsdp and args.world_size > 1:
-            shard(model, lambda name: any(trains_in(name, s, model.config) for s in config.stages), args.device)
+            shard(model, ever_trained(model, config.stages).keys(), args.device)
         super().__init__(
             model=model,
             args=args,
