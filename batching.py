@@ -115,6 +115,54 @@ def useful_tokens(batch: dict[str, torch.Tensor]) -> int:
     return int(((positions > 0) | (following == 1)).sum())  # an utterance begins with 0, 1; padding is 0, 0
 
 
+def pack_clips(
+    clips: list[np.ndarray], order: list[int]
+) -> tuple[dict[str, torch.Tensor], list[slice], dict[int, tuple[int, int]]]:
+    """Features of clips that stand one after the other in this order, each filled up to a whole second.
+
+    Returns:
+        input_features (1, mel, frames), input_features_mask (1, frames), window_ends, in audio tokens, of the encoder's
+        attention; where each clip's frames are; where each clip's audio tokens begin and end.
+    """
+    widths = [math.ceil(clip.shape[1] / FRAMES_PER_CHUNK) * FRAMES_PER_CHUNK for clip in clips]
+    features = torch.zeros(1, len(clips[0]), sum(widths))
+    mask = torch.zeros(1, sum(widths), dtype=torch.long)
+    places, spans, begin, windows = {}, {}, 0, [0]
+    for i in order:
+        places[i] = slice(begin, begin + clips[i].shape[1])
+        features[0, :, places[i]] = torch.from_numpy(clips[i])
+        mask[0, places[i]] = 1
+        begin += widths[i]
+        last = windows[-1]
+        end = last + audio_token_count(clips[i].shape[1])
+        spans[i] = last, end
+        windows += [*range(last + WINDOW_TOKENS, end, WINDOW_TOKENS), end]
+    batch = {
+        "input_features": features,
+        "input_features_mask": mask,
+        "window_ends": torch.tensor(windows, dtype=torch.int32),
+    }
+    return batch, [places[i] for i in range(len(clips))], spans
+
+
+def pack_tokens(
+    prompts: list[list[int]], targets: list[list[int]], rows: list[np.ndarray], padding: int
+) -> dict[str, torch.Tensor]:
+    """input_ids, position_ids (from 0 in each utterance) and labels (rows, tokens)."""
+    lengths = [len(prompt + target) for prompt, target in zip(prompts, targets, strict=True)]
+    shape = len(rows), max(sum(lengths[i] for i in row) for row in rows)
+    tokens, positions, labels = (torch.full(shape, value) for value in (padding, 0, IGNORED_LABEL))
+    for number, row in enumerate(rows):
+        begin = 0
+        for i in row.tolist():
+            middle, end = begin + len(prompts[i]), begin + lengths[i]
+            tokens[number, begin:end] = torch.tensor(prompts[i] + targets[i])
+            positions[number, begin:end] = torch.arange(lengths[i])
+            labels[number, middle:end] = tokens[number, middle:end]
+            begin = end
+    return {"input_ids": tokens, "position_ids": positions, "labels": labels}
+
+
 def pack(
     clips: list[np.ndarray], prompts: list[list[int]], targets: list[list[int]], padding: int
 ) -> tuple[dict[str, torch.Tensor], list[slice]]:
@@ -126,40 +174,28 @@ def pack(
         targets: tokens with one.
 
     Returns:
-        input_features (1, mel, frames) with the clips in a row, each filled up to a whole second; input_features_mask
-        (1, frames); window_ends, in audio tokens, of the encoder's attention; input_ids, position_ids (from 0 in each
-        utterance) and labels (rows, tokens). And where each clip's frames are.
+        the tensors of `pack_clips` and `pack_tokens`, and where each clip's frames are.
     """
-    lengths = [len(prompt + target) for prompt, target in zip(prompts, targets, strict=True)]
-    rows = rows_of(np.array(lengths))
-    widths = [math.ceil(clip.shape[1] / FRAMES_PER_CHUNK) * FRAMES_PER_CHUNK for clip in clips]
-    features = torch.zeros(1, len(clips[0]), sum(widths))
-    mask = torch.zeros(1, sum(widths), dtype=torch.long)
-    places, begin, windows = {}, 0, [0]
-    for i in np.concatenate(rows).tolist():  # clips stand in the order in which the rows hold their placeholders
-        places[i] = slice(begin, begin + clips[i].shape[1])
-        features[0, :, places[i]] = torch.from_numpy(clips[i])
-        mask[0, places[i]] = 1
-        begin += widths[i]
-        last = windows[-1]
-        end = last + audio_token_count(clips[i].shape[1])
-        windows += [*range(last + WINDOW_TOKENS, end, WINDOW_TOKENS), end]
-    shape = len(rows), max(sum(lengths[i] for i in row) for row in rows)
-    tokens, positions, labels = (torch.full(shape, value) for value in (padding, 0, IGNORED_LABEL))
-    for number, row in enumerate(rows):
-        begin = 0
-        for i in row.tolist():
-            middle, end = begin + len(prompts[i]), begin + lengths[i]
-            tokens[number, begin:end] = torch.tensor(prompts[i] + targets[i])
-            positions[number, begin:end] = torch.arange(lengths[i])
-            labels[number, middle:end] = tokens[number, middle:end]
-            begin = end
-    batch = {
-        "input_features": features,
-        "input_features_mask": mask,
-        "window_ends": torch.tensor(windows, dtype=torch.int32),
-        "input_ids": tokens,
-        "position_ids": positions,
-        "labels": labels,
-    }
-    return batch, [places[i] for i in range(len(clips))]
+    rows = rows_of(np.array([len(prompt + target) for prompt, target in zip(prompts, targets, strict=True)]))
+    # clips stand in the order in which the rows hold their placeholders
+    audio, places, _ = pack_clips(clips, np.concatenate(rows).tolist())
+    return audio | pack_tokens(prompts, targets, rows, padding), places
+
+
+def pack_samples(
+    clips: list[np.ndarray], clip_of: list[int], prompts: list[list[int]], targets: list[list[int]], padding: int
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """The tensors of one forward pass over several targets for each clip; the encoder hears each clip once.
+
+    Args:
+        clip_of: which clip each prompt and target belongs to.
+
+    Returns:
+        what `pack` returns, with `audio_order` for `label_states`; and the order in which the rows hold the targets.
+    """
+    rows = rows_of(np.array([len(prompt + target) for prompt, target in zip(prompts, targets, strict=True)]))
+    order = np.concatenate(rows).tolist()
+    audio, _, spans = pack_clips(clips, list(range(len(clips))))
+    placeholders = np.concatenate([np.arange(*spans[clip_of[i]]) for i in order])
+    tokens = pack_tokens(prompts, targets, rows, padding)
+    return audio | tokens | {"audio_order": torch.from_numpy(placeholders)}, order
