@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import DEMO, first_rows, small_config
+from test_resume import own_signals  # noqa: F401 - a fixture
 
 import checkpoints
 import policy_losses
@@ -27,7 +28,6 @@ from model_card import settings_of, write_model_card
 from rewards import EARNED, RewardWeights, reward_parts, total_reward
 from rollouts import GenerateSampler, Group, InverseSampling, Sample, batches_of, group_of, prompt_of, read_output
 from run_watch import Watch
-from test_resume import own_signals  # noqa: F401 - a fixture
 from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, SpeechDataset, Stage
 from train_round3_gspo import GspoConfig, GspoTrainer, check_start, chosen_by_difficulty, demo, recipe, train_round3
 
