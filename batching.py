@@ -115,37 +115,44 @@ def useful_tokens(batch: dict[str, torch.Tensor]) -> int:
     return int(((positions > 0) | (following == 1)).sum())  # an utterance begins with 0, 1; padding is 0, 0
 
 
-def pack(
-    clips: list[np.ndarray], prompts: list[list[int]], targets: list[list[int]], padding: int, in_one_row: bool = False
-) -> tuple[dict[str, torch.Tensor], list[slice]]:
-    """The tensors of one forward pass over utterances that stand one after the other.
-
-    Args:
-        clips: (mel, frames) features of each utterance.
-        prompts: tokens without a label, with a placeholder for each audio token of the clip.
-        targets: tokens with one.
-        in_one_row: where attention costs nothing across utterances; then nothing at all is padded.
+def pack_clips(
+    clips: list[np.ndarray], order: list[int]
+) -> tuple[dict[str, torch.Tensor], list[slice], dict[int, tuple[int, int]]]:
+    """Features of clips that stand one after the other in this order, each filled up to a whole second.
 
     Returns:
-        input_features (1, mel, frames) with the clips in a row, each filled up to a whole second; input_features_mask
-        (1, frames); window_ends, in audio tokens, of the encoder's attention; input_ids, position_ids (from 0 in each
-        utterance) and labels (rows, tokens); utterance_ends, in the tokens of all rows, padding being one more. And
-        where each clip's frames are.
+        input_features (1, mel, frames), input_features_mask (1, frames), window_ends, in audio tokens, of the encoder's
+        attention; where each clip's frames are; where each clip's audio tokens begin and end.
     """
-    lengths = [len(prompt + target) for prompt, target in zip(prompts, targets, strict=True)]
-    rows = [np.arange(len(lengths))] if in_one_row else rows_of(np.array(lengths))
     widths = [math.ceil(clip.shape[1] / FRAMES_PER_CHUNK) * FRAMES_PER_CHUNK for clip in clips]
     features = torch.zeros(1, len(clips[0]), sum(widths))
     mask = torch.zeros(1, sum(widths), dtype=torch.long)
-    places, begin, windows = {}, 0, [0]
-    for i in np.concatenate(rows).tolist():  # clips stand in the order in which the rows hold their placeholders
+    places, spans, begin, windows = {}, {}, 0, [0]
+    for i in order:
         places[i] = slice(begin, begin + clips[i].shape[1])
         features[0, :, places[i]] = torch.from_numpy(clips[i])
         mask[0, places[i]] = 1
         begin += widths[i]
         last = windows[-1]
         end = last + audio_token_count(clips[i].shape[1])
+        spans[i] = last, end
         windows += [*range(last + WINDOW_TOKENS, end, WINDOW_TOKENS), end]
+    batch = {
+        "input_features": features,
+        "input_features_mask": mask,
+        "window_ends": torch.tensor(windows, dtype=torch.int32),
+    }
+    return batch, [places[i] for i in range(len(clips))], spans
+
+
+def pack_tokens(
+    prompts: list[list[int]], targets: list[list[int]], rows: list[np.ndarray], padding: int
+) -> dict[str, torch.Tensor]:
+    """input_ids, position_ids (from 0 in each utterance) and labels (rows, tokens).
+
+    And utterance_ends, in the tokens of all rows, padding being one more.
+    """
+    lengths = [len(prompt + target) for prompt, target in zip(prompts, targets, strict=True)]
     shape = len(rows), max(sum(lengths[i] for i in row) for row in rows)
     tokens, positions, labels = (torch.full(shape, value) for value in (padding, 0, IGNORED_LABEL))
     ends = {0}
@@ -158,13 +165,54 @@ def pack(
             labels[number, middle:end] = tokens[number, middle:end]
             ends |= {number * shape[1] + end, (number + 1) * shape[1]}
             begin = end
-    batch = {
-        "input_features": features,
-        "input_features_mask": mask,
-        "window_ends": torch.tensor(windows, dtype=torch.int32),
-        "input_ids": tokens,
-        "position_ids": positions,
-        "utterance_ends": torch.tensor(sorted(ends), dtype=torch.int32),
-        "labels": labels,
-    }
-    return batch, [places[i] for i in range(len(clips))]
+    utterance_ends = torch.tensor(sorted(ends), dtype=torch.int32)
+    return {"input_ids": tokens, "position_ids": positions, "utterance_ends": utterance_ends, "labels": labels}
+
+
+def all_rows(prompts: list[list[int]], targets: list[list[int]], in_one_row: bool) -> list[np.ndarray]:
+    lengths = np.array([len(prompt + target) for prompt, target in zip(prompts, targets, strict=True)])
+    return [np.arange(len(lengths))] if in_one_row else rows_of(lengths)
+
+
+def pack(
+    clips: list[np.ndarray], prompts: list[list[int]], targets: list[list[int]], padding: int, in_one_row: bool = False
+) -> tuple[dict[str, torch.Tensor], list[slice]]:
+    """The tensors of one forward pass over utterances that stand one after the other.
+
+    Args:
+        clips: (mel, frames) features of each utterance.
+        prompts: tokens without a label, with a placeholder for each audio token of the clip.
+        targets: tokens with one.
+        in_one_row: where attention costs nothing across utterances; then nothing at all is padded.
+
+    Returns:
+        the tensors of `pack_clips` and `pack_tokens`, and where each clip's frames are.
+    """
+    rows = all_rows(prompts, targets, in_one_row)
+    # clips stand in the order in which the rows hold their placeholders
+    audio, places, _ = pack_clips(clips, np.concatenate(rows).tolist())
+    return audio | pack_tokens(prompts, targets, rows, padding), places
+
+
+def pack_samples(
+    clips: list[np.ndarray],
+    clip_of: list[int],
+    prompts: list[list[int]],
+    targets: list[list[int]],
+    padding: int,
+    in_one_row: bool = False,
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """The tensors of one forward pass over several targets for each clip; the encoder hears each clip once.
+
+    Args:
+        clip_of: which clip each prompt and target belongs to.
+
+    Returns:
+        what `pack` returns, with `audio_order` for `label_states`; and the order in which the rows hold the targets.
+    """
+    rows = all_rows(prompts, targets, in_one_row)
+    order = np.concatenate(rows).tolist()
+    audio, _, spans = pack_clips(clips, list(range(len(clips))))
+    placeholders = np.concatenate([np.arange(*spans[clip_of[i]]) for i in order])
+    tokens = pack_tokens(prompts, targets, rows, padding)
+    return audio | tokens | {"audio_order": torch.from_numpy(placeholders)}, order

@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from transformers import Qwen3ASRForConditionalGeneration
 from transformers.models.qwen3_asr.modeling_qwen3_asr import Qwen3ASRCausalLMOutputWithPast
 
@@ -59,7 +60,7 @@ class ChunkedNats(torch.autograd.Function):
         return *(None if gradient is None else gradient.mul_(grad_sum) for gradient in gradients), None
 
 
-def label_nats(
+def label_states(
     model: Qwen3ASRForConditionalGeneration,
     input_ids: torch.Tensor,
     labels: torch.Tensor,
@@ -69,14 +70,16 @@ def label_nats(
     position_ids: torch.Tensor | None = None,
     utterance_ends: torch.Tensor | None = None,
     window_ends: torch.Tensor | None = None,
+    audio_order: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of −log p over all labels, and −log p of each of them, row by row.
+    """Last hidden states of the positions that predict a label, row by row, and these labels.
 
     Args:
         labels: (rows, tokens), IGNORED_LABEL where a token is not to be learnt; each is predicted by the token before.
         position_ids: for rows that hold several utterances: 0 where one begins; attention stays inside of each.
         utterance_ends: of them, where utterances begin and end, one row after the other; padding is one more.
         window_ends: for features of several clips in a row: where the encoder's windows begin and end, in audio tokens.
+        audio_order: which audio token stands at each placeholder, where clips stand there more than once.
     """
     inner = model.model
     windows = {} if window_ends is None else {"cu_seqlens": window_ends, "max_seqlen": WINDOW_TOKENS}
@@ -84,6 +87,8 @@ def label_nats(
     if utterance_ends is not None:
         text |= packed(inner.language_model.config, utterance_ends, longest=input_ids.shape[1])
     audio = inner.get_audio_features(input_features, input_features_mask, return_dict=True, **windows).pooler_output
+    if audio_order is not None:
+        audio = audio[audio_order]
     embedded = inner.get_input_embeddings()(input_ids)
     is_audio = (input_ids == model.config.audio_token_id).unsqueeze(-1)
     hidden = inner.language_model(
@@ -93,22 +98,65 @@ def label_nats(
     ).last_hidden_state
     next_labels = labels[:, 1:]
     has_label = next_labels != IGNORED_LABEL
-    hidden, weight = hidden[:, :-1][has_label], model.lm_head.weight
+    return hidden[:, :-1][has_label], next_labels[has_label]
+
+
+def label_nats(
+    model: Qwen3ASRForConditionalGeneration, **batch: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of −log p over all labels, and −log p of each of them, row by row; arguments as of `label_states`."""
+    hidden, targets = label_states(model, **batch)
+    weight = model.lm_head.weight
     if not torch.is_grad_enabled():  # a Function is told of inputs that require a gradient even then
         hidden, weight = hidden.detach(), weight.detach()
-    return ChunkedNats.apply(hidden, weight, next_labels[has_label])
+    return ChunkedNats.apply(hidden, weight, targets)
+
+
+def token_log_probs(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p of each target, through which gradients flow, and the entropy in nats of what it was chosen from.
+
+    Logits are divided by the temperature. Those of a chunk are made again in the backward pass: the gradient that
+    comes from outside is not known on the way forward.
+    """
+
+    def of_chunk(part: torch.Tensor, aims: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = torch.nn.functional.linear(part, weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        log_p = (logits / temperature).log_softmax(dim=1)
+        entropy = -(log_p.detach().exp() * log_p.detach()).sum(dim=1)
+        return log_p.gather(1, aims[:, None])[:, 0], entropy
+
+    at_once = max(1, LOGITS_AT_ONCE // len(weight))
+    chunks = [
+        torch.utils.checkpoint.checkpoint(
+            of_chunk,
+            hidden[begin : begin + at_once],
+            targets[begin : begin + at_once],
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for begin in range(0, max(1, len(targets)), at_once)
+    ]
+    log_p, entropy = zip(*chunks, strict=True)
+    return torch.cat(log_p), torch.cat(entropy)
 
 
 class SpeechModel(Qwen3ASRForConditionalGeneration):
     """Qwen3ASRForConditionalGeneration that, given labels, returns their loss and no logits.
 
-    It is a model's forward so that DistributedDataParallel sees it, which reduces gradients of what its forward ran.
+    Given a temperature too, it returns each label's log p and entropy (`token_log_probs`) instead of the loss. It is a
+    model's forward so that DistributedDataParallel sees it, which reduces gradients of what its forward ran.
     """
 
     @functools.wraps(Qwen3ASRForConditionalGeneration.forward)
     def forward(self, *args: Any, labels: torch.Tensor | None = None, **inputs: Any) -> Qwen3ASRCausalLMOutputWithPast:
         if labels is None:
             return super().forward(*args, **inputs)
+        if (temperature := inputs.pop("temperature", None)) is not None:
+            hidden, targets = label_states(self, labels=labels, **inputs)
+            return token_log_probs(hidden, self.lm_head.weight, targets, temperature)
         items = inputs.pop("num_items_in_batch", None)
         total, nats = label_nats(self, labels=labels, **inputs)
         return Qwen3ASRCausalLMOutputWithPast(loss=total / (len(nats) if items is None else items))

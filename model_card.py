@@ -4,6 +4,7 @@ Imports nothing of this project.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,12 @@ def write_model_card(
         f"```json\n{json.dumps(settings, indent=2, ensure_ascii=False)}\n```\n",
         encoding="utf-8",
     )
+
+
+def settings_of(card: str) -> dict[str, Any] | None:
+    """The settings in a model card that `write_model_card` wrote, or None for another README."""
+    found = re.search(r"^## Training$.*?^```json$(.*?)^```$", card, re.MULTILINE | re.DOTALL)
+    try:
+        return json.loads(found[1]) if found else None
+    except ValueError:
+        return None

@@ -143,15 +143,18 @@ class Window:
     """Of this process."""
     waited: float = 0.0
     """Seconds of this process without data."""
+    sampled: float = 0.0
+    """Seconds of this process in rollouts (Round 3)."""
 
     def numbers(self, model: torch.nn.Module, seconds: float) -> dict[str, float]:
         """Speed, and how far it is from its limit, for the log."""
         trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         done = sum(flops(model.config, self.work, trains.__contains__).values())
         peak = peak_flops()
+        rare = {"train/time_in_rollouts": self.sampled / seconds, "train/mfu": done / seconds / peak if peak else 0}
         return {
             "train/audio_seconds_per_second": self.audio_seconds / seconds,
             "train/useful_tokens": self.useful / max(1, self.positions),
             "train/waiting_for_data": self.waited / seconds,
             "train/gigaflops_per_second": done / seconds / 1e9,
-        } | ({"train/mfu": done / seconds / peak} if peak else {})
+        } | {name: value for name, value in rare.items() if value}

@@ -426,13 +426,18 @@ class ResumableTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any) -> tuple[list, torch.Tensor | int | None]:
         self.loss_before = self._tr_loss.clone()  # of the window, without the step that begins here
-        if self.batches is None or self.batches.first is not epoch_iterator:
-            self.batches = Batches(epoch_iterator, self.rest_of_epoch, self.worker_died)
-        return super().get_batch_samples(self.batches, *args)
+        return super().get_batch_samples(self.steps_of(epoch_iterator), *args)
 
-    def rest_of_epoch(self, _: int) -> Iterator[Any]:
-        """The epoch's batches from the step that is due, by new workers."""
-        return iter(skip_first_batches(self.get_train_dataloader(), self.state.global_step % len(self.sampler)))
+    def steps_of(self, epoch_iterator: Iterator[Any]) -> Iterator[Any]:
+        """The inputs of one step after the other, whatever becomes of the loader's workers."""
+        if self.batches is None or self.batches.first is not epoch_iterator:
+            begin = self.state.global_step % len(self.sampler)
+            self.batches = Batches(epoch_iterator, lambda done: self.rest_of_epoch(begin + done), self.worker_died)
+        return self.batches
+
+    def rest_of_epoch(self, done: int) -> Iterator[Any]:
+        """The epoch's batches without the first ones, by new workers."""
+        return iter(skip_first_batches(self.get_train_dataloader(), done))
 
     def worker_died(self, why: str) -> None:
         """Says, from any process, that a worker of the loader died; the next step counts it."""

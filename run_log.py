@@ -22,7 +22,10 @@ Row = dict[str, Any]  # one line of metrics.jsonl: `step`, and names such as tra
 class RunLog:
     """The one place that numbers and lines go to. On ranks above 0 it does nothing, so no caller asks for the rank."""
 
-    CONSOLE = ("loss", "wer", "cer", "wer_raw", "empty_predictions", "grad_norm", "epoch", "audio_seconds_per_second")
+    CONSOLE = (
+        *("loss", "wer", "cer", "wer_raw", "empty_predictions", "grad_norm", "epoch", "audio_seconds_per_second"),
+        *("wer_noisy", "reward", "kept_groups", "clip_share", "entropy", "kl"),
+    )
 
     def __init__(self, folder: Path, rank: int):
         self.folder, self.rank, self.is_main = folder, rank, rank == 0

@@ -14,7 +14,7 @@ from corpus_report import write_report
 from corpus_stream import StreamedSource
 from hebrew_corpora import SpeechRows
 from model_card import write_model_card
-from run_log import RunLog, draw_curves, success_criteria, wer_summary
+from run_log import RunLog, draw_curves, wer_summary
 from sharding import is_sharded
 
 
@@ -48,9 +48,8 @@ def describe_result(trainer: Any, final: dict[str, float]) -> None:
         tags=config.tags,
     )
     draw_curves(run_log.rows, trainer.stage_ends, folder.parent / "curves.png")
-    vocab_size = trainer.model.config.text_config.vocab_size
     for line in (
-        *success_criteria(run_log.rows, config.target_loss, config.target_wer, vocab_size),
+        *trainer.verdict(),
         *wer_summary(run_log.rows, trainer.stage_ends, trainer.stage.name),
     ):
         run_log.say(line)

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import accelerate
 import datasets
@@ -71,7 +71,7 @@ from resuming import (
     together,
     train,
 )
-from run_log import TRACKERS, RunLog
+from run_log import TRACKERS, RunLog, success_criteria
 from run_report import announce, describe_result, facts_of_run, report_data
 from run_watch import outlive_stop_signals
 from sharding import is_sharded, shard, whole_model
@@ -370,10 +370,13 @@ MAY_CHANGE = {  # settings that a resumed run may have otherwise than before
 }
 
 
-def parse_config(argv: list[str], defaults: TrainingConfig) -> TrainingConfig:
+Config = TypeVar("Config", bound=TrainingConfig)
+
+
+def parse_config(argv: list[str], defaults: Config) -> Config:
     """Reads `--field value` over `defaults`; raises InputError that names the nearest field for an unknown one."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
-    parser.add_class_arguments(TrainingConfig, as_group=False)
+    parser.add_class_arguments(type(defaults), as_group=False)
     parser.add_argument("--config", action="config", help="a config.yaml of an earlier run")
     parser.set_defaults(dataclasses.asdict(defaults))
     flags = ("--inspect_data", "--prepare", "--plan")  # like --demo
@@ -387,7 +390,7 @@ def parse_config(argv: list[str], defaults: TrainingConfig) -> TrainingConfig:
         # Also of what was not given: `instantiate` makes every nested dataclass, with the class's own values.
         values = parser.instantiate(given)
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        names = [f"--{f.name}" for f in dataclasses.fields(TrainingConfig)]
+        names = [f"--{f.name}" for f in dataclasses.fields(defaults)]
         unknown = [a.split("=")[0] for a in argv if a.startswith("--") and a.split("=")[0].split(".")[0] not in names]
         near = [match for a in unknown for match in difflib.get_close_matches(a, names, n=1)]
         raise InputError(str(error) + (f" (did you mean {', '.join(near)}?)" if near else "")) from error
@@ -746,6 +749,9 @@ class GradualUnfreezeTrainer(ResumableTrainer):
     one optimizer step when `gradient_accumulation_steps` is 1, and `create_optimizer` and `create_scheduler` are hooks.
     """
 
+    loss_is_nats = True  # so that it compares with the evaluation's
+    chosen_by = "eval/wer"  # the metric whose lowest value makes the best checkpoint
+
     def __init__(
         self,
         config: TrainingConfig,
@@ -790,6 +796,13 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         self.prepare_checkpoints()
 
     # Data
+
+    @staticmethod
+    def load_data(
+        config: TrainingConfig, state: accelerate.PartialState
+    ) -> tuple[SpeechRows | list[StreamedSource], SpeechRows]:
+        load = load_streams_and_eval if config.streaming else load_train_and_eval
+        return load_in_turn(state, functools.partial(load, config, config.seed))
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """One item is this process's share of one optimizer step: a list of micro-batches. Already sharded by rank."""
@@ -953,13 +966,13 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             most = max(self.watch.gather(len(micro_batches)))
             micro_batches = micro_batches + [self.collator.packed([])] * (most - len(micro_batches))
         self.run_log.note_dropped(dropped, self.state.global_step + 1)
-        # Target tokens, audio frames, dropped, of those the broken, positions of the model, of those not padding,
+        # Items of the loss, audio frames, dropped, of those the broken, positions of the model, of those not padding,
         # workers that died
         totals = torch.zeros(7, dtype=torch.float64, device=self.args.device)
         totals[2], totals[3] = len(dropped), sum(line.split(":")[0] in BROKEN for line in dropped)
         for batch in micro_batches:
             supervised = (batch["labels"] != IGNORED_LABEL).sum()
-            totals[0] += supervised
+            totals[0] += self.items_of(batch)
             totals[1] += batch["input_features_mask"].sum() * (supervised > 0)
             totals[4] += batch["input_ids"].numel()
             totals[5] += useful_tokens(batch) * (supervised > 0)
@@ -981,8 +994,8 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             if is_sharded(model):
                 model.set_requires_gradient_sync(is_last)
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                # Gradients are averaged over the processes; the loss is a sum over tokens.
-                share = self.negative_log_likelihood(model, batch) * self.args.world_size / totals[0].float()
+                # Gradients are averaged over the processes; the loss is a sum over items.
+                share = self.summed_loss(model, batch) * self.args.world_size / totals[0].float()
                 self.accelerator.backward(share)
             loss += share.detach()
         return loss
@@ -996,7 +1009,11 @@ class GradualUnfreezeTrainer(ResumableTrainer):
                 f" max_broken_share ({self.config.max_broken_share:g}): they are listed in dropped-*.txt"
             )
 
-    def negative_log_likelihood(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def items_of(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """How many items the loss of a micro-batch is a sum over: its supervised tokens."""
+        return (batch["labels"] != IGNORED_LABEL).sum()
+
+    def summed_loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Summed nats of the supervised tokens of one micro-batch (the model's own loss divides by what it is told)."""
         with self.autocast():
             return model(**self._prepare_inputs(batch), num_items_in_batch=1).loss
@@ -1058,14 +1075,33 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             `eval/wer`, `eval/cer`, `eval/loss` and the other numbers of `hebrew_scoring.score`, under the prefix.
         """
         started = time.perf_counter()
-        module = model or whole_model(self.model)
-        dataset = eval_dataset or self.eval_dataset
-        module.eval()
+        metrics, references, hypotheses = self.measure(
+            model or whole_model(self.model), eval_dataset or self.eval_dataset
+        )
+        if model is None and self.loss_is_nats and not math.isnan(self.last_train_loss):
+            metrics["loss_minus_train_loss"] = metrics["loss"] - self.last_train_loss
+        metrics = {f"{metric_key_prefix}/{name}": value for name, value in metrics.items()}
+        self.run_log.log(metrics, self.state.global_step)
+        shown = np.linspace(0, len(references) - 1, min(self.config.num_logged_predictions, len(references)))
+        self.run_log.log_predictions(
+            f"{metric_key_prefix}/predictions",
+            [(references[i], hypotheses[i]) for i in shown.astype(int)],
+            self.state.global_step,
+        )
+        if model is None:
+            self.keep_if_best(metrics[self.chosen_by])
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.window_started += time.perf_counter() - started
+        return metrics
+
+    def measure(self, model: torch.nn.Module, dataset: SpeechDataset) -> tuple[dict[str, float], list[str], list[str]]:
+        """A set's metrics, its references and the model's hypotheses; the same on every process."""
+        model.eval()
         found, halved = [], 0  # (row, hypothesis, language, mean nats of its batch, target tokens)
         loader = self.get_eval_dataloader(dataset)
         batches = self.while_running(loader)
         for rows, batch in tqdm(batches, "evaluating", len(loader), leave=False, disable=self.run_log.hides_progress):
-            parts = as_it_fits(functools.partial(self.transcribe, module), batch)
+            parts = as_it_fits(functools.partial(self.transcribe, model), batch)
             outputs = [output for count, part in parts for output in part or [DOES_NOT_FIT] * count]
             found += [(row, *output) for row, output in zip(rows, outputs, strict=True)]
             halved += len(parts) - 1
@@ -1081,19 +1117,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         if not self.config.eval_prefill_language:
             expected = [language or self.config.language for language in dataset.rows.column("language")]
             metrics["other_language"] = sum(language != expected[row] for row, _, language, *_ in found)
-        if model is None and not math.isnan(self.last_train_loss):
-            metrics["loss_minus_train_loss"] = metrics["loss"] - self.last_train_loss
-        metrics = {f"{metric_key_prefix}/{name}": value for name, value in metrics.items()}
-        self.run_log.log(metrics, self.state.global_step)
-        shown = np.linspace(0, len(found) - 1, min(self.config.num_logged_predictions, len(found))).astype(int)
-        self.run_log.log_predictions(
-            f"{metric_key_prefix}/predictions", [(references[i], hypotheses[i]) for i in shown], self.state.global_step
-        )
-        if model is None:
-            self.keep_if_best(metrics["eval/wer"])
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.window_started += time.perf_counter() - started
-        return metrics
+        return metrics, references, hypotheses
 
     def keep_if_best(self, wer: float) -> None:
         """Saves a checkpoint when this WER is the lowest since training began."""
@@ -1191,6 +1215,11 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             self.warn_of_a_wrong_start(logs["loss"])
         self.last_train_loss = logs["loss"]
         self.run_log.log(numbers, step)
+
+    def verdict(self) -> list[str]:
+        """Round 2's success criteria, a line each."""
+        vocab_size = self.model.config.text_config.vocab_size
+        return success_criteria(self.run_log.rows, self.config.target_loss, self.config.target_wer, vocab_size)
 
     def warn_of_a_wrong_start(self, loss: float) -> None:
         guessing = math.log(self.model.config.text_config.vocab_size)
@@ -1363,7 +1392,7 @@ def training_arguments(config: TrainingConfig, folder: Path, cpu: bool) -> trans
     return arguments
 
 
-def main(config: TrainingConfig) -> None:
+def main(config: TrainingConfig, trainer_class: type[GradualUnfreezeTrainer] = GradualUnfreezeTrainer) -> None:
     """Trains, reloads the best checkpoint, evaluates it and uploads it; InputError on every rank when it cannot.
 
     Ends the process with 128 + the signal's number when the run was stopped by one.
@@ -1390,7 +1419,7 @@ def main(config: TrainingConfig) -> None:
             raise InputError("--prepare runs without torchrun; preprocessing_num_workers says in how many processes")
         prepare(config, config.seed, run_log.say)
     if config.inspect_data or config.prepare:
-        train_rows, eval_rows = load_data(config, state)
+        train_rows, eval_rows = trainer_class.load_data(config, state)
         report_data(folder, train_rows, eval_rows, config, run_log)
         leave_process_group()
         return
@@ -1405,10 +1434,17 @@ def main(config: TrainingConfig) -> None:
         if config.uploads and state.is_main_process:
             check_upload(config, folder, run_log.say)
     with failures_noted(folder):
-        run(config, state, folder, run_log, use_bf16)
+        run(config, state, folder, run_log, use_bf16, trainer_class)
 
 
-def run(config: TrainingConfig, state: accelerate.PartialState, folder: Path, run_log: RunLog, use_bf16: bool) -> None:
+def run(
+    config: TrainingConfig,
+    state: accelerate.PartialState,
+    folder: Path,
+    run_log: RunLog,
+    use_bf16: bool,
+    trainer_class: type[GradualUnfreezeTrainer],
+) -> None:
     """Steps 2 to 7 of `main`: what happens in the run's folder."""
     if state.is_main_process:
         checkpoints.write_status(folder, "running", pid=os.getpid())
@@ -1422,11 +1458,11 @@ def run(config: TrainingConfig, state: accelerate.PartialState, folder: Path, ru
         check_disk(folder, model, config)
 
     # 3. Data
-    train_rows, eval_rows = load_data(config, state)
+    train_rows, eval_rows = trainer_class.load_data(config, state)
     report_data(folder, train_rows, eval_rows, config, run_log)
 
     # 4. What will run
-    trainer = GradualUnfreezeTrainer(
+    trainer = trainer_class(
         config,
         training_arguments(config, folder, cpu=state.device.type == "cpu"),
         model,
@@ -1481,13 +1517,6 @@ def publish(config: TrainingConfig, folder: Path, run_log: RunLog) -> None:
     """Uploads the final model of a finished run."""
     address = upload(config, folder / "final_model", run_log.say)
     checkpoints.update_status(folder, uploaded=address)
-
-
-def load_data(
-    config: TrainingConfig, state: accelerate.PartialState
-) -> tuple[SpeechRows | list[StreamedSource], SpeechRows]:
-    load = load_streams_and_eval if config.streaming else load_train_and_eval
-    return load_in_turn(state, functools.partial(load, config, config.seed))
 
 
 def load_in_turn(state: accelerate.PartialState, load: Callable[[], Any]) -> Any:
