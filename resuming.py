@@ -414,7 +414,7 @@ class ResumableTrainer(Trainer):
         return super().get_batch_samples(*args)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
-        norm = whole(super()._get_grad_norm(model, grad_norm=grad_norm))
+        norm = whole(super()._get_grad_norm(model, grad_norm=grad_norm))  # else every reading of it is an exchange
         if math.isfinite(norm):  # the same on every rank: gradients are reduced by now
             self.bad_steps = 0
         else:
