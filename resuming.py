@@ -446,7 +446,7 @@ class ResumableTrainer(Trainer):
         print(f"{line}; new workers go on from the batch that is due", file=sys.stderr, flush=True)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
-        norm = whole(super()._get_grad_norm(model, grad_norm=grad_norm))
+        norm = whole(super()._get_grad_norm(model, grad_norm=grad_norm))  # else every reading of it is an exchange
         if math.isfinite(norm):  # the same on every rank: gradients are reduced by now
             self.bad_steps = 0
         else:

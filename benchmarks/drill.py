@@ -7,14 +7,29 @@ run again until the run is finished, and its weights and moments are compared wi
 processes are forked from one that has imported everything, under a launcher that does what torchrun does: it passes
 signals on, and ends the others when one dies. What is done is in --work, and is not done again. As a control, kills
 while saving hit a system that writes in place and believes what it finds: some of those runs must end wrong.
+
+A fault is survived when the run ends finished and in the same bits, with no more steps lost than since the last
+checkpoint that its kind leaves: the last on the disk; the last but one where the last was damaged; the last on the Hub
+where the machine is gone; the last step after a signal. Beyond that:
+
+- What a run must outlive (a full disk, NaN, a dead worker of its loader, the Hub's faults) is not to end it.
+- A NaN in the audio: the utterance is named as dropped in both epochs, and the bits are those of a run in whose corpus
+  that clip is silent. A NaN in a gradient leaves a step out, so its bits are not compared.
+- The Hub's faults last for seconds from a step on, and until they met a request. Then the model must be on the Hub file
+  by file, at the latest by the same command again, and each exit status must have said whether it was.
+
+The Hub is tests/hub_server.py; pauses after failed uploads are a tenth of the real ones.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
+import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -28,12 +43,23 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import huggingface_hub
+import numpy as np
+import pyarrow
 import pyarrow.parquet
+import soundfile
+import torch
+from hub_server import HubServer, Repo
 
 import checkpoints
+import hub_upload
 import run_watch
+from hebrew_audio import SAMPLE_RATE, decode_audio
 from hebrew_corpora import Source
 from resuming import ResumableTrainer
 from train_hebrew_asr_enhanced import Stage, TrainingConfig, launch, main
@@ -45,6 +71,31 @@ LAUNCHER_SECONDS = 30.0  # from passing a signal on to kill -9
 LIMIT_SECONDS = 120.0  # of one run, before it counts as hanging
 NEXT_ATTEMPT = "---- the same command again ----\n"
 FLUSHES = 15  # of one checkpoint: its files, its manifest, its folder, and the folder it is in
+UTTERANCES = 41  # for training: steps of 8, the last one of an epoch has one
+REPO, BRANCH, TOKEN = "OzLabs/drill", "checkpoints-run", "hf_token_of_the_drill"
+HUB_FAULTS = {  # of all requests, or of those that carry a file's content
+    "500": ("*", "", {"status": 500}),
+    "503": ("*", "", {"status": 503}),
+    "429 with Retry-After": ("*", "", {"status": 429, "headers": {"Retry-After": "1"}}),
+    "401": ("*", "", {"status": 401}),
+    "connections cut": ("PUT", "/storage/", {"cut_request": 100_000}),
+    "no answer": ("*", "", {"delay_s": 3.0, "hang_up": True}),
+    "1 kB/s": ("PUT", "/storage/", {"bytes_per_s": 1000}),
+    "wrong hash": None,  # it keeps another content than it was sent
+}
+KINDS = [  # kind, who or what, processes; the first 31 have every kind
+    *(("kill -9", who, n) for who, n in (("rank 0", 1), ("rank 1", 2), ("all", 2), ("launcher", 2), ("worker", 1))),
+    *(("kill -9 while saving", who, n) for who, n in (("rank 0", 1), ("all", 2), ("rank 0", 2), ("all", 1))),
+    *(("SIGTERM", who, n) for who, n in (("rank 0", 1), ("rank 1", 2), ("launcher", 2))),
+    *(("SIGINT", "rank 0", 2), ("SIGSTOP", "rank 1", 2), ("full disk", "", 1), ("NaN gradient", "", 1)),
+    *(("kill -9, then damage", what, 1) for what in ("torn file", "missing file", "flipped byte")),
+    *(("machine gone", how, n) for how, n in (("killed", 1), ("killed, a wrong hash comes back", 2), ("SIGTERM", 2))),
+    *(("Hub", what, 1 + i % 2) for i, what in enumerate(HUB_FAULTS)),
+    ("NaN audio", "", 2),
+    *(("kill -9 while saving", who, n) for who, n in (("rank 0", 1), ("all", 2), ("rank 0", 2), ("all", 1))),
+    *(("SIGTERM", "all", 2), ("full disk", "", 2), ("NaN audio", "", 1), ("machine gone", "killed", 2)),
+]
+OUTLIVED = ("full disk", "NaN gradient", "NaN audio", "Hub")  # and the death of a worker
 
 
 @dataclass
@@ -54,8 +105,16 @@ class Fault:
     who: str  # rank 0, rank 1, all, launcher; or what is damaged
     processes: int
     step: int  # the fault hits when this many steps are done,
-    delay: float  # so many seconds later; or, while saving, at this flush
+    delay: float  # so many seconds later; while saving, at this flush; of the Hub, for so many seconds
     control: bool = False
+
+    @property
+    def has_hub(self) -> bool:
+        return self.kind in ("Hub", "machine gone")
+
+    @property
+    def is_outlived(self) -> bool:
+        return self.kind in OUTLIVED or self.who == "worker"
 
     @property
     def title(self) -> str:
@@ -64,26 +123,20 @@ class Fault:
 
 def faults(count: int) -> list[Fault]:
     """A fixed list: one pass over all kinds after the other, moments drawn by number."""
-    kinds = [
-        *(
-            ("kill -9", who, processes)
-            for who, processes in (("rank 0", 1), ("rank 1", 2), ("all", 2), ("launcher", 2))
-        ),
-        *(("kill -9 while saving", who, n) for who, n in (("rank 0", 1), ("all", 2), ("rank 0", 1), ("all", 1))),
-        *(
-            ("SIGTERM", who, processes)
-            for who, processes in (("rank 0", 1), ("rank 1", 2), ("all", 2), ("launcher", 2))
-        ),
-        *(("kill -9, then damage", what, 1) for what in ("torn file", "missing file", "flipped byte")),
-        *(("full disk", "", processes) for processes in (1, 2)),
-        *(("SIGSTOP", "rank 1", 2), ("SIGINT", "rank 0", 2), ("NaN gradient", "", 1)),
-    ]
     found = []
     for number in range(count):
-        kind, who, processes = kinds[number % len(kinds)]
+        kind, who, processes = KINDS[number % len(KINDS)]
         draw = random.Random(number)
-        delay = draw.randrange(1, FLUSHES + 1) if "saving" in kind else round(draw.uniform(0, 0.5), 3)
-        found.append(Fault(number, kind, who, processes, draw.randrange(1, STEPS), delay))
+        delay, step = round(draw.uniform(0, 0.5), 3), draw.randrange(1, STEPS)
+        if "saving" in kind:
+            delay = draw.randrange(1, FLUSHES + 1)
+        if kind == "Hub":
+            delay = round(draw.uniform(1, 6), 3)
+        if kind == "machine gone":
+            step = draw.randrange(4, STEPS)
+        if who == "worker":
+            delay, step = 0.0, draw.choice([1, 2, 3, 7, 8, 9])  # not at the end of an epoch, when it has done its work
+        found.append(Fault(number, kind, who, processes, step, delay))
     controls = [f for f in faults_of_saving(found)][:6]
     return found + [Fault(**(asdict(f) | {"number": count + i, "control": True})) for i, f in enumerate(controls)]
 
@@ -118,6 +171,117 @@ def settings(work: Path, folder: Path) -> TrainingConfig:
         tracker="none",
         final_dtype="float32",
     )
+
+
+def settings_for(fault: Fault, work: Path, folder: Path) -> TrainingConfig:
+    config = settings(work, folder / "run")
+    if fault.has_hub:
+        config = dataclasses.replace(config, hf_repo_id=REPO, skip_hf_upload=False)
+    if fault.who == "worker":
+        config.dataloader_num_workers = 1
+    if fault.kind == "NaN audio":
+        config.train_sources = [Source(str(corpus_with_nan(fault, work, folder / "corpus")))]
+    return config
+
+
+def clip_of(fault: Fault) -> int:
+    """Which utterance has the NaN."""
+    return random.Random(fault.number).randrange(UTTERANCES)
+
+
+def corpus_with_nan(fault: Fault, work: Path, folder: Path) -> Path:
+    """The corpus with one NaN, or nothing but NaN, in one clip, by the fault's number."""
+    samples = corpus_clip(work, clip_of(fault))
+    samples[8000 : 8001 if fault.number % 2 else None] = np.nan
+    return corpus_with(work, folder, clip_of(fault), samples)
+
+
+def corpus_clip(work: Path, number: int) -> np.ndarray:
+    return decode_audio(pyarrow.parquet.read_table(work / "corpus" / "train.parquet")["audio"][number].as_py())
+
+
+def corpus_with(work: Path, folder: Path, number: int, samples: np.ndarray) -> Path:
+    """The corpus with other samples in one clip, as floats."""
+    table = pyarrow.parquet.read_table(work / "corpus" / "train.parquet")
+    rows, wav = table.to_pylist(), io.BytesIO()
+    soundfile.write(wav, samples, SAMPLE_RATE, format="WAV", subtype="FLOAT")
+    rows[number]["audio"] = {"bytes": wav.getvalue(), "path": f"{number}.wav"}
+    folder.mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, table.schema), folder / "train.parquet")
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------------------- Hub
+
+
+def hub_process(fault: Fault, folder: Path) -> None:
+    """A Hub that has the fault from its step on; writes down what it holds; until its parent is gone or stops it."""
+    parent, over, begun, seen = os.getppid(), False, 0.0, None
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    with HubServer(users={TOKEN: ("OzLabs", "write")}) as hub:
+        hub.add_repo(REPO, private=True)
+        tampered: list[str] = []
+        broken, at_step = None, None
+        checkpoints.put(folder / "hub-url", hub.url)
+        while os.getppid() == parent:
+            if not begun and (steps_done(folder) >= fault.step if fault.kind == "Hub" else (folder / "gone").exists()):
+                begun, at_step = time.monotonic(), steps_done(folder)
+                broken = bring_about(fault, hub, tampered)
+            met = len(tampered) if broken is None else 10**9 - broken.times
+            if broken and not over and time.monotonic() - begun > fault.delay and met:
+                over, broken.path = True, "no request has this"
+            over = over or bool(tampered)
+            with hub.lock:
+                repo = hub.repos[REPO]
+                now = met, over, at_step, dict(repo.branches)
+                main, branch = dict(repo["main"]), dict(repo[BRANCH]) if BRANCH in repo.branches else {}
+            if now != seen:
+                names = {path.split("/")[0] for path in branch if checkpoints.NAME.fullmatch(path.split("/")[0])}
+                state = {"met": met, "over": over, "step": at_step, "main": hashes(main), "checkpoints": sorted(names)}
+                checkpoints.put(folder / "hub.json", json.dumps(state))
+                seen = now
+            time.sleep(0.02)
+    os._exit(0)
+
+
+def bring_about(fault: Fault, hub: HubServer, tampered: list[str]):
+    if fault.kind == "machine gone":
+        return hub.fail("GET", "/storage/", corrupt=True, times=1) if "wrong hash" in fault.who else None
+    if how := HUB_FAULTS[fault.who]:
+        return hub.fail(how[0], how[1], times=10**9, **how[2])
+    commit = Repo.commit
+
+    def tampering(self, branch, files, *rest):
+        if not tampered:
+            tampered.extend(path for path in files if path.endswith(".safetensors"))
+            files = files | {path: files[path][:-1] + b"?" for path in tampered}
+        return commit(self, branch, files, *rest)
+
+    Repo.commit = tampering
+
+
+def hashes(files: dict[str, bytes]) -> dict[str, str]:
+    return {path: hashlib.sha256(content).hexdigest() for path, content in files.items()}
+
+
+def hub_state(folder: Path) -> dict:
+    return json.loads((folder / "hub.json").read_text())
+
+
+def use_hub(folder: Path) -> None:
+    """Has the client of this process take the drill's Hub for the real one."""
+    url, constants = (folder / "hub-url").read_text(), huggingface_hub.constants
+    constants.ENDPOINT = url
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    constants.HF_HUB_CACHE = str(folder / "cache")
+    os.environ["HF_TOKEN"] = TOKEN
+    hub_upload.FIRST_WAIT_SECONDS, hub_upload.LONGEST_WAIT_SECONDS, hub_upload.SILENT_SECONDS = 0.5, 30.0, 2.0
+
+
+def is_uploaded(folder: Path) -> bool:
+    """Whether the Hub has the final model, file by file."""
+    model = {path.name: path.read_bytes() for path in (folder / "run" / "final_model").glob("*")}
+    return bool(model) and hashes(model).items() <= hub_state(folder)["main"].items()
 
 
 # --------------------------------------------------------------------------------------------------- Inside of a run
@@ -196,6 +360,8 @@ def rank_process(config: TrainingConfig, rank: int, processes: int, port: int, f
         os.environ |= {name: str(value) for name, value in ranks.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "drill"}
     instrument(folder, rank, fault)
+    if (folder / "hub-url").exists():
+        use_hub(folder)
     sys.argv = ["drill"]
     status = 0
     try:
@@ -257,20 +423,21 @@ def start(config: TrainingConfig, processes: int, fault: Fault | None, log: Path
     return launcher
 
 
-def wait_for(launcher: int, folder: Path) -> bool:
-    """Waits until a run and all its processes are gone; False, and kills them, if that takes too long."""
+def wait_for(launcher: int, folder: Path) -> int | None:
+    """Waits until a run and all its processes are gone, for its exit status; None, and kills them, if it takes long."""
     end = time.monotonic() + LIMIT_SECONDS
-    ended = False
+    ended = status = 0
     while time.monotonic() < end:
-        ended = ended or bool(os.waitpid(launcher, os.WNOHANG)[0])
+        if not ended:
+            ended, status = os.waitpid(launcher, os.WNOHANG)
         if ended and not any(map(alive, pids_of(folder))):
-            return True
+            return os.waitstatus_to_exitcode(status)
         time.sleep(0.02)
     with contextlib.suppress(OSError):
         os.killpg(launcher, signal.SIGKILL)
     if not ended:
         os.waitpid(launcher, 0)
-    return False
+    return None
 
 
 def pids_of(folder: Path) -> list[int]:
@@ -293,21 +460,34 @@ def steps_done(folder: Path) -> int:
 
 def strike(fault: Fault, launcher: int, folder: Path) -> None:
     """Waits for the fault's moment and brings it about, if it comes from outside."""
-    if "saving" in fault.kind or fault.kind in ("full disk", "NaN gradient"):
+    if "saving" in fault.kind or fault.kind in OUTLIVED:
         return
     end = time.monotonic() + LIMIT_SECONDS
     while steps_done(folder) < fault.step and time.monotonic() < end:
         time.sleep(0.005)
+    while fault.has_hub and not hub_state(folder)["checkpoints"] and any(map(alive, pids_of(folder))):
+        time.sleep(0.005)
     time.sleep(fault.delay)
-    name = fault.kind.split(",")[0]
-    number = signal.SIGKILL if name == "kill -9" else getattr(signal, name)
-    with contextlib.suppress(OSError):
-        if fault.who == "all":
-            os.killpg(launcher, number)
-        elif fault.who == "launcher":
+    name = fault.who.split(",")[0] if fault.has_hub else fault.kind.split(",")[0]
+    number = getattr(signal, name) if name.startswith("SIG") else signal.SIGKILL
+    with contextlib.suppress(OSError, IndexError):
+        if fault.who == "worker":
+            os.kill(children(pids_of(folder)[0])[0], number)
+        elif fault.who == "launcher" or (name == "SIGTERM" and fault.has_hub):
             os.kill(launcher, number)
+        elif fault.who == "all" or fault.has_hub:
+            os.killpg(launcher, number)
         else:
             os.kill(pids_of(folder)[int(fault.who[-1]) if fault.who.startswith("rank") else 0], number)
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(stat.parent.name))
+    return sorted(found)
 
 
 def damage(fault: Fault, run: Path) -> None:
@@ -334,36 +514,62 @@ def final_hash(run: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def hit(fault: Fault, work: Path, references: dict[str, str]) -> dict:
+def hit(fault: Fault, work: Path, reference: str) -> dict:
     """One fault: the run that it hits, the runs that go on, and how it ended."""
     folder = work / f"fault-{fault.number:03d}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    config, log = settings(work, folder / "run"), folder / "log.txt"
-    run = Path(config.output_dir)
-    result = asdict(fault) | {"hit_step": None, "hit_phase": None, "attempts": 1, "hung": False}
+    hub = os.fork() if fault.has_hub else None
+    if hub == 0:
+        hub_process(fault, folder)
+    try:
+        while hub and not (folder / "hub.json").exists():
+            time.sleep(0.01)
+        result = hit_and_resume(fault, settings_for(fault, work, folder), folder, reference)
+    finally:
+        if hub:
+            os.kill(hub, signal.SIGTERM)
+            os.waitpid(hub, 0)
+    if result["survived"]:
+        shutil.rmtree(folder)
+    return result
+
+
+def hit_and_resume(fault: Fault, config: TrainingConfig, folder: Path, reference: str) -> dict:
+    log, run = folder / "log.txt", Path(config.output_dir)
+
+    def is_done() -> bool:
+        return is_finished(config) and (not fault.has_hub or is_uploaded(folder))
+
     launcher = start(config, fault.processes, fault, log)
+    result = asdict(fault) | {"hit_phase": None}
     strike(fault, launcher, folder)
     with contextlib.suppress(OSError):
         result["hit_phase"] = "saving" if (folder / "saving-0").exists() else (folder / "where-0").read_text()
-    result["hung"] = not wait_for(launcher, folder)
+    exits = [wait_for(launcher, folder)]
+    told = [(exits[0] == 0) == is_done()]
     result["hit_step"] = steps_done(folder)
     if (folder / "saving-0").exists():
         result["hit_phase"] = "saving"
-    if fault.kind in ("full disk", "NaN gradient"):  # the run went on from it
-        full = folder / "was-full"
-        result["hit_step"] = int(full.read_text()) if full.exists() else fault.step
-        result["hit_phase"] = "saving" if full.exists() else f"step {fault.step}"
+    result |= met_by_the_run(fault, folder)
     result["status"] = checkpoints.read_status(run)["state"]
     damage(fault, run)
-    while not is_finished(config) and result["attempts"] < 4:
-        result["attempts"] += 1
+    lasting = hub_state(folder)["checkpoints"] if fault.kind == "machine gone" else []
+    if fault.kind == "machine gone":
+        shutil.rmtree(run)
+        (folder / "gone").touch()
+        config = dataclasses.replace(config, resume="hub" if lasting else "auto")
+    while not is_done() and len(exits) < 4:
+        end = time.monotonic() + LIMIT_SECONDS
+        while fault.kind == "Hub" and not hub_state(folder)["over"] and time.monotonic() < end:
+            time.sleep(0.05)
         with open(log, "a") as file:
             file.write(NEXT_ATTEMPT)
         echo = Fault(**(asdict(fault) | {"kind": "none"})) if fault.control else None
-        result["hung"] |= not wait_for(start(config, fault.processes, echo, log), folder)
-    result["steps_lost"] = 0
-    if result["attempts"] > 1:
+        exits.append(wait_for(start(config, fault.processes, echo, log), folder))
+        told.append((exits[-1] == 0) == is_done())
+    result |= {"attempts": len(exits), "exits": exits, "hung": None in exits, "steps_lost": 0}
+    if len(exits) > 1 and not (fault.kind == "Hub" and result["status"] == "finished"):
         second = log.read_text().split(NEXT_ATTEMPT)[1]
         resumed = [int(line.split()[3]) for line in second.splitlines() if line.startswith("resumed at step")]
         result["steps_lost"] = max(0, result["hit_step"] - (resumed[0] if resumed else 0))
@@ -371,20 +577,54 @@ def hit(fault: Fault, work: Path, references: dict[str, str]) -> dict:
         result["hash"] = final_hash(run)
     except (OSError, IndexError):
         result["hash"] = None
-    reference = references[f"{fault.processes}"]
     result["identical"] = result["hash"] == reference if fault.kind != "NaN gradient" else None
-    finished = is_finished(config) and not result["hung"]
-    allowed = 2 * SAVE_STEPS if "damage" in fault.kind else SAVE_STEPS  # a damaged one is the last but one
-    allowed = 0 if fault.kind.startswith("SIG") and fault.kind != "SIGSTOP" else allowed
-    result["survived"] = finished and result["identical"] is not False and result["steps_lost"] <= allowed
-    if result["survived"]:
-        shutil.rmtree(folder)
-    return result
+    survived = is_done() and not result["hung"] and result["identical"] is not False
+    survived &= result["steps_lost"] <= allowed_loss(fault, result["hit_step"], lasting)
+    survived &= not fault.is_outlived or (result["status"] == "finished" and result["hit_phase"] is not None)
+    survived &= fault.kind != "Hub" or all(told)
+    return result | {"survived": bool(survived)}
+
+
+def met_by_the_run(fault: Fault, folder: Path) -> dict:
+    """Where a fault was met that the run goes on from; a phase of None: nowhere."""
+    if fault.kind == "full disk":
+        full = folder / "was-full"
+        return {"hit_step": int(full.read_text()), "hit_phase": "saving"} if full.exists() else {"hit_phase": None}
+    if fault.kind == "NaN gradient":
+        skipped = (folder / "run" / "skipped-steps.txt").exists()
+        return {"hit_step": fault.step, "hit_phase": f"step {fault.step}" if skipped else None}
+    if fault.kind == "NaN audio":
+        lines = [line for file in (folder / "run").glob("dropped-*.txt") for line in file.read_text().splitlines()]
+        steps = sorted(int(line.split(":")[0].split()[1]) for line in lines if ": not finite: " in line)
+        twice = len(lines) == len(steps) == 2 and all_finite(folder / "run")
+        return {"hit_step": min(steps, default=0), "hit_phase": "loading" if twice else None}
+    if fault.kind == "Hub":
+        hub = hub_state(folder)
+        return {"hit_step": hub["step"], "hit_phase": f"{hub['met']} requests met it" if hub["met"] else None}
+    if fault.who == "worker":
+        noted = re.search(r"process 0, after step (\d+): DataLoader worker \(pid", (folder / "log.txt").read_text())
+        return {"hit_step": int(noted[1]), "hit_phase": "loading"} if noted else {"hit_phase": None}
+    return {}
+
+
+def all_finite(run: Path) -> bool:
+    last = checkpoints.verify(checkpoints.names(run / "checkpoints")[0])
+    files = ("model.safetensors", "optimizer.safetensors")
+    return all(torch.isfinite(tensor).all() for file in files for _, tensor in last.tensors(file))
+
+
+def allowed_loss(fault: Fault, step: int, on_hub: list[str]) -> int:
+    """So many steps may be lost."""
+    if fault.kind == "machine gone":
+        return 0 if fault.who == "SIGTERM" else step - max((checkpoints.number_of(Path(n)) for n in on_hub), default=0)
+    if "damage" in fault.kind:
+        return 2 * SAVE_STEPS  # the last but one
+    return 0 if fault.is_outlived or fault.kind in ("SIGTERM", "SIGINT") else SAVE_STEPS
 
 
 def prepare(work: Path) -> None:
     """The small corpus: 41 utterances for training, 11 for evaluation."""
-    for part, name, count in (("corpus", "corpus", 41), ("heldout", "heldout", 11)):
+    for part, name, count in (("corpus", "corpus", UTTERANCES), ("heldout", "heldout", 11)):
         (file,) = (DEMO / part).glob("*.parquet")
         if not (work / name).exists():
             (work / name).mkdir(parents=True)
@@ -424,33 +664,42 @@ def drill(arguments: list[str]) -> int:
     prepare(work)
     done_file = work / "done.jsonl"
     done = [json.loads(line) for line in done_file.read_text().splitlines()] if done_file.exists() else []
-    references = {str(r["processes"]): r["hash"] for r in done if r["kind"] == "reference"}
-    for processes in (1, 2):
-        if str(processes) not in references:
-            config = settings(work, work / f"reference-{processes}" / "run")
-            shutil.rmtree(Path(config.output_dir).parent, ignore_errors=True)
-            Path(config.output_dir).parent.mkdir(parents=True)
-            log = Path(config.output_dir).parent / "log.txt"
-            assert wait_for(start(config, processes, None, log), Path(config.output_dir).parent), log.read_text()
-            references[str(processes)] = final_hash(Path(config.output_dir))
+    references = {r["name"]: r["hash"] for r in done if r["kind"] == "reference"}
+
+    def reference_for(fault: Fault) -> str:
+        """The final hash of a run that nothing hits; for a NaN in the audio, of one where that clip is silent."""
+        name = f"processes-{fault.processes}" + (f"-silent-{clip_of(fault)}" if fault.kind == "NaN audio" else "")
+        if name not in references:
+            folder = work / f"reference-{name}"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            config, log = settings(work, folder / "run"), folder / "log.txt"
+            if fault.kind == "NaN audio":
+                silence = np.zeros_like(corpus_clip(work, clip_of(fault)))
+                config.train_sources = [Source(str(corpus_with(work, folder / "corpus", clip_of(fault), silence)))]
+            assert wait_for(start(config, fault.processes, None, log), folder) == 0, log.read_text()
+            references[name] = final_hash(folder / "run")
             with open(done_file, "a") as file:
-                line = {"kind": "reference", "processes": processes, "hash": references[str(processes)]}
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps({"kind": "reference", "name": name, "hash": references[name]}) + "\n")
+        return references[name]
+
     results = {r["number"]: r for r in done if r["kind"] != "reference"}
-    for fault in faults(given.faults):
+    wanted = faults(given.faults)
+    for fault in wanted:
         if fault.number in results and asdict(fault).items() <= results[fault.number].items():
             continue
         started = time.monotonic()
-        results[fault.number] = result = hit(fault, work, references)
+        results[fault.number] = result = hit(fault, work, reference_for(fault))
         with open(done_file, "a") as file:
             file.write(json.dumps(result) + "\n")
         print(
-            f"{fault.number:3} {'control: ' * fault.control}{fault.title}, {fault.processes} process(es): at step"
-            f" {result['hit_step']} ({result['hit_phase']}), {result['steps_lost']} steps lost,"
+            f"{fault.number + 1} of {len(wanted)}: {'control: ' * fault.control}{fault.title},"
+            f" {fault.processes} process(es): at step {result['hit_step']} ({result['hit_phase']}),"
+            f" {result['steps_lost']} steps lost,"
             f" {'survived' if result['survived'] else 'NOT SURVIVED'}, {time.monotonic() - started:.0f} s",
             flush=True,
         )
-    wanted = [results[fault.number] for fault in faults(given.faults)]
+    wanted = [results[fault.number] for fault in wanted]
     print(table(wanted))
     if given.json:
         given.json.write_text(json.dumps({"references": references, "faults": wanted}, indent=1))
