@@ -145,6 +145,8 @@ class GenerateSampler:
                 max_new_tokens=max(limits),
                 do_sample=False,
                 num_beams=1,
+                repetition_penalty=1.0,  # whatever the checkpoint's own settings for use are
+                no_repeat_ngram_size=0,
                 logits_processor=transformers.LogitsProcessorList([chooser]),
             ).tolist()
         log_p = torch.stack(chooser.log_p, dim=1).tolist()

@@ -297,6 +297,12 @@ class GspoTrainer(GradualUnfreezeTrainer):
             self.noisy_dataset = SpeechDataset(load_noisy(config), processor, config, training=False)
         self.reference_model = load_model(config, self.use_bf16).to(args.device).eval() if config.kl_weight else None
         self.drawer = GenerateSampler(self.model, self.collator.end_of_turn_id, config.temperature, self.autocast)
+        low, high = config.clip_range
+        clips = f", ratios within 1 − {low:g} and 1 + {high:g}" if config.objective != "mwer" else ""
+        self.run_log.say(
+            f"{config.objective}: {config.group_size} samples an utterance at temperature {config.temperature:g}, one"
+            f" rollout for {config.updates_per_rollout} steps{clips}"
+        )
         self.prepared: Iterator[Any] = iter(())  # inputs of the steps that are sampled for
         self.steps_prepared = 0
         self.rollout: list[Group] = []  # this process's groups of these steps

@@ -49,10 +49,10 @@ def samples(seed: int = 0):
 
 
 def tensors(lengths, group, old, log_p, advantage, errors, share):
-    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
     log_p = torch.tensor(log_p, requires_grad=True)
     numbers = (torch.tensor(values, dtype=torch.float64) for values in (advantage, errors, share))
-    return owner, torch.tensor(group), torch.tensor(old), log_p, *numbers
+    return owner, torch.tensor(group, dtype=torch.long), torch.tensor(old), log_p, *numbers
 
 
 def of_each(lengths: list[int], values: np.ndarray) -> list[list[float]]:
@@ -130,6 +130,13 @@ def test_an_objective_and_its_gradient_are_those_of_the_paper(name, seed):
         moved[1][place] -= step
         up, down = (BY_HAND[name]((*values[:3], shifted, *values[4:])) for shifted in moved)
         assert gradient[place].item() == pytest.approx((up - down) / (2 * step), abs=1e-7)
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_process_without_samples_in_a_step_has_a_gradient_of_zero(name):
+    nothing = [], [], np.zeros(0), np.zeros(0), np.zeros(0), np.zeros(0), []
+    loss, log_p = loss_of(name, nothing)
+    assert loss.item() == 0 and len(torch.autograd.grad(loss, log_p)[0]) == 0
 
 
 @pytest.mark.parametrize("objective", [policy_losses.gspo, policy_losses.grpo])

@@ -1,0 +1,278 @@
+"""Round 3 against further cross-entropy, on the demo world: what each makes of a converged Round 2 checkpoint.
+
+    uv run python benchmarks/round3.py --json round3.json --seeds 3
+
+Step 1 makes the start: Round 2's demo with noise, for as many epochs as lower the WER under noise. Then every arm goes
+on from it, for each seed with the same utterances and noise in the same order: cross-entropy at three rates, GSPO,
+GRPO, MWER. Cross-entropy gets as many epochs as cost what one of GSPO costs. Compared are the last weights of each run,
+so that no test set chooses among them. Runs are forked from one process that has imported everything; what is done is
+in --work and is not done again.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+
+import checkpoints
+import train_round2_gradual
+import train_round3_gspo
+from hebrew_audio import decode_audio
+from hebrew_corpora import DataConfig, Source, load_rows
+from hebrew_scoring import count_utterance, repeats
+from intervals import compare
+from train_hebrew_asr_enhanced import Stage, TrainingConfig, launch, main
+from transcription import Decoding, load_speech_model
+
+DEMO = Path(__file__).parent.parent / "demo"
+RATES = {"projector": 2e-4, "audio_top": 6e-5, "llm_top": 6e-5, "lm_head": 2e-4}  # ×1: a tenth of Round 2's demo
+START_EPOCHS = 16
+OBJECTIVES = ("gspo", "grpo", "mwer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    objective: str  # ce, gspo, grpo or mwer
+    scale: float  # of RATES
+    seed: int
+    epochs: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.objective}-x{self.scale:g}-epochs{self.epochs}-seed{self.seed}"
+
+    @property
+    def kind(self) -> str:
+        return f"{self.objective} ×{self.scale:g}"
+
+
+def start_config(folder: Path, epochs: int) -> TrainingConfig:
+    config = train_round2_gradual.demo()
+    config.stages[-1].last_epoch = config.num_epochs = epochs
+    with_noise(config)
+    return quiet(config, folder)
+
+
+def with_noise(config: TrainingConfig) -> None:
+    config.use_waveform_augmentation = True
+    config.waveform_augmentation.noise_probability, config.waveform_augmentation.snr_db = 0.5, (5.0, 15.0)
+
+
+def quiet(config: TrainingConfig, folder: Path) -> TrainingConfig:
+    """Evaluates next to nothing while training: what counts is measured on the last weights."""
+    config.output_dir, config.tracker = str(folder), "none"
+    config.eval_sources = [Source(str(DEMO / "heldout"), split="test[:8]")]
+    config.num_logged_predictions, config.eval_steps, config.save_steps = 0, 10**6, 100
+    return config
+
+
+def arm_config(arm: Arm, start: Path, utterances: int, work: Path, options: dict) -> TrainingConfig:
+    config = train_round2_gradual.demo() if arm.objective == "ce" else train_round3_gspo.demo()
+    rates = {component: arm.scale * rate for component, rate in RATES.items()}
+    config.stages = [Stage("further", arm.epochs, rates, 1, 1)]
+    config.model_name_or_path, config.num_epochs, config.seed = str(start), arm.epochs, arm.seed
+    config.train_sources = [Source(str(DEMO / "corpus"), split=f"train[:{utterances}]")]
+    config.lr_scheduler_type, config.warmup_ratio = "linear", 0.05
+    config.use_specaugment = False
+    with_noise(config)
+    if arm.objective != "ce":
+        config.objective, config.nonspeech_share, config.noisy_eval_sources = arm.objective, 0.0, []
+        for name, value in options.items():
+            setattr(config, name, value)
+    return quiet(config, work / arm.name)
+
+
+# ---------------------------------------------------------------------------------------------------------------- Runs
+
+
+def last_checkpoint(folder: Path) -> Path:
+    return checkpoints.names(folder / "checkpoints")[0]
+
+
+def transcribe(model: Path, part: str) -> list[dict]:
+    """Word errors, words and loops of each utterance of a set."""
+    rows = load_rows([Source(str(DEMO / part), split="test")], DataConfig(), for_training=False)
+    speech = load_speech_model(str(model), Decoding(), torch.device("cpu"))
+    found: dict[int, str] = {}
+    for places in np.array_split(np.argsort(-rows.seconds, kind="stable"), max(1, len(rows) // 40)):
+        waves = [decode_audio(rows[int(place)]["audio"]) for place in places]
+        texts = speech.transcribe([speech.features(wave) for wave in waves], [rows.seconds[p] for p in places])
+        found |= {int(place): text.text for place, text in zip(places, texts, strict=True)}
+    measured = []
+    for place, reference in enumerate(rows.column("reference")):
+        counts = count_utterance(reference, found[place]).counts
+        errors = counts.substitutions + counts.deletions + counts.insertions
+        loop = repeats(found[place]) and not repeats(reference)
+        measured.append({"errors": errors, "words": counts.words, "loop": loop})
+    return measured
+
+
+def measured(model: Path) -> dict:
+    return {part: transcribe(model, part) for part in ("heldout", "heldout_noisy")}
+
+
+def run_arm(arm: Arm, start: Path, utterances: int, work: Path, options: dict) -> None:
+    config, began = arm_config(arm, start, utterances, work, options), time.process_time()
+    if arm.objective == "ce":
+        main(config)
+    else:
+        train_round3_gspo.train_round3(config)
+    seconds = time.process_time() - began
+    result = {"arm": dataclasses.asdict(arm), "cpu_seconds": seconds, **measured(last_checkpoint(work / arm.name))}
+    checkpoints.put(work / arm.name / "result.json", json.dumps(result))
+
+
+def forked(work: Path, name: str, task, *arguments) -> int:
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        (work / f"{name}.log").parent.mkdir(parents=True, exist_ok=True)
+        with open(work / f"{name}.log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            torch.set_num_threads(1)
+            launch(lambda _: task(*arguments))
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def run_all(arms: list[Arm], at_once: int, start: Path, utterances: int, work: Path, options: dict) -> None:
+    waiting = [arm for arm in arms if not (work / arm.name / "result.json").exists()]
+    running: dict[int, Arm] = {}
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            arm = waiting.pop(0)
+            running[forked(work, arm.name, run_arm, arm, start, utterances, work, options)] = arm
+        pid, status = os.wait()
+        arm = running.pop(pid)
+        print(f"{arm.name}: {'done' if status == 0 else f'FAILED, see {work / arm.name}.log'}", flush=True)
+
+
+def make_start(work: Path, epochs: int) -> Path:
+    folder = work / "start"
+    if not (folder / "final_model" / "README.md").exists():
+        pid = forked(work, "start", main, start_config(folder, epochs))
+        if os.waitpid(pid, 0)[1]:
+            raise SystemExit(f"the start could not be made, see {work / 'start.log'}")
+    return folder / "final_model"
+
+
+def measured_once(work: Path, model: Path) -> dict:
+    file = work / "start.json"
+    if not file.exists():
+        file.write_text(json.dumps(measured(model)))
+    return json.loads(file.read_text())
+
+
+# --------------------------------------------------------------------------------------------------------------- Table
+
+
+def pooled(results: list[dict], part: str, name: str) -> np.ndarray:
+    """(utterances,) summed over the seeds."""
+    return np.sum([[float(utterance[name]) for utterance in result[part]] for result in results], axis=0)
+
+
+def wer(results: list[dict], part: str) -> float:
+    return 100 * pooled(results, part, "errors").sum() / pooled(results, part, "words").sum()
+
+
+def difference(first: list[dict], second: list[dict], part: str) -> dict[str, float]:
+    """First minus second in points of WER, each utterance one unit over all seeds."""
+    errors = [pooled(results, part, "errors") / len(results) for results in (first, second)]
+    found = compare(*errors, pooled(first, part, "words") / len(first)).difference
+    return dataclasses.asdict(found)
+
+
+def table(start: dict, results: list[dict]) -> dict:
+    kinds: dict[str, list[dict]] = {}
+    for result in sorted(results, key=lambda result: Arm(**result["arm"]).name):
+        kinds.setdefault(Arm(**result["arm"]).kind, []).append(result)
+    rows = {"start": {"wer": wer([start], "heldout"), "wer_noisy": wer([start], "heldout_noisy")}}
+    rows["start"]["loops"] = sum(utterance["loop"] for utterance in start["heldout_noisy"])
+    ce = min(
+        (kind for kind in kinds if kind.startswith("ce")), key=lambda k: wer(kinds[k], "heldout_noisy"), default=""
+    )
+    for kind, mine in kinds.items():
+        rows[kind] = {
+            "seeds": len(mine),
+            "cpu_seconds": round(np.mean([result["cpu_seconds"] for result in mine])),
+            "wer": wer(mine, "heldout"),
+            "wer_noisy": wer(mine, "heldout_noisy"),
+            "wer_noisy_of_seeds": [round(wer([result], "heldout_noisy"), 2) for result in mine],
+            "loops": pooled(mine, "heldout_noisy", "loop").sum() / len(mine),
+            "noisy, less the start": difference(mine, [start], "heldout_noisy"),
+            "clean, less the start": difference(mine, [start], "heldout"),
+        }
+        if ce and kind != ce:
+            rows[kind][f"noisy, less {ce}"] = difference(mine, kinds[ce], "heldout_noisy")
+    return rows
+
+
+def printed(rows: dict) -> str:
+    lines = [
+        "| arm | CPU-s | clean WER | noisy WER (seeds) | loops | noisy, less the start | noisy, less the best CE |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
+
+    def interval(values: dict | None) -> str:
+        return f"{values['value']:+.2f} ({values['low']:+.2f} to {values['high']:+.2f})" if values else ""
+
+    for name, row in rows.items():
+        against = next((value for key, value in row.items() if key.startswith("noisy, less ce")), None)
+        seeds = ", ".join(f"{value:.2f}" for value in row.get("wer_noisy_of_seeds", []))
+        lines.append(
+            f"| {name} | {row.get('cpu_seconds', '')} | {row['wer']:.2f} | {row['wer_noisy']:.2f}"
+            f" {f'({seeds})' if seeds else ''} | {row['loops']:g} | {interval(row.get('noisy, less the start'))} |"
+            f" {interval(against)} |"
+        )
+    return "\n".join(lines)
+
+
+def benchmark(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--json", type=Path, default=Path("round3.json"))
+    parser.add_argument("--work", type=Path, default=Path("runs/round3-benchmark"))
+    parser.add_argument("--start", type=Path, help="a final_model of Round 2; without it one is trained")
+    parser.add_argument("--start_epochs", type=int, default=START_EPOCHS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--utterances", type=int, default=2309, help="of the corpus, from its beginning")
+    parser.add_argument("--objectives", nargs="*", default=list(OBJECTIVES), choices=OBJECTIVES)
+    parser.add_argument("--scales", nargs="*", type=float, default=[1.0], help="of the rates, for these objectives")
+    parser.add_argument("--ce_scales", nargs="*", type=float, default=[0.3, 1.0, 3.0])
+    parser.add_argument("--ce_epochs", type=int, default=6, help="of further cross-entropy, for one of the others")
+    parser.add_argument("--parallel", type=int, default=2)
+    parser.add_argument("--options", type=json.loads, default={}, help="JSON: fields of GspoConfig")
+    given = parser.parse_args(argv)
+    work = given.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    start = (given.start or make_start(work, given.start_epochs)).resolve()
+    arms = [
+        arm
+        for seed in range(1, given.seeds + 1)
+        for arm in (
+            *(Arm(objective, scale, seed) for objective in given.objectives for scale in given.scales),
+            *(Arm("ce", scale, seed, given.ce_epochs) for scale in given.ce_scales),
+        )
+    ]
+    run_all(arms, given.parallel, start, given.utterances, work, given.options)
+    files = [work / arm.name / "result.json" for arm in arms]
+    results = [json.loads(file.read_text()) for file in files if file.exists()]
+    rows = table(measured_once(work, start), results)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(given).items()}
+    given.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2))
+    print(printed(rows))
+
+
+if __name__ == "__main__":
+    benchmark(sys.argv[1:])
