@@ -87,6 +87,8 @@ def announce(trainer: Any, eval_rows: SpeechRows, processes: int) -> None:
     )
     if config.fsdp and processes == 1:
         say("note: fsdp is on and there is one process: nothing is sharded")
+    audio, text = trainer.model.config.audio_config, trainer.model.config.text_config
+    say(f"attention: encoder {audio._attn_implementation}, language model {text._attn_implementation}")
     last_epoch = math.ceil(trainer.total_steps / len(trainer.sampler))
     marked = sum(not {"״", "׳"}.isdisjoint(reference) for reference in eval_rows.column("reference"))
     if marked and config.text_rules.quote_style == "ascii":

@@ -201,3 +201,22 @@ def test_the_fastest_there_is_is_taken(model, monkeypatch, wanted, gpu, flash, b
 def test_what_is_asked_for_and_not_there_is_one_message(model, wanted, bf16):
     with pytest.raises(InputError, match=f"attention {wanted} .*eave it at auto"):
         set_attention(model, wanted, bf16)
+
+
+def test_a_kernel_that_is_wrong_on_this_device_is_found_out():
+    """The example is small enough for each start on a GPU; bf16 alone is far from the tolerance."""
+
+    def ahead(*args):
+        return loop(*args[:-1], False)
+
+    def one_stretch_off(query, key, value, ends, *args):
+        return loop(query, key, value, ends.clone().index_fill_(0, torch.tensor([2]), 39), *args)
+
+    def missing(*_):
+        raise RuntimeError("no kernel image is available")
+
+    cpu = torch.device("cpu")
+    assert attention.kernel_error(loop, cpu, torch.bfloat16) is None
+    assert "off by" in attention.kernel_error(ahead, cpu, torch.bfloat16)
+    assert "off by" in attention.kernel_error(one_stretch_off, cpu, torch.bfloat16)
+    assert attention.kernel_error(missing, cpu, torch.bfloat16) == "no kernel image is available"
