@@ -72,6 +72,7 @@ from resuming import (
 from run_log import TRACKERS, RunLog
 from run_report import announce, describe_result, facts_of_run, report_data
 from run_watch import outlive_stop_signals
+from token_budget import find_token_budget
 from training_plan import lines_of, make_plan
 
 MEL_BINS = 128
@@ -230,6 +231,8 @@ class TrainingConfig(DataConfig):
     """Of an utterance, where the corpora are not read."""
     plan_price_per_hour: float | None = None
     """Of one device; None: no cost is printed."""
+    find_token_budget: bool = False
+    """Only try, on the GPUs given, how large tokens_per_micro_batch may be (token_budget.py), and print it."""
     output_dir: str | None = None
     """None: a folder under runs/ with a name of the settings, the same for the same command."""
     seed: int = 42
@@ -352,6 +355,7 @@ MAY_CHANGE = {  # settings that a resumed run may have otherwise than before
     *("max_bad_steps", "check_ranks_steps", "inspect_data", "output_dir", "process_timeout_minutes"),
     *("tokens_per_micro_batch", "gradient_checkpointing", "prepare", "prepared_dir"),
     *("plan", "plan_device", "plan_devices", "plan_hours_of_audio", "plan_mean_seconds", "plan_price_per_hour"),
+    "find_token_budget",
 }
 
 
@@ -361,7 +365,7 @@ def parse_config(argv: list[str], defaults: TrainingConfig) -> TrainingConfig:
     parser.add_class_arguments(TrainingConfig, as_group=False)
     parser.add_argument("--config", action="config", help="a config.yaml of an earlier run")
     parser.set_defaults(dataclasses.asdict(defaults))
-    flags = ("--inspect_data", "--prepare", "--plan")  # like --demo
+    flags = ("--inspect_data", "--prepare", "--plan", "--find_token_budget")  # like --demo
     argv = [a + "=true" if a in flags and b.startswith("--") else a for a, b in itertools.pairwise([*argv, "--"])]
     try:
         # Without defaults: jsonargparse would fill a given list's items up from the default list's items.
@@ -655,6 +659,11 @@ def check_stages(model: torch.nn.Module, stages: list[Stage]) -> None:
         found = {component_of(name, stage, model.config) for name, _ in model.named_parameters()}
         if missing := set(stage.learning_rates) - found:
             raise InputError(f"stage {stage.name}: the model has no parameter of {sorted(missing)}")
+
+
+def load_processor(config: TrainingConfig) -> Qwen3ASRProcessor:
+    with checkpoint_problems(config.model_name_or_path):
+        return transformers.AutoProcessor.from_pretrained(config.model_name_or_path)
 
 
 def load_model(config: TrainingConfig, use_bf16: bool) -> SpeechModel:
@@ -1310,6 +1319,15 @@ def main(config: TrainingConfig) -> None:
     use_bf16 = config.bf16 if config.bf16 is not None else not cpu and torch.cuda.is_bf16_supported(False)
     quiet_libraries(state.is_main_process)
     transformers.set_seed(config.seed)
+    if config.find_token_budget:
+        if cpu:
+            raise InputError(
+                "--find_token_budget tries a GPU's memory, and there is no GPU here. On a CPU no limit can be tried:"
+                " the system ends a process that takes too much. --plan computes what a GPU would hold"
+            )
+        print_token_budget(config, state, use_bf16)
+        leave_process_group()
+        return
     folder, _lock = open_run_folder(config, state)  # the lock holds as long as this function runs
     run_log = RunLog(folder, state.process_index)
     if config.prepare:
@@ -1345,9 +1363,7 @@ def run(config: TrainingConfig, state: accelerate.PartialState, folder: Path, ru
 
     # 2. Model
     with together():
-        with checkpoint_problems(config.model_name_or_path):
-            processor = transformers.AutoProcessor.from_pretrained(config.model_name_or_path)
-        model = load_model(config, use_bf16)
+        processor, model = load_processor(config), load_model(config, use_bf16)
         check_disk(folder, model, config)
 
     # 3. Data
@@ -1405,6 +1421,15 @@ def run(config: TrainingConfig, state: accelerate.PartialState, folder: Path, ru
                 run_log.say(f"not uploaded; to do it: {upload_command(config, trainer.final_folder)}")
         finally:
             run_log.say(run_log.dashboard())
+
+
+def print_token_budget(config: TrainingConfig, state: accelerate.PartialState, use_bf16: bool) -> None:
+    with together():
+        processor, model = load_processor(config), load_model(config, use_bf16)
+    collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
+    lines = find_token_budget(config, state, model, collator, freeze_for, use_bf16)
+    if state.is_main_process:
+        print(*lines, sep="\n")
 
 
 def publish(config: TrainingConfig, folder: Path, run_log: RunLog) -> None:
