@@ -72,6 +72,7 @@ from resuming import (
 from run_log import TRACKERS, RunLog
 from run_report import announce, describe_result, facts_of_run, report_data
 from run_watch import outlive_stop_signals
+from step_clock import StepClock
 from token_budget import find_token_budget
 from training_plan import lines_of, make_plan
 
@@ -756,7 +757,8 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         self.total_steps = config.max_steps or config.num_epochs * len(self.sampler)
         ends = {stage.last_epoch * len(self.sampler): stage.name for stage in config.stages}
         self.stage_ends = {step: name for step, name in ends.items() if step < self.total_steps}
-        self.add_callback(StepEvents(run_log, config.eval_steps, {*self.stage_ends, self.total_steps}))
+        self.clock = StepClock(args.device)
+        self.add_callback(StepEvents(self.note_step, run_log, config.eval_steps, {*self.stage_ends, self.total_steps}))
         self.window_started = time.perf_counter()
         self.prepare_checkpoints()
 
@@ -921,8 +923,9 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         model.train()
         micro_batches, dropped = inputs
         self.run_log.note_dropped(dropped, self.state.global_step + 1)
-        # Target tokens, audio frames, dropped, of those the broken, positions of the model, of those not padding
-        totals = torch.zeros(6, dtype=torch.float64, device=self.args.device)
+        # Target tokens, audio frames, dropped, of those the broken, positions of the model, of those not padding; and
+        # the positions of each process
+        totals = torch.zeros(6 + self.args.world_size, dtype=torch.float64, device=self.args.device)
         totals[2], totals[3] = len(dropped), sum(line.split(":")[0] in BROKEN for line in dropped)
         for batch in micro_batches:
             supervised = (batch["labels"] != IGNORED_LABEL).sum()
@@ -931,24 +934,34 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             totals[4] += batch["input_ids"].numel()
             totals[5] += useful_tokens(batch) * (supervised > 0)
             self.window.work += work_of(batch, self.model.config)
+        totals[6 + self.args.process_index] = totals[4]
         totals = self.accelerator.reduce(totals, reduction="sum")
-        self.window.audio_seconds += totals[1].item() / FRAMES_PER_CHUNK
-        self.window.positions += totals[4].item()
-        self.window.useful += totals[5].item()
-        self.dropped_utterances += int(totals[2].item())
-        self.broken_utterances += int(totals[3].item())
+        targets, frames, left_out, broken, positions, useful, *by_process = totals.tolist()
+        self.window.audio_seconds += frames / FRAMES_PER_CHUNK
+        self.window.positions += positions
+        self.window.useful += useful
+        self.window.fullest += max(by_process)
+        self.dropped_utterances += int(left_out)
+        self.broken_utterances += int(broken)
         self.check_broken(self.state.global_step + 1)
-        if not totals[0]:
+        if not targets:
             raise InputError(f"step {self.state.global_step + 1}: none of its utterances decodes")
         loss = torch.zeros((), device=self.args.device)
+        self.clock.begin()
         for i, batch in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
                 # DDP averages gradients over the processes; the loss is a sum over tokens.
                 share = self.negative_log_likelihood(model, batch) * self.args.world_size / totals[0].float()
+                if is_last:
+                    self.clock.end_after(share)
                 self.accelerator.backward(share)
             loss += share.detach()
         return loss
+
+    def note_step(self) -> None:
+        """Called after each step, when the norm of its gradient is known and so the device is through with it."""
+        self.window.computed.append(self.clock.seconds())
 
     def check_broken(self, step: int) -> None:
         """Raises InputError, on all processes, when more was broken so far than `max_broken_share` allows."""
@@ -1125,7 +1138,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         numbers["train/stage"] = self.config.stages.index(self.stage) + 1
         numbers["train/trainable_parameters"] = trainable_parameters(self.model)
         numbers["train/dropped_utterances"] = self.dropped_utterances
-        numbers |= self.window.numbers(self.model, now - self.window_started)
+        numbers |= self.window.numbers(self.model, now - self.window_started, self.watch.gather(self.window.computed))
         numbers |= self.uploader.numbers(step)
         self.window_started, self.window = now, Window()
         if math.isnan(self.last_train_loss):
@@ -1145,13 +1158,14 @@ class GradualUnfreezeTrainer(ResumableTrainer):
 class StepEvents(TrainerCallback):
     """Has Trainer log and evaluate by interval, at the end of each stage and at the end; moves the progress bar."""
 
-    def __init__(self, run_log: RunLog, eval_steps: int, ends: set[int]):
-        self.run_log, self.eval_steps, self.ends = run_log, eval_steps, ends
+    def __init__(self, note_step: Callable[[], None], run_log: RunLog, eval_steps: int, ends: set[int]):
+        self.note_step, self.run_log, self.eval_steps, self.ends = note_step, run_log, eval_steps, ends
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run_log.open_progress(state.max_steps, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.note_step()
         self.run_log.bar.update()
         if state.global_step in self.ends or state.global_step % self.eval_steps == 0:
             control.should_evaluate = control.should_log = True
