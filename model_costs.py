@@ -8,6 +8,7 @@ import transformers
 
 from attention import WINDOW_TOKENS, is_inside_utterances
 from batching import FRAMES_PER_CHUNK
+from step_clock import spread
 
 PEAK_FLOPS = {  # dense bf16 a second, of the makers' data sheets, by a part of the name CUDA gives the device
     "A100": 312e12,
@@ -139,15 +140,19 @@ class Window:
     """Of the language model."""
     useful: float = 0.0
     """Of them, those that are not padding."""
+    fullest: float = 0.0
+    """Positions of the process that had the most of them in a step, summed over the steps."""
     work: Work = field(default_factory=Work)
     """Of this process."""
     waited: float = 0.0
     """Seconds of this process without data."""
     sampled: float = 0.0
     """Seconds of this process in rollouts (Round 3)."""
+    computed: list[float] = field(default_factory=list)
+    """Seconds of this process in the forward and backward passes of each step."""
 
-    def numbers(self, model: torch.nn.Module, seconds: float) -> dict[str, float]:
-        """Speed, and how far it is from its limit, for the log."""
+    def numbers(self, model: torch.nn.Module, seconds: float, computed: list[list[float]]) -> dict[str, float]:
+        """Speed, and how far it is from its limit, for the log; `computed` is that of every process."""
         trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         done = sum(flops(model.config, self.work, trains.__contains__).values())
         peak = peak_flops()
@@ -155,6 +160,8 @@ class Window:
         return {
             "train/audio_seconds_per_second": self.audio_seconds / seconds,
             "train/useful_tokens": self.useful / max(1, self.positions),
+            "train/balance": self.useful / max(1, len(computed) * self.fullest),
+            "train/rank_spread": spread(computed),
             "train/waiting_for_data": self.waited / seconds,
             "train/gigaflops_per_second": done / seconds / 1e9,
         } | {name: value for name, value in rare.items() if value}

@@ -75,6 +75,8 @@ from run_log import TRACKERS, RunLog, success_criteria
 from run_report import announce, describe_result, facts_of_run, report_data
 from run_watch import outlive_stop_signals
 from sharding import is_sharded, shard, whole_model
+from step_clock import StepClock
+from token_budget import find_token_budget
 from training_plan import lines_of, make_plan
 
 MEL_BINS = 128
@@ -242,6 +244,8 @@ class TrainingConfig(DataConfig):
     """Of an utterance, where the corpora are not read."""
     plan_price_per_hour: float | None = None
     """Of one device; None: no cost is printed."""
+    find_token_budget: bool = False
+    """Only try, on the GPUs given, how large tokens_per_micro_batch may be (token_budget.py), and print it."""
     output_dir: str | None = None
     """None: a folder under runs/ with a name of the settings, the same for the same command."""
     seed: int = 42
@@ -367,6 +371,7 @@ MAY_CHANGE = {  # settings that a resumed run may have otherwise than before
     *("max_bad_steps", "check_ranks_steps", "inspect_data", "output_dir", "process_timeout_minutes"),
     *("tokens_per_micro_batch", "gradient_checkpointing", "fsdp", "prepare", "prepared_dir"),
     *("plan", "plan_device", "plan_devices", "plan_hours_of_audio", "plan_mean_seconds", "plan_price_per_hour"),
+    "find_token_budget",
 }
 
 
@@ -379,7 +384,7 @@ def parse_config(argv: list[str], defaults: Config) -> Config:
     parser.add_class_arguments(type(defaults), as_group=False)
     parser.add_argument("--config", action="config", help="a config.yaml of an earlier run")
     parser.set_defaults(dataclasses.asdict(defaults))
-    flags = ("--inspect_data", "--prepare", "--plan")  # like --demo
+    flags = ("--inspect_data", "--prepare", "--plan", "--find_token_budget")  # like --demo
     argv = [a + "=true" if a in flags and b.startswith("--") else a for a, b in itertools.pairwise([*argv, "--"])]
     try:
         # Without defaults: jsonargparse would fill a given list's items up from the default list's items.
@@ -692,6 +697,11 @@ def check_stages(model: torch.nn.Module, stages: list[Stage]) -> None:
             raise InputError(f"stage {stage.name}: the model has no parameter of {sorted(missing)}")
 
 
+def load_processor(config: TrainingConfig) -> Qwen3ASRProcessor:
+    with checkpoint_problems(config.model_name_or_path):
+        return transformers.AutoProcessor.from_pretrained(config.model_name_or_path)
+
+
 def load_model(config: TrainingConfig, use_bf16: bool) -> SpeechModel:
     """Loads the checkpoint: fp32 for every parameter that some stage trains, bf16 for the others under bf16.
 
@@ -788,7 +798,8 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         self.total_steps = config.max_steps or config.num_epochs * len(self.sampler)
         ends = {stage.last_epoch * len(self.sampler): stage.name for stage in config.stages}
         self.stage_ends = {step: name for step, name in ends.items() if step < self.total_steps}
-        self.add_callback(StepEvents(run_log, config.eval_steps, {*self.stage_ends, self.total_steps}))
+        self.clock = StepClock(args.device)
+        self.add_callback(StepEvents(self.note_step, run_log, config.eval_steps, {*self.stage_ends, self.total_steps}))
         self.window_started = time.perf_counter()
         self.moving_average: MovingAverage | None = None
         if config.ema_decay is not None:
@@ -967,8 +978,8 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             micro_batches = micro_batches + [self.collator.packed([])] * (most - len(micro_batches))
         self.run_log.note_dropped(dropped, self.state.global_step + 1)
         # Items of the loss, audio frames, dropped, of those the broken, positions of the model, of those not padding,
-        # workers that died
-        totals = torch.zeros(7, dtype=torch.float64, device=self.args.device)
+        # workers that died; and the positions of each process
+        totals = torch.zeros(7 + self.args.world_size, dtype=torch.float64, device=self.args.device)
         totals[2], totals[3] = len(dropped), sum(line.split(":")[0] in BROKEN for line in dropped)
         for batch in micro_batches:
             supervised = (batch["labels"] != IGNORED_LABEL).sum()
@@ -978,27 +989,37 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             totals[5] += useful_tokens(batch) * (supervised > 0)
             self.window.work += work_of(batch, self.model.config)
         totals[6], self.newly_dead = self.newly_dead, 0
+        totals[7 + self.args.process_index] = totals[4]
         totals = self.accelerator.reduce(totals, reduction="sum")
-        self.window.audio_seconds += totals[1].item() / FRAMES_PER_CHUNK
-        self.window.positions += totals[4].item()
-        self.window.useful += totals[5].item()
-        self.dropped_utterances += int(totals[2].item())
-        self.broken_utterances += int(totals[3].item())
-        self.dead_workers += int(totals[6].item())
+        items, frames, left_out, broken, positions, useful, dead_workers, *by_process = totals.tolist()
+        self.window.audio_seconds += frames / FRAMES_PER_CHUNK
+        self.window.positions += positions
+        self.window.useful += useful
+        self.window.fullest += max(by_process)
+        self.dropped_utterances += int(left_out)
+        self.broken_utterances += int(broken)
+        self.dead_workers += int(dead_workers)
         self.check_broken(self.state.global_step + 1)
-        if not totals[0]:
+        if not items:
             raise InputError(f"step {self.state.global_step + 1}: none of its utterances decodes")
         loss = torch.zeros((), device=self.args.device)
+        self.clock.begin()
         for i, batch in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
             if is_sharded(model):
                 model.set_requires_gradient_sync(is_last)
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
                 # Gradients are averaged over the processes; the loss is a sum over items.
-                share = self.summed_loss(model, batch) * self.args.world_size / totals[0].float()
+                share = self.summed_loss(model, batch) * self.args.world_size / items
+                if is_last:
+                    self.clock.end_after(share)
                 self.accelerator.backward(share)
             loss += share.detach()
         return loss
+
+    def note_step(self) -> None:
+        """Called after each step, when the norm of its gradient is known and so the device is through with it."""
+        self.window.computed.append(self.clock.seconds())
 
     def check_broken(self, step: int) -> None:
         """Raises InputError, on all processes, when more was broken so far than `max_broken_share` allows."""
@@ -1208,7 +1229,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         numbers["train/trainable_parameters"] = trainable_parameters(self.model)
         numbers["train/dropped_utterances"] = self.dropped_utterances
         numbers["train/dead_workers"] = self.dead_workers
-        numbers |= self.window.numbers(self.model, now - self.window_started)
+        numbers |= self.window.numbers(self.model, now - self.window_started, self.watch.gather(self.window.computed))
         numbers |= self.uploader.numbers(step)
         self.window_started, self.window = now, Window()
         if math.isnan(self.last_train_loss):
@@ -1233,13 +1254,14 @@ class GradualUnfreezeTrainer(ResumableTrainer):
 class StepEvents(TrainerCallback):
     """Has Trainer log and evaluate by interval, at the end of each stage and at the end; moves the progress bar."""
 
-    def __init__(self, run_log: RunLog, eval_steps: int, ends: set[int]):
-        self.run_log, self.eval_steps, self.ends = run_log, eval_steps, ends
+    def __init__(self, note_step: Callable[[], None], run_log: RunLog, eval_steps: int, ends: set[int]):
+        self.note_step, self.run_log, self.eval_steps, self.ends = note_step, run_log, eval_steps, ends
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run_log.open_progress(state.max_steps, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.note_step()
         self.run_log.bar.update()
         if state.global_step in self.ends or state.global_step % self.eval_steps == 0:
             control.should_evaluate = control.should_log = True
@@ -1410,6 +1432,15 @@ def main(config: TrainingConfig, trainer_class: type[GradualUnfreezeTrainer] = G
     use_bf16 = config.bf16 if config.bf16 is not None else not cpu and torch.cuda.is_bf16_supported(False)
     quiet_libraries(state.is_main_process)
     transformers.set_seed(config.seed)
+    if config.find_token_budget:
+        if cpu:
+            raise InputError(
+                "--find_token_budget tries a GPU's memory, and there is no GPU here. On a CPU no limit can be tried:"
+                " the system ends a process that takes too much. --plan computes what a GPU would hold"
+            )
+        print_token_budget(config, state, use_bf16)
+        leave_process_group()
+        return
     folder, _lock = open_run_folder(config, state)  # the lock holds as long as this function runs
     run_log = RunLog(folder, state.process_index)
     if config.prepare:
@@ -1452,9 +1483,7 @@ def run(
 
     # 2. Model
     with together():
-        with checkpoint_problems(config.model_name_or_path):
-            processor = transformers.AutoProcessor.from_pretrained(config.model_name_or_path)
-        model = load_model(config, use_bf16)
+        processor, model = load_processor(config), load_model(config, use_bf16)
         check_disk(folder, model, config)
 
     # 3. Data
@@ -1511,6 +1540,18 @@ def run(
                 run_log.say(f"not uploaded; to do it: {upload_command(config, trainer.final_folder)}")
         finally:
             run_log.say(run_log.dashboard())
+
+
+def print_token_budget(config: TrainingConfig, state: accelerate.PartialState, use_bf16: bool) -> None:
+    if config.fsdp:
+        raise InputError("--find_token_budget tries a whole model on each device: leave --fsdp out, or ask --plan")
+    with together():
+        processor, model = load_processor(config), load_model(config, use_bf16)
+    collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
+    collator.in_one_row = is_inside_utterances(model.config.text_config)
+    lines = find_token_budget(config, state, model, collator, freeze_for, use_bf16)
+    if state.is_main_process:
+        print(*lines, sep="\n")
 
 
 def publish(config: TrainingConfig, folder: Path, run_log: RunLog) -> None:

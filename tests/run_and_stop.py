@@ -3,12 +3,14 @@
     torchrun --nproc_per_node=2 tests/run_and_stop.py SETTINGS.json STEP HOW
 
 SETTINGS.json holds a TrainingConfig. After STEP steps the process stops itself: `kill` as when the machine ends, once
-the checkpoint before it is written; `TERM` as when a scheduler asks the last one to; with -1 it runs to its end.
+the checkpoint before it is written; `TERM` as when a scheduler asks the last one to; `TERM-to-the-agent` as when it
+asks that one's torchrun to; with -1 it runs to its end.
 """
 
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -26,7 +28,10 @@ def stop_at(stop_step: int, how: str) -> None:
             self.trainer.writer.wait()
             os.kill(os.getpid(), signal.SIGKILL)
         if state.global_step == stop_step and args.process_index == args.world_size - 1:
-            os.kill(os.getpid(), getattr(signal, f"SIG{how}"))
+            name, _, to_agent = how.partition("-")
+            os.kill(os.getppid() if to_agent else os.getpid(), getattr(signal, f"SIG{name}"))
+            while not self.trainer.watch.stop:  # the agent passes it on
+                time.sleep(0.01)
 
     CheckpointEvents.on_step_begin = stop_first
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,16 @@ import torch
 from safetensors.torch import load_file
 from train_and_keep import keep_after_training
 
-from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig, main
+from batching import UtteranceTokens, useful_tokens
+from hebrew_corpora import Mixture
+from train_hebrew_asr_enhanced import (
+    DataCollatorSpeechSeq2SeqWithPadding,
+    GlobalBatchSampler,
+    GradualUnfreezeTrainer,
+    SpeechDataset,
+    TrainingConfig,
+    main,
+)
 
 HERE = Path(__file__).parent
 SPEEDS = {
@@ -19,12 +29,14 @@ SPEEDS = {
     "train/waiting_for_data",
     "train/gigaflops_per_second",
     "train/useful_tokens",
+    "train/balance",
+    "train/rank_spread",
 }
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, corpus, heldout):
-    """The same training in two processes, in one, and in two with the DDP fix taken out."""
+    """The same training in two processes of which one is slow, in one, and in two with the DDP fix taken out."""
     from conftest import small_config
 
     folder = tmp_path_factory.mktemp("processes")
@@ -41,10 +53,10 @@ def runs(tmp_path_factory, corpus, heldout):
         file.write_text(json.dumps(dataclasses.asdict(settings(name))))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         command = [*torchrun, HERE / "train_and_keep.py", file, folder / name, *flags]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    two_processes("two")
+    two_processes("two", "slow_rank")
     two_processes("broken", "without_rewrap")
     original, GradualUnfreezeTrainer.train = keep_after_training(folder / "one")
     try:
@@ -97,6 +109,34 @@ def test_one_process_logs_the_same_losses_and_evaluations(runs):
             assert one[name] == pytest.approx(two[name], rel=2e-5, abs=1e-6), (name, one["step"])
     evaluations = [one for one, _ in pairs if "eval/wer" in one]
     assert all(row["eval/utterances"] == 11 for row in evaluations)
+
+
+def test_the_log_says_how_far_a_slow_process_is_behind(runs):
+    """Although the other one waits for its gradients in the same backward pass."""
+    spreads = {
+        name: [row["train/rank_spread"] for row in metrics(runs, name) if "train/loss" in row]
+        for name in ("one", "two")
+    }
+    assert set(spreads["one"]) == {0.0}
+    assert statistics.median(spreads["two"]) > 0.15
+
+
+def test_the_balance_is_that_of_the_dealt_positions(runs, config, processor, train_rows):
+    config.tokens_per_micro_batch = 180
+    collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
+    dataset = SpeechDataset(train_rows, processor, config, training=True)
+    around = len(collator.prompt(0, "")) + len(collator.language_prefix) + 1
+    tokens = UtteranceTokens(train_rows, around, collator.tokens, config)
+    mixture = Mixture(train_rows, config.train_sources, config.seed)
+    shares = [iter(GlobalBatchSampler(mixture, tokens, config, rank, 2)) for rank in (0, 1)]
+    for row in [row for row in metrics(runs, "two") if "train/loss" in row][:6]:
+        batches = [
+            [collator.packed(utterances) for utterances in dataset.__getitems__(next(share))] for share in shares
+        ]
+        positions = [sum(batch["input_ids"].numel() for batch in mine) for mine in batches]
+        useful = sum(useful_tokens(batch) for mine in batches for batch in mine if (batch["labels"] >= 0).any())
+        assert row["train/balance"] == pytest.approx(useful / (2 * max(positions)))
+        assert row["train/useful_tokens"] == pytest.approx(useful / sum(positions))
 
 
 def test_moments_go_on_over_the_switch_and_all_that_trains_is_fp32(runs):

@@ -1,12 +1,14 @@
 """Runs `main` and keeps what each rank ends with; for tests that compare ranks and process counts.
 
-    torchrun --nproc_per_node=2 tests/train_and_keep.py SETTINGS.json FOLDER [without_rewrap]
+    torchrun --nproc_per_node=2 tests/train_and_keep.py SETTINGS.json FOLDER [without_rewrap] [slow_rank]
 
-SETTINGS.json holds a TrainingConfig. With `without_rewrap`, a stage is entered the way that breaks DDP in silence.
+SETTINGS.json holds a TrainingConfig. With `without_rewrap`, a stage is entered the way that breaks DDP in silence. With
+`slow_rank`, each backward pass of the second process takes a quarter of a second more.
 """
 
 import json
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -19,6 +21,13 @@ from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig, fr
 def enter_stage_without_rewrap(self, stage):
     self.stage = stage
     freeze_for(self.model, stage)
+
+
+def slow_on_the_second_process(self, model, batch, compute=GradualUnfreezeTrainer.negative_log_likelihood):
+    loss = compute(self, model, batch)
+    if self.args.process_index == 1:
+        loss.register_hook(lambda _: time.sleep(0.25))
+    return loss
 
 
 def keep_after_training(folder: Path):
@@ -45,6 +54,8 @@ def run(settings: str, folder: str, *flags: str) -> None:
     if "without_rewrap" in flags:
         GradualUnfreezeTrainer.enter_stage = enter_stage_without_rewrap
         GradualUnfreezeTrainer.check_ranks = lambda self: None  # it would end the run
+    if "slow_rank" in flags:
+        GradualUnfreezeTrainer.negative_log_likelihood = slow_on_the_second_process
     _, GradualUnfreezeTrainer.train = keep_after_training(Path(folder))
     launch(lambda _: main(parse_config(["--config", settings], TrainingConfig())))
 
