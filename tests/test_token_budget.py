@@ -100,7 +100,7 @@ def test_the_micro_batches_tried_fill_the_budget_with_the_longest_utterances(con
     config = dataclasses.replace(config, use_waveform_augmentation=augmented, max_audio_length_seconds=12.0)
     utterances = Utterances(DataCollatorSpeechSeq2SeqWithPadding(processor, config), config)
     longest = utterances.tokens(12.0)
-    text = len(utterances.collator.language_prefix) + 60 + 1
+    text = len(utterances.collator.language_prefix("Hebrew")) + 60 + 1
     assert longest == len(utterances.collator.prompt(1200, "")) + text
     slower = 1 / 0.9 if augmented else 1.0
     for budget in (longest // 2, longest, 3 * longest + 100, 5 * longest - 1):
