@@ -118,6 +118,8 @@ class TrainingConfig(DataConfig):
     attention: str = "auto"
     """auto: the fastest there is; sdpa: as transformers does it; varlen: PyTorch's FlashAttention, for packed rows and
     the encoder's windows; flash_attention_2, flash_attention_3: the package's."""
+    torch_compile: bool = False
+    """torch.compile of the language model's layers while training: it takes minutes at the start and after a switch."""
     final_dtype: str = "bfloat16"
     """The one type of the final model's weights on disk."""
 
@@ -363,7 +365,8 @@ class TrainingConfig(DataConfig):
 
 
 MAY_CHANGE = {  # settings that a resumed run may have otherwise than before
-    *("bf16", "attention", "final_dtype", "dataloader_num_workers", "preprocessing_num_workers", "batch_size"),
+    *("bf16", "attention", "torch_compile", "final_dtype", "batch_size"),
+    *("dataloader_num_workers", "preprocessing_num_workers"),
     *("eval_steps", "eval_batch_size", "num_logged_predictions", "logging_steps", "target_loss", "target_wer"),
     *("tracker", "wandb_project", "wandb_run_name", "hf_repo_id", "skip_hf_upload", "hf_private"),
     *("hub_checkpoints", "hub_save_total_limit"),
@@ -729,6 +732,9 @@ def load_model(config: TrainingConfig, use_bf16: bool) -> SpeechModel:
         # backwards. Without them autograd begins at the first layer that trains.
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()
+    if config.torch_compile:
+        for layer in model.model.language_model.layers:
+            layer.compile(dynamic=True)  # in place: names of parameters stay what they are
     return model
 
 
@@ -1080,6 +1086,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         tokens = (labels != IGNORED_LABEL).sum(dim=1).tolist()
         return [(o["transcription"], o["language"], loss.item(), n) for o, n in zip(outputs, tokens, strict=True)]
 
+    @torch.compiler.set_stance("force_eager")  # decoding a token at a time would compile the layers again and again
     def evaluate(
         self,
         eval_dataset: SpeechDataset | None = None,
