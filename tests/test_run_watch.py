@@ -176,6 +176,18 @@ def test_ranks_agree_to_stop_and_see_other_weights(tmp_path):
     assert [status(pid) for pid in two_ranks(tmp_path, body)] == [0, 0]
 
 
+def test_the_launchers_signal_after_a_ranks_death_is_no_preemption(tmp_path):
+    def body(watch, rank) -> None:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGTERM)  # torchrun's, to those that are left
+        wait_until(lambda: watch.stop)
+        with pytest.raises(RuntimeError, match=r"(?i)connection (closed|reset)"):
+            watch.agree_to_stop()
+
+    assert [status(pid) for pid in two_ranks(tmp_path, body)] == [0, -signal.SIGKILL]
+
+
 @pytest.mark.parametrize("hanging", [0, 1])
 def test_a_rank_that_hangs_is_named_by_the_other(tmp_path, hanging):
     def body(watch, rank) -> None:
