@@ -14,8 +14,7 @@ where the machine is gone; the last step after a signal. Beyond that:
 
 - What a run must outlive (a full disk, NaN, a dead worker of its loader, the Hub's faults) is not to end it.
 - A NaN in the audio: the utterance is named as dropped in both epochs, and the bits are those of a run in whose corpus
-  that clip is silent. A NaN in one process's loss leaves a step out on all, so
-  the bits are not compared.
+  that clip is silent. A NaN in one process's loss leaves a step out on all, so that bits are not compared.
 - The Hub's faults last for seconds from a step on, and until they met a request. Then the model must be on the Hub file
   by file, at the latest by the same command again, and each exit status must have said whether it was.
 
@@ -83,17 +82,18 @@ HUB_FAULTS = {  # of all requests, or of those that carry a file's content
     "1 kB/s": ("PUT", "/storage/", {"bytes_per_s": 1000}),
     "wrong hash": None,  # it keeps another content than it was sent
 }
-KINDS = [  # kind, who or what, processes; the first 31 have every kind
-    *(("kill -9", who, n) for who, n in (("rank 0", 1), ("rank 1", 2), ("all", 2), ("launcher", 2), ("worker", 1))),
+KINDS = [  # kind, who or what, processes: first one of each, and all in the first 32
+    *(("kill -9", "all", 2), ("kill -9 while saving", "rank 0", 1), ("SIGTERM", "rank 1", 2), ("Hub", "503", 2)),
+    *(("machine gone", "killed", 1), ("NaN audio", "", 2), ("kill -9", "worker", 1), ("SIGSTOP", "rank 1", 2)),
+    *(("kill -9, then damage", "flipped byte", 1), ("full disk", "", 1), ("NaN loss", "rank 1", 2)),
+    *(("SIGINT", "rank 0", 2), ("kill -9", "rank 0", 1), ("kill -9", "rank 1", 2), ("kill -9", "launcher", 2)),
+    *(("kill -9 while saving", who, n) for who, n in (("all", 2), ("rank 0", 2), ("all", 1))),
+    *(("Hub", what, 1 + i % 2) for i, what in enumerate(HUB_FAULTS) if what != "503"),
+    *(("machine gone", how, 2) for how in ("killed, a wrong hash comes back", "SIGTERM")),
+    *(("SIGTERM", "rank 0", 1), ("SIGTERM", "launcher", 2), ("SIGTERM", "all", 2)),
+    *(("kill -9, then damage", what, 1) for what in ("torn file", "missing file")),
     *(("kill -9 while saving", who, n) for who, n in (("rank 0", 1), ("all", 2), ("rank 0", 2), ("all", 1))),
-    *(("SIGTERM", who, n) for who, n in (("rank 0", 1), ("rank 1", 2), ("launcher", 2))),
-    *(("SIGINT", "rank 0", 2), ("SIGSTOP", "rank 1", 2), ("full disk", "", 1), ("NaN loss", "rank 1", 2)),
-    *(("kill -9, then damage", what, 1) for what in ("torn file", "missing file", "flipped byte")),
-    *(("machine gone", how, n) for how, n in (("killed", 1), ("killed, a wrong hash comes back", 2), ("SIGTERM", 2))),
-    *(("Hub", what, 1 + i % 2) for i, what in enumerate(HUB_FAULTS)),
-    ("NaN audio", "", 2),
-    *(("kill -9 while saving", who, n) for who, n in (("rank 0", 1), ("all", 2), ("rank 0", 2), ("all", 1))),
-    *(("SIGTERM", "all", 2), ("full disk", "", 2), ("NaN audio", "", 1), ("machine gone", "killed", 2)),
+    *(("full disk", "", 2), ("NaN audio", "", 1), ("machine gone", "killed", 2)),
 ]
 OUTLIVED = ("full disk", "NaN loss", "NaN audio", "Hub")  # and the death of a worker
 
