@@ -250,6 +250,16 @@ def test_a_loader_whose_workers_go_on_dying_is_given_up():
     assert len(told) >= 3
 
 
+def test_workers_that_die_now_and_then_do_not_end_a_run():
+    def after(done: int):
+        if done < 6:
+            yield done
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    told = []
+    assert list(run_watch.Batches(after(0), after, told.append)) == [0, 1, 2, 3, 4, 5] and len(told) == 6
+
+
 def test_another_error_of_a_worker_is_raised_at_once():
     class Broken(Clips):
         def __getitem__(self, number: int) -> int:
