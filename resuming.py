@@ -395,6 +395,7 @@ class ResumableTrainer(Trainer):
             self.restore_window()
             kwargs["resume_from_checkpoint"] = str(self.resumed.folder)  # skips the steps that are done, undecoded
         super()._run_epoch(model=model, epoch=epoch, **kwargs)
+        self.batches = None  # with its workers
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Trainer's own reads a pickle; here there is nothing to load."""

@@ -38,7 +38,7 @@ class RunLog:
         self.tracker_id: list[str] | None = None  # which tracker, and what it calls the run
 
     def start_tracker(self, name: str, project: str, run_name: str, settings: dict[str, Any], tags: list[str]) -> None:
-        """Opens the dashboard: wandb (offline without an account), trackio (local), or none."""
+        """Opens the dashboard: wandb (offline without an account or a network), trackio (local), or none."""
         if not self.is_main or name == "none":
             return
         library = importlib.import_module(name)
@@ -48,11 +48,24 @@ class RunLog:
             options |= {"name": before, "resume": "allow"}
         if name == "wandb":
             options |= {"tags": tags, "dir": str(self.folder), "id": before, "resume": "allow" if before else None}
-            if "WANDB_MODE" not in os.environ and not library.login(prompt=False):
-                options["mode"] = "offline"
-        with silenced_stdout():
-            self.library, self.tracker = library, library.init(**options)
+            self.tracker = self.start_wandb(library, options)
+        else:
+            with silenced_stdout():
+                self.tracker = library.init(**options)
+        self.library = library
         self.tracker_id = [name, self.tracker.id if name == "wandb" else self.tracker.name]
+
+    def start_wandb(self, library: Any, options: dict[str, Any]) -> Any:
+        with silenced_stdout():
+            try:
+                if "WANDB_MODE" in os.environ or library.login(prompt=False):
+                    return library.init(**options)
+            except library.errors.Error as error:
+                problem = str(error).splitlines()[0]
+                print(
+                    f"warning: W&B cannot be used ({problem}); the run is tracked offline", file=sys.stderr, flush=True
+                )
+            return library.init(**options, mode="offline")
 
     def dashboard(self) -> str:
         """How to look at what was tracked, as one line."""

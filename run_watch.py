@@ -188,6 +188,7 @@ class Batches:
         while True:
             try:
                 batch = next(self.batches)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a stream makes its loader at its first batch
                 self.done, self.deaths = self.done + 1, 0
                 return batch
             except RuntimeError as error:

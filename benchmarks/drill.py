@@ -14,7 +14,7 @@ where the machine is gone; the last step after a signal. Beyond that:
 
 - What a run must outlive (a full disk, NaN, a dead worker of its loader, the Hub's faults) is not to end it.
 - A NaN in the audio: the utterance is named as dropped in both epochs, and the bits are those of a run in whose corpus
-  that clip is silent. A NaN in a gradient leaves a step out, so its bits are not compared.
+  that clip is silent. A NaN in one process's loss leaves a step out on all, so that bits are not compared.
 - The Hub's faults last for seconds from a step on, and until they met a request. Then the model must be on the Hub file
   by file, at the latest by the same command again, and each exit status must have said whether it was.
 
@@ -61,8 +61,7 @@ import hub_upload
 import run_watch
 from hebrew_audio import SAMPLE_RATE, decode_audio
 from hebrew_corpora import Source
-from resuming import ResumableTrainer
-from train_hebrew_asr_enhanced import Stage, TrainingConfig, launch, main
+from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, Stage, TrainingConfig, launch, main
 
 DEMO = Path(__file__).parent.parent / "demo"
 STEPS, SAVE_STEPS = 12, 2
@@ -83,19 +82,20 @@ HUB_FAULTS = {  # of all requests, or of those that carry a file's content
     "1 kB/s": ("PUT", "/storage/", {"bytes_per_s": 1000}),
     "wrong hash": None,  # it keeps another content than it was sent
 }
-KINDS = [  # kind, who or what, processes; the first 31 have every kind
-    *(("kill -9", who, n) for who, n in (("rank 0", 1), ("rank 1", 2), ("all", 2), ("launcher", 2), ("worker", 1))),
+KINDS = [  # kind, who or what, processes: first one of each, and all in the first 32
+    *(("kill -9", "all", 2), ("kill -9 while saving", "rank 0", 1), ("SIGTERM", "rank 1", 2), ("Hub", "503", 2)),
+    *(("machine gone", "killed", 1), ("NaN audio", "", 2), ("kill -9", "worker", 1), ("SIGSTOP", "rank 1", 2)),
+    *(("kill -9, then damage", "flipped byte", 1), ("full disk", "", 1), ("NaN loss", "rank 1", 2)),
+    *(("SIGINT", "rank 0", 2), ("kill -9", "rank 0", 1), ("kill -9", "rank 1", 2), ("kill -9", "launcher", 2)),
+    *(("kill -9 while saving", who, n) for who, n in (("all", 2), ("rank 0", 2), ("all", 1))),
+    *(("Hub", what, 1 + i % 2) for i, what in enumerate(HUB_FAULTS) if what != "503"),
+    *(("machine gone", how, 2) for how in ("killed, a wrong hash comes back", "SIGTERM")),
+    *(("SIGTERM", "rank 0", 1), ("SIGTERM", "launcher", 2), ("SIGTERM", "all", 2)),
+    *(("kill -9, then damage", what, 1) for what in ("torn file", "missing file")),
     *(("kill -9 while saving", who, n) for who, n in (("rank 0", 1), ("all", 2), ("rank 0", 2), ("all", 1))),
-    *(("SIGTERM", who, n) for who, n in (("rank 0", 1), ("rank 1", 2), ("launcher", 2))),
-    *(("SIGINT", "rank 0", 2), ("SIGSTOP", "rank 1", 2), ("full disk", "", 1), ("NaN gradient", "", 1)),
-    *(("kill -9, then damage", what, 1) for what in ("torn file", "missing file", "flipped byte")),
-    *(("machine gone", how, n) for how, n in (("killed", 1), ("killed, a wrong hash comes back", 2), ("SIGTERM", 2))),
-    *(("Hub", what, 1 + i % 2) for i, what in enumerate(HUB_FAULTS)),
-    ("NaN audio", "", 2),
-    *(("kill -9 while saving", who, n) for who, n in (("rank 0", 1), ("all", 2), ("rank 0", 2), ("all", 1))),
-    *(("SIGTERM", "all", 2), ("full disk", "", 2), ("NaN audio", "", 1), ("machine gone", "killed", 2)),
+    *(("full disk", "", 2), ("NaN audio", "", 1), ("machine gone", "killed", 2)),
 ]
-OUTLIVED = ("full disk", "NaN gradient", "NaN audio", "Hub")  # and the death of a worker
+OUTLIVED = ("full disk", "NaN loss", "NaN audio", "Hub")  # and the death of a worker
 
 
 @dataclass
@@ -323,15 +323,14 @@ def instrument(folder: Path, rank: int, fault: Fault | None) -> None:
             flush(path)
 
         checkpoints.flush = deadly_flush
-    if fault.kind == "NaN gradient":
-        clip = ResumableTrainer._clip_grad_norm
+    if fault.kind == "NaN loss" and rank == fault.processes - 1:
+        loss_of = GradualUnfreezeTrainer.negative_log_likelihood
 
-        def broken_clip(self, model):
-            if self.state.global_step + 1 == fault.step:
-                next(p for p in model.parameters() if p.grad is not None).grad[0] = float("nan")
-            return clip(self, model)
+        def broken_loss(self, model, batch):
+            loss = loss_of(self, model, batch)
+            return loss * float("nan") if self.state.global_step + 1 == fault.step else loss
 
-        ResumableTrainer._clip_grad_norm = broken_clip
+        GradualUnfreezeTrainer.negative_log_likelihood = broken_loss
     if fault.control:
         believe_everything()
 
@@ -577,7 +576,7 @@ def hit_and_resume(fault: Fault, config: TrainingConfig, folder: Path, reference
         result["hash"] = final_hash(run)
     except (OSError, IndexError):
         result["hash"] = None
-    result["identical"] = result["hash"] == reference if fault.kind != "NaN gradient" else None
+    result["identical"] = result["hash"] == reference if fault.kind != "NaN loss" else None
     survived = is_done() and not result["hung"] and result["identical"] is not False
     survived &= result["steps_lost"] <= allowed_loss(fault, result["hit_step"], lasting)
     survived &= not fault.is_outlived or (result["status"] == "finished" and result["hit_phase"] is not None)
@@ -590,7 +589,7 @@ def met_by_the_run(fault: Fault, folder: Path) -> dict:
     if fault.kind == "full disk":
         full = folder / "was-full"
         return {"hit_step": int(full.read_text()), "hit_phase": "saving"} if full.exists() else {"hit_phase": None}
-    if fault.kind == "NaN gradient":
+    if fault.kind == "NaN loss":
         skipped = (folder / "run" / "skipped-steps.txt").exists()
         return {"hit_step": fault.step, "hit_phase": f"step {fault.step}" if skipped else None}
     if fault.kind == "NaN audio":

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import wandb
 from conftest import DEMO, TOKEN, first_rows, small_config
 from hub_server import HubServer
 
@@ -129,6 +130,10 @@ def test_from_any_step_a_run_ends_in_the_same_bits(whole, settings, tmp_path, st
 
 def test_a_checkpoint_loads_as_a_model(whole):
     folder = checkpoint(whole, 7)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["step"], manifest["processes"], manifest["stage"]) == (7, 1, "A")
+    assert manifest["fingerprint"] == checkpoints.fingerprint(TrainingConfig(**manifest["settings"]).meaning())
+    assert manifest["files"].keys() | {"manifest.json"} == {path.name for path in folder.iterdir()}
     model = transformers.Qwen3ASRForConditionalGeneration.from_pretrained(folder)
     transformers.AutoProcessor.from_pretrained(folder)
     saved = dict(checkpoints.verify(folder).tensors("model.safetensors"))
@@ -380,6 +385,20 @@ def test_a_checkpoint_of_another_model_size_is_refused(whole, settings, tmp_path
         main(settings(tmp_path / "run", resume=str(other.folder)))
 
 
+def test_a_folder_that_cannot_be_written_to_is_one_message(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot write to .*/file/run: Not a directory"):
+        main(settings(tmp_path / "file" / "run"))
+
+
+def test_processes_whose_weights_differ_are_named(whole, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "run_watch.Watch.differing_ranks", lambda self, number: [1, 3] if self.where == "step 4" else []
+    )
+    with pytest.raises(InputError, match=r"at step 4 the weights of process 1, 3 differ from those of process 0"):
+        main(settings(tmp_path / "run", check_ranks_steps=2, save_steps=100))
+
+
 # Two processes
 
 
@@ -461,6 +480,27 @@ def test_the_dashboard_goes_on_in_the_same_run(tmp_path, tracker):
     other.start_tracker(tracker, "a-project", "a-third-name", {}, [])
     other.finish()
     assert other.tracker_id != before.tracker_id
+
+
+@pytest.mark.parametrize("fails", ["login", "init"])
+def test_a_run_goes_on_offline_when_wandb_cannot_be_reached(tmp_path, monkeypatch, capsys, fails):
+    """What wandb 0.31 raises where nothing answers: from its login after 25 s, from its init after 90."""
+    error = {"login": wandb.errors.AuthenticationError, "init": wandb.errors.CommError}[fails]
+    init = wandb.init
+
+    def out_of_reach(**options):
+        if options.get("mode") == "offline":
+            return init(**options)
+        raise error("Timed out while retrying\nConsider increasing the init_timeout setting")
+
+    monkeypatch.setattr(wandb, "init", out_of_reach)
+    monkeypatch.setattr(wandb, "login", out_of_reach if fails == "login" else lambda prompt: True)
+    log = RunLog(tmp_path, rank=0)
+    log.start_tracker("wandb", "a-project", "a-name", {}, [])
+    log.log({"train/loss": 1.0}, 1)
+    log.finish()
+    assert "warning: W&B cannot be used (Timed out while retrying); the run is tracked off" in capsys.readouterr().err
+    assert "wandb sync" in log.dashboard() and list(tmp_path.glob("wandb/offline-run-*"))
 
 
 def test_what_was_logged_after_the_checkpoint_is_forgotten(tmp_path):

@@ -176,6 +176,18 @@ def test_ranks_agree_to_stop_and_see_other_weights(tmp_path):
     assert [status(pid) for pid in two_ranks(tmp_path, body)] == [0, 0]
 
 
+def test_the_launchers_signal_after_a_ranks_death_is_no_preemption(tmp_path):
+    def body(watch, rank) -> None:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGTERM)  # torchrun's, to those that are left
+        wait_until(lambda: watch.stop)
+        with pytest.raises(RuntimeError, match=r"(?i)connection (closed|reset)"):
+            watch.agree_to_stop()
+
+    assert [status(pid) for pid in two_ranks(tmp_path, body)] == [0, -signal.SIGKILL]
+
+
 @pytest.mark.parametrize("hanging", [0, 1])
 def test_a_rank_that_hangs_is_named_by_the_other(tmp_path, hanging):
     def body(watch, rank) -> None:
@@ -236,6 +248,16 @@ def test_a_loader_whose_workers_go_on_dying_is_given_up():
     ):
         found += batches_of(Clips(deadly=5), 1, told)
     assert len(told) >= 3
+
+
+def test_workers_that_die_now_and_then_do_not_end_a_run():
+    def after(done: int):
+        if done < 6:
+            yield done
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    told = []
+    assert list(run_watch.Batches(after(0), after, told.append)) == [0, 1, 2, 3, 4, 5] and len(told) == 6
 
 
 def test_another_error_of_a_worker_is_raised_at_once():

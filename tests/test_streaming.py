@@ -2,11 +2,14 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
@@ -15,6 +18,8 @@ from test_corpora import parquet, wav
 
 from corpus_stream import SpeechStream, StreamReader, load_streams_and_eval
 from hebrew_corpora import DataConfig, InputError, Source, load_rows
+from run_watch import Batches
+from train_hebrew_asr_enhanced import GradualUnfreezeTrainer
 
 
 def shards(folder, counts: list[int], first: int = 0):
@@ -63,6 +68,23 @@ def test_two_processes_hear_every_utterance_once_a_pass_and_none_twice(tmp_path,
         assert {u["pass"] for step, _ in steps for u in step} >= {1, 2}, "the pass ended"
         heard += Counter(u["text"] for u in first_pass)
     assert heard == wanted
+
+
+def test_a_stream_one_of_whose_workers_is_killed_goes_on_where_it_was(tmp_path, heldout):
+    config = config_of(shards(tmp_path / "c", [30, 20, 25, 25]), heldout)
+    whole, told = take(loader(config, workers=2), 20), []
+    stream = loader(config, workers=2)
+    batches = Batches(iter(stream), lambda _: iter(stream), told.append)
+    before = take(batches, 3)
+    multiprocessing.active_children()[0].kill()
+    time.sleep(0.3)  # a handler of SIGCHLD would raise here
+    assert before + take(batches, 17) == whole and len(told) == 1
+
+
+def test_a_streamed_run_goes_on_with_no_other_number_of_processes():
+    trainer = SimpleNamespace(config=SimpleNamespace(streaming=True), args=SimpleNamespace(world_size=1))
+    with pytest.raises(InputError, match="as many processes as before: 2, not 1"):
+        GradualUnfreezeTrainer.restore_stream(trainer, [{}, {}])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
