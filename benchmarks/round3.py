@@ -250,7 +250,7 @@ def benchmark(argv: list[str]) -> None:
     parser.add_argument("--objectives", nargs="*", default=list(OBJECTIVES), choices=OBJECTIVES)
     parser.add_argument("--scales", nargs="*", type=float, default=[1.0], help="of the rates, for these objectives")
     parser.add_argument("--ce_scales", nargs="*", type=float, default=[0.3, 1.0, 3.0])
-    parser.add_argument("--ce_epochs", type=int, default=6, help="of further cross-entropy, for one of the others")
+    parser.add_argument("--ce_epochs", type=int, default=16, help="of further cross-entropy, for one of the others")
     parser.add_argument("--parallel", type=int, default=2)
     parser.add_argument("--options", type=json.loads, default={}, help="JSON: fields of GspoConfig")
     given = parser.parse_args(argv)

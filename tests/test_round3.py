@@ -272,6 +272,14 @@ def test_inverse_sampling_draws_from_the_distribution_at_its_temperature():
     assert torch.allclose(chooser.log_p[0], expected.log()[chosen])
 
 
+def test_tokens_that_follow_one_another_are_drawn_independently():
+    scores, draws = torch.tensor([0.0, 1.0, 0.5]), 20_000
+    chooser = InverseSampling(torch.from_numpy(np.random.default_rng(0).random((draws, 2))), 1.0)
+    first, second = (chooser(torch.zeros(draws, 0), scores.expand(draws, -1)).argmax(1) for _ in range(2))
+    together = torch.bincount(3 * first + second, minlength=9).view(3, 3) / draws
+    assert torch.allclose(together, torch.outer(scores.softmax(0), scores.softmax(0)), atol=0.01)
+
+
 @pytest.fixture
 def utterances(config, processor, train_rows):
     dataset = SpeechDataset(train_rows, processor, config, training=True)
