@@ -2,7 +2,7 @@
 
     uv run --group demo python demo/make_demo.py              # everything, into demo/
     uv run --group demo python demo/make_demo.py --out DIR    # elsewhere
-    uv run --group demo python demo/make_demo.py --replay     # only demo/replay/, half a minute
+    uv run --group demo python demo/make_demo.py --replay     # only demo/replay/ and demo/domain/
 
 The checkpoint has the classes, files, prompt and special tokens of Qwen/Qwen3-ASR-1.7B-hf, and a vocabulary of single
 characters. It is taught some Hebrew words, some English and what the absence of speech sounds like. The corpus speaks
@@ -27,6 +27,7 @@ from speech import (
     RATE,
     Clip,
     Espeak,
+    add_noise,
     base_clips,
     corpus_rows,
     delivery,
@@ -52,7 +53,7 @@ from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 SEED = 20
 HELDOUT_ROWS, ENGLISH_ROWS, NONSPEECH_ROWS = 440, 160, 110
-REPLAY_ENGLISH, REPLAY_NONSPEECH = 250, 60
+REPLAY_ENGLISH, REPLAY_NONSPEECH, DOMAIN_ROWS = 250, 60, 240
 CORPUS_SENTENCES = 2_400
 BASE_HEBREW, BASE_ENGLISH, BASE_NONSPEECH = 3_600, 900, 300  # clips to train the checkpoint on
 BATCH = 24  # clips
@@ -298,14 +299,27 @@ def write_replay(espeak: Espeak, out: Path) -> None:
         write_parquet(out / "replay" / name / "train-00000-of-00001.parquet", rows)
 
 
+def write_domain(out: Path) -> None:
+    """A small domain to adapt to: utterances of the corpus with noise 5–15 dB below the speech."""
+    noise_rng = np.random.default_rng(SEED + 2)
+    texts = [clip for clip in read_clips(out / "corpus", "Hebrew") if "<|" not in clip.text][:DOMAIN_ROWS]
+    waves = [add_noise(clip.wave, 5, 15, noise_rng) for clip in texts]
+    rows = [
+        row(wave, clip.text, "demo-domain", f"domain-{i:04d}")
+        for i, (wave, clip) in enumerate(zip(waves, texts, strict=True))
+    ]
+    write_parquet(out / "domain" / "train-00000-of-00001.parquet", rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to")
-    parser.add_argument("--replay", action="store_true", help="only what is replayed, beside test sets that are there")
+    parser.add_argument("--replay", action="store_true", help="only replay/ and domain/, beside sets that are there")
     given, started, rng = parser.parse_args(), time.time(), random.Random(SEED)
     out = given.out
     if given.replay:
         write_replay(Espeak(), out)
+        write_domain(out)
         return
     torch.set_num_threads(1)  # the same sums in the same order on every machine load
     torch.manual_seed(SEED)
@@ -329,6 +343,7 @@ def main() -> None:
     write_replay(espeak, out)
     step("speaking the corpus")
     write_parquet(out / "corpus" / "train-00000-of-00001.parquet", corpus_rows(espeak, corpus, rng))
+    write_domain(out)
     step("speaking what the checkpoint is trained on")
     processor = build_processor()
     clips = base_clips(espeak, base_hebrew, base_english, BASE_NONSPEECH, rng)
