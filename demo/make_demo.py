@@ -23,11 +23,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from speech import (
+    CORPUS_VOICES,
     ENGLISH_VOICES,
+    HELDOUT_VOICES,
     RATE,
     Clip,
     Espeak,
-    add_noise,
     base_clips,
     corpus_rows,
     delivery,
@@ -53,7 +54,7 @@ from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 SEED = 20
 HELDOUT_ROWS, ENGLISH_ROWS, NONSPEECH_ROWS = 440, 160, 110
-REPLAY_ENGLISH, REPLAY_NONSPEECH, DOMAIN_ROWS = 250, 60, 240
+REPLAY_ENGLISH, REPLAY_NONSPEECH, DOMAIN_ROWS, DOMAIN_TEST_ROWS = 250, 60, 240, 120
 CORPUS_SENTENCES = 2_400
 BASE_HEBREW, BASE_ENGLISH, BASE_NONSPEECH = 3_600, 900, 300  # clips to train the checkpoint on
 BATCH = 24  # clips
@@ -299,16 +300,18 @@ def write_replay(espeak: Espeak, out: Path) -> None:
         write_parquet(out / "replay" / name / "train-00000-of-00001.parquet", rows)
 
 
-def write_domain(out: Path) -> None:
-    """A small domain to adapt to: utterances of the corpus with noise 5–15 dB below the speech."""
-    noise_rng = np.random.default_rng(SEED + 2)
-    texts = [clip for clip in read_clips(out / "corpus", "Hebrew") if "<|" not in clip.text][:DOMAIN_ROWS]
-    waves = [add_noise(clip.wave, 5, 15, noise_rng) for clip in texts]
-    rows = [
-        row(wave, clip.text, "demo-domain", f"domain-{i:04d}")
-        for i, (wave, clip) in enumerate(zip(waves, texts, strict=True))
-    ]
-    write_parquet(out / "domain" / "train-00000-of-00001.parquet", rows)
+def write_domain(espeak: Espeak, out: Path) -> None:
+    """A small domain to adapt to: sentences of the words that the corpus has not, in its voices and the test sets'."""
+    rng = random.Random(SEED + 2)
+    texts = distinct(lambda: hebrew_sentence(rng, (2, 2)), DOMAIN_ROWS + DOMAIN_TEST_ROWS, set())
+    parts = {"train": (CORPUS_VOICES, texts[:DOMAIN_ROWS]), "test": (HELDOUT_VOICES, texts[DOMAIN_ROWS:])}
+    for split, (voices, mine) in parts.items():
+        waves = [espeak(text, "he+" + rng.choice(voices), **delivery(rng)) for text in mine]
+        rows = [
+            row(wave, text, "demo-domain", f"domain-{split}-{i:04d}")
+            for i, (wave, text) in enumerate(zip(waves, mine, strict=True))
+        ]
+        write_parquet(out / "domain" / f"{split}-00000-of-00001.parquet", rows)
 
 
 def main() -> None:
@@ -318,8 +321,9 @@ def main() -> None:
     given, started, rng = parser.parse_args(), time.time(), random.Random(SEED)
     out = given.out
     if given.replay:
-        write_replay(Espeak(), out)
-        write_domain(out)
+        espeak = Espeak()
+        write_replay(espeak, out)
+        write_domain(espeak, out)
         return
     torch.set_num_threads(1)  # the same sums in the same order on every machine load
     torch.manual_seed(SEED)
@@ -343,7 +347,7 @@ def main() -> None:
     write_replay(espeak, out)
     step("speaking the corpus")
     write_parquet(out / "corpus" / "train-00000-of-00001.parquet", corpus_rows(espeak, corpus, rng))
-    write_domain(out)
+    write_domain(espeak, out)
     step("speaking what the checkpoint is trained on")
     processor = build_processor()
     clips = base_clips(espeak, base_hebrew, base_english, BASE_NONSPEECH, rng)

@@ -133,7 +133,8 @@ def test_every_reason_to_drop_has_its_name(hidden, tmp_path):
     assert reason(text="כן כן כן כן כן כן") == "repeats itself"
     assert reason(certainty=0.69) == "confidence below 0.7"
     assert reason(text="") == "empty text" and reason(text="hello there") == "no Hebrew in the text"
-    assert reason(seconds=0.2) == "shorter than 0.3 s" and "characters a second" in reason(seconds=29.0)
+    assert reason(seconds=0.2) == "shorter than 0.3 s" and reason(seconds=6.0) == "longer than 5 s"
+    assert reason(seconds=0.31) == "not 1–40 characters a second"
 
 
 def test_samples_differ_by_seed_and_are_the_same_again():
