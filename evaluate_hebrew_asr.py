@@ -60,6 +60,8 @@ class EvaluationSet:
     source: Source
     language: str = "Hebrew"
     """As Qwen3-ASR names it; `None`, its name for no speech: nobody speaks, and the right transcript is empty."""
+    guarded: bool = False
+    """A gate although it is in Hebrew: what was to stay as good as it was while something else was learned."""
 
     @property
     def has_speech(self) -> bool:
@@ -108,7 +110,8 @@ class EvaluationConfig:
     """Of each set, spread evenly over it; None: all."""
     max_wer_rise: float | None = 5.0
     """Points of WER that the model in question may be worse than the first it is compared with, on sets in other
-    languages, and points of share that it may name the language, or answer silence with silence, less often."""
+    languages and guarded ones, and points of share that it may name the language, or answer silence with silence,
+    less often."""
     quoted: list[dict[str, Any]] = field(default_factory=lambda: list(QUOTED))
     output_dir: str = "evaluation"
     num_workers: int = 4
@@ -127,7 +130,8 @@ def parse(argv: list[str]) -> EvaluationConfig:
         "--sets",
         nargs="+",
         help=f'of {names}; or one of your own, as JSON: {{"name": "calls", "path": "data/calls"}}, with'
-        ' any field of Source, and "language" where it is not Hebrew ("None": nobody speaks)',
+        ' any field of Source, "language" where it is not Hebrew ("None": nobody speaks), and "guarded": true to make'
+        " it a gate",
     )
     parser.add_argument("--score", nargs="+", default=[], help="JSONL files of transcripts, instead of a model")
     parser.add_argument("--demo", action="store_true", help="the demo's checkpoints and sets")
@@ -194,7 +198,8 @@ def read_set(text: str, known: dict[str, EvaluationSet]) -> EvaluationSet:
     try:
         given = json.loads(text)
         language = str(given.pop("language", "Hebrew")).capitalize()  # as Qwen3-ASR writes them, null too
-        one = EvaluationSet(given.pop("name"), Source(**given), language)
+        guarded = bool(given.pop("guarded", False))
+        one = EvaluationSet(given.pop("name"), Source(**given), language, guarded)
         if not isinstance(one.name, str) or not isinstance(one.source.path, str):
             raise TypeError("name and path must be texts")
         return one
@@ -332,11 +337,12 @@ def compare_models(records: dict[tuple[str, str], list[dict]], models: list[str]
 def forgetting_gates(
     results: list[dict[str, Any]], models: list[str], sets: list[EvaluationSet], limit: float | None
 ) -> list[dict[str, Any]]:
-    """The first model against the second on what it was not tuned to: other languages, and silence."""
+    """The first model against the second on what it was not tuned to: other languages, silence, and guarded sets."""
     measured = {(r["model"], r["set"]): r for r in results if r["reason"] is None}
     gates = []
     for one in sets:
-        if len(models) < 2 or one.language == "Hebrew" or not {(m, one.name) for m in models[:2]} <= set(measured):
+        is_gate = one.guarded or one.language != "Hebrew"
+        if len(models) < 2 or not is_gate or not {(m, one.name) for m in models[:2]} <= set(measured):
             continue
         after, before = (measured[model, one.name] for model in models[:2])
         figures = {"WER": (before["wer"], after["wer"], 1)}

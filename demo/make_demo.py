@@ -2,7 +2,7 @@
 
     uv run --group demo python demo/make_demo.py              # everything, into demo/
     uv run --group demo python demo/make_demo.py --out DIR    # elsewhere
-    uv run --group demo python demo/make_demo.py --replay     # only demo/replay/, half a minute
+    uv run --group demo python demo/make_demo.py --replay     # only demo/replay/ and demo/domain/
 
 The checkpoint has the classes, files, prompt and special tokens of Qwen/Qwen3-ASR-1.7B-hf, and a vocabulary of single
 characters. It is taught some Hebrew words, some English and what the absence of speech sounds like. The corpus speaks
@@ -23,7 +23,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from speech import (
+    CORPUS_VOICES,
     ENGLISH_VOICES,
+    HELDOUT_VOICES,
     RATE,
     Clip,
     Espeak,
@@ -52,7 +54,7 @@ from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 SEED = 20
 HELDOUT_ROWS, ENGLISH_ROWS, NONSPEECH_ROWS = 440, 160, 110
-REPLAY_ENGLISH, REPLAY_NONSPEECH = 250, 60
+REPLAY_ENGLISH, REPLAY_NONSPEECH, DOMAIN_ROWS, DOMAIN_TEST_ROWS = 250, 60, 240, 120
 CORPUS_SENTENCES = 2_400
 BASE_HEBREW, BASE_ENGLISH, BASE_NONSPEECH = 3_600, 900, 300  # clips to train the checkpoint on
 BATCH = 24  # clips
@@ -298,14 +300,30 @@ def write_replay(espeak: Espeak, out: Path) -> None:
         write_parquet(out / "replay" / name / "train-00000-of-00001.parquet", rows)
 
 
+def write_domain(espeak: Espeak, out: Path) -> None:
+    """A small domain to adapt to: sentences of the words that the corpus has not, in its voices and the test sets'."""
+    rng = random.Random(SEED + 2)
+    texts = distinct(lambda: hebrew_sentence(rng, (2, 2)), DOMAIN_ROWS + DOMAIN_TEST_ROWS, set())
+    parts = {"train": (CORPUS_VOICES, texts[:DOMAIN_ROWS]), "test": (HELDOUT_VOICES, texts[DOMAIN_ROWS:])}
+    for split, (voices, mine) in parts.items():
+        waves = [espeak(text, "he+" + rng.choice(voices), **delivery(rng)) for text in mine]
+        rows = [
+            row(wave, text, "demo-domain", f"domain-{split}-{i:04d}")
+            for i, (wave, text) in enumerate(zip(waves, mine, strict=True))
+        ]
+        write_parquet(out / "domain" / f"{split}-00000-of-00001.parquet", rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to")
-    parser.add_argument("--replay", action="store_true", help="only what is replayed, beside test sets that are there")
+    parser.add_argument("--replay", action="store_true", help="only replay/ and domain/, beside sets that are there")
     given, started, rng = parser.parse_args(), time.time(), random.Random(SEED)
     out = given.out
     if given.replay:
-        write_replay(Espeak(), out)
+        espeak = Espeak()
+        write_replay(espeak, out)
+        write_domain(espeak, out)
         return
     torch.set_num_threads(1)  # the same sums in the same order on every machine load
     torch.manual_seed(SEED)
@@ -329,6 +347,7 @@ def main() -> None:
     write_replay(espeak, out)
     step("speaking the corpus")
     write_parquet(out / "corpus" / "train-00000-of-00001.parquet", corpus_rows(espeak, corpus, rng))
+    write_domain(espeak, out)
     step("speaking what the checkpoint is trained on")
     processor = build_processor()
     clips = base_clips(espeak, base_hebrew, base_english, BASE_NONSPEECH, rng)
