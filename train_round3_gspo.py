@@ -177,6 +177,8 @@ class GspoConfig(TrainingConfig):
             "use_specaugment": "what is sampled for must be what is trained on; use_waveform_augmentation does that",
             "eval_prefill_language": "the language is part of what is sampled",
             "plan": "the plan is of training by cross-entropy",
+            "find_token_budget": "what it tries is training by cross-entropy",
+            "fsdp": "each process samples by itself, with whole weights",
         }
         for name, why in refused.items():
             if getattr(self, name):
