@@ -13,8 +13,8 @@ checkpoint that its kind leaves: the last on the disk; the last but one where th
 where the machine is gone; the last step after a signal. Beyond that:
 
 - What a run must outlive (a full disk, NaN, a dead worker of its loader, the Hub's faults) is not to end it.
-- A full disk meets a checkpoint without an evaluation. Where it is the one of the lowest WER that cannot be written, the
-  final model is another one.
+- A full disk meets a checkpoint without an evaluation: where the one of the lowest WER cannot be written, the final
+  model is another one.
 - A NaN in the audio: the utterance is named as dropped in both epochs, and the bits are those of a run in whose corpus
   that clip is silent. A NaN in one process's loss leaves a step out on all, so that bits are not compared.
 - The Hub's faults last for seconds from a step on, and until they met a request. Then the model must be on the Hub file
