@@ -934,13 +934,12 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         self.broken_utterances += int(totals[3].item())
         self.dead_workers += int(totals[6].item())
         self.check_broken(self.state.global_step + 1)
-        if not totals[0]:
-            raise InputError(f"step {self.state.global_step + 1}: none of its utterances decodes")
         loss = torch.zeros((), device=self.args.device)
         for i, batch in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                # DDP averages gradients over the processes; the loss is a sum over tokens.
+                # DDP averages gradients over the processes; the loss is a sum over tokens. A step of which nothing
+                # decodes has none: its gradient is NaN, and it is skipped as every such step is.
                 share = self.negative_log_likelihood(model, batch) * self.args.world_size / totals[0].float()
                 self.accelerator.backward(share)
             loss += share.detach()
