@@ -1006,8 +1006,6 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         self.broken_utterances += int(broken)
         self.dead_workers += int(dead_workers)
         self.check_broken(self.state.global_step + 1)
-        if not items:
-            raise InputError(f"step {self.state.global_step + 1}: none of its utterances decodes")
         loss = torch.zeros((), device=self.args.device)
         self.clock.begin()
         for i, batch in enumerate(micro_batches):
@@ -1015,7 +1013,8 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             if is_sharded(model):
                 model.set_requires_gradient_sync(is_last)
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                # Gradients are averaged over the processes; the loss is a sum over items.
+                # Gradients are averaged over the processes; the loss is a sum over items. A step of which
+                # nothing decodes has none: its gradient is NaN, and it is skipped as every such step is.
                 share = self.summed_loss(model, batch) * self.args.world_size / items
                 if is_last:
                     self.clock.end_after(share)

@@ -13,7 +13,7 @@ checkpoint that its kind leaves: the last on the disk; the last but one where th
 where the machine is gone; the last step after a signal. Beyond that:
 
 - What a run must outlive (a full disk, NaN, a dead worker of its loader, the Hub's faults) is not to end it.
-- A full disk meets a checkpoint without an evaluation. Where the one of the lowest WER cannot be written, the final
+- A full disk meets a checkpoint without an evaluation: where the one of the lowest WER cannot be written, the final
   model is another one.
 - A NaN in the audio: the utterance is named as dropped in both epochs, and the bits are those of a run in whose corpus
   that clip is silent. A NaN in one process's loss leaves a step out on all, so that bits are not compared.
@@ -582,7 +582,7 @@ def hit_and_resume(fault: Fault, config: TrainingConfig, folder: Path, reference
         result["hash"] = None
     result["identical"] = result["hash"] == reference if fault.kind != "NaN loss" else None
     survived = is_done() and not result["hung"] and result["identical"] is not False
-    survived &= result["steps_lost"] <= allowed_loss(fault, result["hit_step"], lasting)
+    survived &= result["steps_lost"] <= allowed_loss(fault, result, lasting)
     survived &= not fault.is_outlived or (result["status"] == "finished" and result["hit_phase"] is not None)
     survived &= fault.kind != "Hub" or all(told)
     return result | {"survived": bool(survived)}
@@ -616,13 +616,15 @@ def all_finite(run: Path) -> bool:
     return all(torch.isfinite(tensor).all() for file in files for _, tensor in last.tensors(file))
 
 
-def allowed_loss(fault: Fault, step: int, on_hub: list[str]) -> int:
+def allowed_loss(fault: Fault, result: dict, on_hub: list[str]) -> int:
     """So many steps may be lost."""
     if fault.kind == "machine gone":
-        return 0 if fault.who == "SIGTERM" else step - max((checkpoints.number_of(Path(n)) for n in on_hub), default=0)
-    if "damage" in fault.kind:
-        return 2 * SAVE_STEPS  # the last but one
-    return 0 if fault.is_outlived or fault.kind in ("SIGTERM", "SIGINT") else SAVE_STEPS
+        newest = max((checkpoints.number_of(Path(name)) for name in on_hub), default=0)
+        return 0 if fault.who == "SIGTERM" else result["hit_step"] - newest
+    if fault.is_outlived or fault.kind in ("SIGTERM", "SIGINT"):
+        return 0
+    since_last = SAVE_STEPS + (SAVE_STEPS - 1) * (result["hit_phase"] == "saving")  # one in the making is none yet
+    return since_last + SAVE_STEPS * ("damage" in fault.kind)
 
 
 def prepare(work: Path) -> None:

@@ -6,9 +6,11 @@ import pytest
 import torch
 import transformers
 
+from hebrew_audio import AudioError
 from run_log import RunLog
 from train_hebrew_asr_enhanced import (
     GradualUnfreezeTrainer,
+    SpeechDataset,
     collate_evaluation,
     load_model,
     training_arguments,
@@ -241,6 +243,26 @@ def test_gradients_that_are_not_finite_are_never_applied(config, model, make_tra
     with pytest.raises(BadSteps, match=r"3 steps in a row up to step 3 had no finite gradient \(its norm is nan\)"):
         trainer.train()
     assert all(torch.equal(before[n].nan_to_num(), p.nan_to_num()) for n, p in model.named_parameters())
+
+
+def test_a_step_of_which_nothing_decodes_is_skipped_and_named(config, model, make_trainer, monkeypatch):
+    config.max_steps, config.eval_steps, config.logging_steps = 6, 1000, 2
+    trainer = make_trainer(model)
+    (alone,) = [draw for micro_batch in list(trainer.sampler)[-1] for draw in micro_batch]
+    heard = SpeechDataset.waveform
+
+    def waveform(self, row, epoch, number):
+        if self.training and (epoch, number) == alone:
+            raise AudioError("damaged audio")
+        return heard(self, row, epoch, number)
+
+    monkeypatch.setattr(SpeechDataset, "waveform", waveform)
+    trainer.train()
+    assert (trainer.state.global_step, trainer.skipped_steps, trainer.dropped_utterances) == (6, 1, 1)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    losses = [row["train/loss"] for row in trainer.run_log.rows if "train/loss" in row]
+    assert losses[2] == pytest.approx(losses[1], rel=0.3), "the mean of the one step that was applied"
+    assert len((trainer.run_log.folder / "skipped-steps.txt").read_text().splitlines()) == 1
 
 
 def test_an_untrained_model_is_told_to_be_guessing(config, model, make_trainer, capsys):
