@@ -65,9 +65,9 @@ from train_hebrew_asr_enhanced import COMPONENTS, Stage, TrainingConfig
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "demo"
-ROWS = 700  # training utterances that a seed draws
+ROWS = 175  # training utterances that a seed draws
 DEV = 30  # sentences of the held-out ones, clean and noisy, that give the curves; all others are the test
-EPOCHS = 2  # for each of the recipe's
+EPOCHS = 4  # for each of the recipe's
 EVALUATIONS = 4  # of a run, on dev
 CURVES = ("train/loss", "eval/loss", "eval/wer")
 
@@ -116,6 +116,8 @@ class Variant:
     """Times the recipe's effective batch."""
     rates: float = 1.0
     """Times the recipe's rates."""
+    epochs: float = 1.0
+    """Times the recipe's epochs, the stages' too."""
     patch: str | None = None
     """A function of this file that changes the training system where no setting does."""
     average: int = 1
@@ -149,6 +151,7 @@ VARIANTS = [
     Variant("batch-256", "batch of 256, as many epochs", batch=4, spec=BATCH),
     Variant("batch-256-rates", "batch of 256, rates × 2", batch=4, rates=2),
     Variant("batch-16", "batch of 16, as many epochs", batch=0.25),
+    Variant("batch-16-steps", "batch of 16, as many steps", batch=0.25, epochs=0.25),
     Variant("not-frozen", "no freezing: all layers from the start", stages=(nothing_frozen,)),
     Variant("b-only", "Strategy B to the end", stages=(only_first,)),
     Variant("a-only", "Strategy A from the start", stages=(only_last,)),
@@ -158,6 +161,8 @@ VARIANTS = [
     Variant("waveform", "waveform augmentation on", settings={"use_waveform_augmentation": True}),
     Variant("average", "last 4 checkpoints averaged", average=4),
     Variant("prompt-labels", "labels on the prompt too", patch="labels_on_prompt"),
+    # Training length: both have as many steps
+    Variant("short", "batch of 64, a quarter of the epochs", against="batch-256", epochs=0.25),
     # Each part alone
     Variant("plain", "none of the parts", settings=PLAIN, stages=AT_ONCE, batch=4, spec=TOTAL),
     Variant("only-specaugment", "SpecAugment alone", "plain", PLAIN | MASKS, AT_ONCE, 4, spec=SPECAUGMENT),
@@ -173,8 +178,8 @@ CANNOT_TELL = [
     " shrinks with them is not in here, above all of what guards a large pre-trained model (low rates, frozen layers)",
     "speech: 4 test voices of one synthesizer, and five kinds of added noise; the interval is over sentences, and says"
     " nothing of other voices",
-    "training length: a batch four times as large makes a quarter of the steps in the same epochs; which of the two it"
-    " is, the curves over the steps in the JSON file show, no row of the table",
+    "training length: a batch four times as large makes a quarter of the steps in the same epochs; the rows with as"
+    " many steps then differ in epochs, and the curves over the steps are in the JSON file",
     "tuning: every variant has the recipe's other settings; one that loses may win with rates of its own",
     "bf16: on a CPU the sums inside of a product are not a GPU's",
 ]
@@ -336,6 +341,12 @@ def layers_of(model: str) -> Layers:
     return config.audio_config.num_hidden_layers, config.text_config.num_hidden_layers
 
 
+def whole(variant: Variant, epochs: int) -> int:
+    if (found := variant.epochs * epochs) % 1:
+        raise InputError(f"{variant.name} would have {found} epochs of {epochs}: leave {variant.name} out")
+    return int(found)
+
+
 def settings(options: Options, run: Run) -> TrainingConfig:
     """The recipe with the command line's changes, and the variant's over them."""
     variant, config = run.variant, round2.round2() if options.real else round2.demo()
@@ -353,6 +364,8 @@ def settings(options: Options, run: Run) -> TrainingConfig:
     config.target_effective_batch = round(config.target_effective_batch * variant.batch)
     for name, value in variant.settings.items():
         setattr(config, name, value)
+    config.num_epochs = whole(variant, config.num_epochs)
+    config.stages = [dataclasses.replace(s, last_epoch=whole(variant, s.last_epoch)) for s in config.stages]
     for edit in variant.stages:
         config.stages = edit(config.stages, layers_of(config.model_name_or_path))
     config.stages = [
@@ -723,7 +736,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Options]:
         given.variants, given.seeds = given.variants or ["recipe", "no-specaugment"], min(given.seeds, 2)
     if given.seeds < 2 and not given.here:
         raise InputError("an interval over seeds needs --seeds 2 or more")
-    chosen = [BY_NAME[name] for name in given.variants or BY_NAME]
+    everything = [v.name for v in VARIANTS if v.epochs == 1 or not given.real]  # 2 epochs have no quarter
+    chosen = [BY_NAME[name] for name in given.variants or everything]
     names = [v.against for v in chosen] + [v.name for v in chosen] if not given.here else [v.name for v in chosen]
     given.variants = [v for v in VARIANTS if v.name in names]  # with what they are compared with
     known = {one.name: one for one in evaluation.LEADERBOARD}

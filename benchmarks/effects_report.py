@@ -184,6 +184,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     """The changes as a forest plot: a panel for each variant compared with, the spec's expectation behind them."""
     from matplotlib.figure import Figure
 
+    titles = {row["name"]: row["title"] for row in rows}
     rows = [row for row in rows if any(one["change"] for one in row["sets"].values())]
     groups = {
         name: [row for row in rows if row["against"] == name] for name in dict.fromkeys(r["against"] for r in rows)
@@ -216,8 +217,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         axes.set_yticks(range(len(group)), [row["title"] for row in group])
         axes.set_ylim(len(group) - 0.4, -0.6)
         axes.grid(axis="x", alpha=0.3)
-        titles = {"recipe": "against Round 2's recipe", "plain": "against none of its parts"}
-        axes.set_title(titles.get(name, f"against {name}"), loc="left", fontsize=10)
+        axes.set_title(f"against: {titles[name]}", loc="left", fontsize=10)
         axes.set_xlim(-widest, widest)
     panels[-1].set_xlabel("change of the WER in percent, with 95 % intervals: left fewer errors, right more")
     figure.legend(loc="outside upper right", ncols=3, fontsize=9)
