@@ -515,15 +515,19 @@ def work_off(jobs: list[tuple[str, Callable[[], None], Path]], at_once: int, don
                 number = waiting.pop(0)
                 _, body, log = jobs[number]
                 running[in_child(body, log)] = number, time.monotonic()
-            pid, status = os.wait()
+            pid, status, used = os.wait4(-1, 0)
             number, began = running.pop(pid)
             took.append(time.monotonic() - began)
+            cpu = used.ru_utime + used.ru_stime
             count += 1
             name, _, log = jobs[number]
             result = f"FAILED, see {log}" if status else done(number)
             failed += [name] if status else []
             left = np.mean(took) * (len(waiting) + len(running) / 2) / at_once / 60
-            print(f"[{count}/{len(jobs)}] {name}: {result}, {took[-1]:.0f} s | {left:.0f} min left", flush=True)
+            print(
+                f"[{count}/{len(jobs)}] {name}: {result}, {took[-1]:.0f} s ({cpu:.0f} of CPU) | {left:.0f} min left",
+                flush=True,
+            )
     finally:
         for pid in running:
             os.kill(pid, signal.SIGKILL)
