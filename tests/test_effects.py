@@ -93,16 +93,18 @@ def test_what_cannot_be_compared_is_refused():
 
 
 def test_a_verdict_says_what_the_interval_says_and_how_it_stands_to_the_expectation():
-    def said(low, high, expected):
-        return effects_report.verdict({"low": low, "high": high, "certain": False}, expected)
+    def said(low, high, expected, adds=False):
+        row = {"part": "it", "adds": adds, "expected": expected}
+        return effects_report.verdict({"low": low, "high": high, "certain": False}, row)
 
-    assert said(1, 3, (5.3, 11.1)) == "more errors; less than expected"
-    assert said(-3, 2, (5.3, 11.1)) == "no difference seen; less than expected"
-    assert said(-3, 8, (5.3, 11.1)) == "no difference seen; what is expected is not excluded"
-    assert said(13, 20, (5.3, 11.1)) == "more errors; more than expected"
-    assert said(-20, -13, (-10, -5)) == "fewer errors; more than expected"
-    assert said(1, 20, (-10, -5)) == "more errors; less than expected"
-    assert said(-9, -1, None) == "fewer errors"
+    assert said(1, 3, (5.3, 11.1)) == "it: helps, less than expected"
+    assert said(-3, 2, (5.3, 11.1)) == "it: no help seen, less than expected"
+    assert said(-3, 8, (5.3, 11.1)) == "it: no help seen, the expectation is not excluded"
+    assert said(13, 20, (5.3, 11.1)) == "it: helps, more than expected"
+    assert said(-20, -13, (-10, -5), adds=True) == "it: helps, more than expected"
+    assert said(1, 20, (-10, -5), adds=True) == "it: harms, less than expected"
+    assert said(-9, -1, None, adds=True) == "it: helps"
+    assert said(-9, -1, None) == "it: harms"
 
 
 def test_stars_are_holms_procedure():
