@@ -31,6 +31,8 @@ import numpy as np
 
 from intervals import student_probability, student_quantile
 
+WIDEST = 100  # percent that the plot goes to
+
 
 @dataclass(frozen=True)
 class Change:
@@ -92,7 +94,7 @@ def rows_of(variants: list[dict[str, Any]], runs: list[dict[str, Any]]) -> list[
     """Each variant with its steps, seconds, rates, and changes against what it is compared with, set by set.
 
     Args:
-        variants: name, title, against, expected (change in percent that the spec leads to, or None).
+        variants: the fields of Variant, and expected: the change in percent that the spec leads to, or None.
         runs: variant, seed, steps, seconds, and for each set the errors, words and recordings of its utterances.
     """
     names = [variant["name"] for variant in variants]
@@ -124,26 +126,25 @@ def mark_certain(rows: list[dict[str, Any]], level: float = 0.05) -> None:
         one["certain"] = holds
 
 
-def verdict(change: dict[str, Any], expected: Sequence[float] | None) -> str:
-    """What an interval says, and how it stands to what was expected."""
-    if change["low"] > 0:
-        said = "more errors"
-    elif change["high"] < 0:
-        said = "fewer errors"
-    else:
-        said = "no difference seen"
-    said += "*" * change["certain"]
-    if expected is None:
-        return said
-    low, high = expected
-    sign = 1 if low > 0 else -1  # of the direction in which the spec expects the change
-    low, high = sorted((sign * low, sign * high))
+def verdict(change: dict[str, Any], row: dict[str, Any]) -> str:
+    """Whether the part that is added or taken away helps, and how much beside what was expected."""
+    sign = -1 if row["adds"] else 1  # from the change in errors to what the part brings
     least, most = sorted((sign * change["low"], sign * change["high"]))
+    if least > 0:
+        said = f"{row['part']}: helps"
+    elif most < 0:
+        said = f"{row['part']}: harms"
+    else:
+        said = f"{row['part']}: no help seen"
+    said += "*" * change["certain"]
+    if row["expected"] is None:
+        return said
+    low, high = sorted(sign * limit for limit in row["expected"])
     if most < low:
-        return f"{said}; less than expected"
+        return f"{said}, less than expected"
     if least > high:
-        return f"{said}; more than expected"
-    return f"{said}; what is expected is not excluded"
+        return f"{said}, more than expected"
+    return f"{said}, the expectation is not excluded"
 
 
 def lines_of(rows: list[dict[str, Any]]) -> list[str]:
@@ -151,19 +152,19 @@ def lines_of(rows: list[dict[str, Any]]) -> list[str]:
     sets = list(rows[0]["sets"])
     head = ["variant", "steps", "training, CPU s", *(f"WER {name}, %" for name in sets)]
     head += [*(f"change {name}, % (interval)" for name in sets), "spec expects, %", *(f"so, {name}" for name in sets)]
+    titles = {row["name"]: row["title"] for row in rows}
     lines, against = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)], None
     for row in rows:
-        if row["against"] not in (against, None):
+        if row["against"] in titles and row["against"] != against:
             against = row["against"]
-            title = next((other["title"] for other in rows if other["name"] == against), against)
-            lines.append(f"| *against: {title}* |" + " |" * (len(head) - 1))
+            lines.append(f"| *against: {titles[against]}* |" + " |" * (len(head) - 1))
         cells = [row["title"], str(row["steps"]), "" if row["seconds"] is None else f"{row['seconds']:.0f}"]
         cells += [f"{one['wer']:.2f}" for one in row["sets"].values()]
         changes = [one["change"] for one in row["sets"].values()]
         cells += [f"{c['value']:+.1f} ({c['low']:+.1f} to {c['high']:+.1f})" if c else "" for c in changes]
         expected = row["expected"] if any(changes) else None
         cells += [f"{expected[0]:+.1f} to {expected[1]:+.1f}" if expected else ""]
-        cells += [verdict(c, expected) if c else "" for c in changes]
+        cells += [verdict(c, row) if c else "" for c in changes]
         lines.append(f"| {' | '.join(cells)} |")
     count = sum(one["change"] is not None for row in rows for one in row["sets"].values())
     lines.append(
@@ -184,6 +185,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     """The changes as a forest plot: a panel for each variant compared with, the spec's expectation behind them."""
     from matplotlib.figure import Figure
 
+    titles = {row["name"]: row["title"] for row in rows}
     rows = [row for row in rows if any(one["change"] for one in row["sets"].values())]
     groups = {
         name: [row for row in rows if row["against"] == name] for name in dict.fromkeys(r["against"] for r in rows)
@@ -191,10 +193,10 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     sizes = [len(group) + 1 for group in groups.values()]
     figure = Figure(figsize=(9, 1.2 + 0.42 * sum(sizes)), layout="constrained")
     panels = figure.subplots(len(groups), 1, sharex=True, height_ratios=sizes, squeeze=False)[:, 0]
-    limits = [
-        100 * math.log(1 + c["change"][end] / 100) for r in rows for c in r["sets"].values() for end in ("low", "high")
-    ]
-    widest = 1.05 * min(max(map(abs, limits)), 70)
+    changes = [one["change"] for row in rows for one in row["sets"].values()]
+    ranges = [row["expected"] for row in rows if row["expected"]]
+    left = 1.08 * min(-5, *(c["low"] for c in changes), *(low for low, _ in ranges))
+    right = 1.08 * max(5, *(min(c["high"], WIDEST) for c in changes), *(high for _, high in ranges))
     for axes, (name, group) in zip(panels, groups.items(), strict=True):
         for place, row in enumerate(group):
             if row["expected"]:
@@ -216,9 +218,8 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         axes.set_yticks(range(len(group)), [row["title"] for row in group])
         axes.set_ylim(len(group) - 0.4, -0.6)
         axes.grid(axis="x", alpha=0.3)
-        titles = {"recipe": "against Round 2's recipe", "plain": "against none of its parts"}
-        axes.set_title(titles.get(name, f"against {name}"), loc="left", fontsize=10)
-        axes.set_xlim(-widest, widest)
+        axes.set_title(f"against: {titles[name]}", loc="left", fontsize=10)
+        axes.set_xlim(left, right)
     panels[-1].set_xlabel("change of the WER in percent, with 95 % intervals: left fewer errors, right more")
     figure.legend(loc="outside upper right", ncols=3, fontsize=9)
     figure.savefig(file, dpi=110)
