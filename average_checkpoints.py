@@ -33,6 +33,7 @@ from hub_upload import upload, upload_command
 from model_card import write_model_card
 from resuming import AVERAGE, WEIGHTS, together
 from run_watch import take_lock
+from train_round3_gspo import GspoConfig, load_noisy
 from transcription import Decoding, key, load_speech_model, read_transcripts, transcribe_set
 
 SET = "evaluation set"
@@ -144,11 +145,15 @@ def take(average: Average, folder: Path, measured: dict[str, str], result: dict,
 def settings_of(run: Path) -> training.TrainingConfig:
     if not (run / "config.yaml").exists():
         raise InputError(f"{run} is no run's folder: it has no config.yaml")
-    return training.parse_config(["--config", str(run / "config.yaml")], training.TrainingConfig())
+    is_round3 = "objective" in json.loads((run / "config.yaml").read_text())
+    defaults = GspoConfig() if is_round3 else training.TrainingConfig()
+    return training.parse_config(["--config", str(run / "config.yaml")], defaults)
 
 
 def evaluation_rows(config: training.TrainingConfig) -> SpeechRows:
-    """What the run evaluates."""
+    """What the run chooses its best checkpoint by."""
+    if isinstance(config, GspoConfig) and config.best_by == "wer_noisy":
+        return load_noisy(config)
     if not config.eval_sources:
         return load_train_and_eval(config, config.seed)[1]
     return without_too_many(load_rows(config.eval_sources, config, for_training=False), config)

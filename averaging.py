@@ -88,7 +88,7 @@ class MovingAverage:
 
 
 def evaluate_final(trainer: Any) -> dict[str, float]:
-    """Evaluates the final model as it is on the disk: the best checkpoint, or the moving average if its WER is lower.
+    """Evaluates the final model as it is on the disk: the best checkpoint, or the moving average if that is better.
 
     Returns:
         The numbers of the one that is in `final_model` afterwards, as `final/wer` and so on.
@@ -100,12 +100,12 @@ def evaluate_final(trainer: Any) -> dict[str, float]:
         trainer.write_average(average)
     found = {"best_checkpoint": trainer.evaluate_stored(folder, "best_checkpoint")}
     found["moving_average"] = trainer.evaluate_stored(average, "moving_average")
-    wers = {name: numbers[f"{name}/wer"] for name, numbers in found.items()}
+    metric = trainer.chosen_by.partition("/")[2]
+    wers = {name: numbers[f"{name}/{metric}"] for name, numbers in found.items()}
     better = min(wers, key=wers.get)  # of equal ones the checkpoint
-    if better == "moving_average":
-        trainer.final_origin = f"The moving average of the weights at step {trainer.state.global_step}."
     if trainer.run_log.is_main:
         if better == "moving_average":
+            trainer.final_origin = trainer.average_origin
             shutil.rmtree(folder)
             average.rename(folder)
         else:
@@ -113,7 +113,7 @@ def evaluate_final(trainer: Any) -> dict[str, float]:
     final = {f"final/{name.partition('/')[2]}": number for name, number in found[better].items()}
     trainer.run_log.log(final, trainer.state.global_step)
     trainer.run_log.say(
-        f"WER {wers['best_checkpoint']:.2f} % of the best checkpoint, {wers['moving_average']:.2f} % of the moving"
+        f"{metric} {wers['best_checkpoint']:.2f} % of the best checkpoint, {wers['moving_average']:.2f} % of the moving"
         f" average: final_model is the {better.replace('_', ' ')}"
     )
     return final

@@ -122,9 +122,10 @@ def token_log_probs(
     """
 
     def of_chunk(part: torch.Tensor, aims: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = torch.nn.functional.linear(part, weight)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        log_p = (logits / temperature).log_softmax(dim=1)
+        exact = torch.promote_types(part.dtype, torch.float32)
+        with torch.autocast(part.device.type, enabled=False):  # bf16 logits are off by as much as GSPO's clip is wide
+            logits = torch.nn.functional.linear(part.to(exact), weight.to(exact))
+            log_p = (logits / temperature).log_softmax(dim=1)
         entropy = -(log_p.detach().exp() * log_p.detach()).sum(dim=1)
         return log_p.gather(1, aims[:, None])[:, 0], entropy
 

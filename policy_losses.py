@@ -73,25 +73,23 @@ def grpo(
     return -(share * means_of_samples(objective, owner, len(advantage))).sum(), ratio.detach(), is_clipped
 
 
-def mwer(
-    log_p: torch.Tensor, owner: torch.Tensor, group: torch.Tensor, errors: torch.Tensor, share: torch.Tensor
-) -> torch.Tensor:
+def mwer(log_p: torch.Tensor, owner: torch.Tensor, group: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
     """Minimum word error rate training (Prabhavalkar et al. 2018, arXiv:1712.01818, equations 3 and 6).
 
-    The expected errors under the samples' probabilities, renormalised over their group, less the group's mean.
+    The expected errors under the probabilities of a group's different samples, renormalised over them, less the mean of
+    their errors. How often each was drawn does not count: its probability does already.
 
     Args:
         group: (samples,) which group each is of, numbered from 0.
         errors: (samples,) what is to be made small: word errors.
-        share: (samples,) as of `gspo`: a sample drawn twice counts as two.
     """
     groups = int(group.max()) + 1 if len(group) else 0
-    log_weight = sums_of_samples(log_p, owner, len(errors)) + share.log()
+    log_weight = sums_of_samples(log_p, owner, len(errors))
     highest = log_weight.detach().new_full((groups,), -torch.inf)
     highest = highest.scatter_reduce(0, group, log_weight.detach(), "amax")
     weight = (log_weight - highest[group]).exp()
     weight = weight / sums_of_samples(weight, group, groups)[group]
-    mean = sums_of_samples(share * errors, group, groups) / sums_of_samples(share, group, groups)
+    mean = means_of_samples(errors, group, groups)
     return (weight * (errors - mean[group])).sum()
 
 

@@ -200,7 +200,6 @@ def group_of(
     drawn: list[tuple[list[int], list[float]]],
     decode: Callable[[list[int]], str],
     weights: RewardWeights,
-    language: str,
 ) -> Group:
     """Counts equal samples and rewards each; an utterance without text is one in which nobody speaks."""
     counts = Counter(tuple(tokens) for tokens, _ in drawn)
@@ -209,7 +208,7 @@ def group_of(
     samples = []
     for tokens, count in counts.items():
         named, transcript = read_output(decode(list(tokens)))
-        parts = reward_parts(reference, transcript, language if reference else None, named)
+        parts = reward_parts(reference, transcript, utterance["language"] if reference else None, named)
         samples.append(Sample(list(tokens), count, log_p[tokens], parts, total_reward(parts, weights)))
     words = len(leaderboard_normalize(reference).split())
     return Group(utterance["epoch"], utterance["index"], reference, words, samples)
@@ -220,7 +219,7 @@ def group_of(
 
 @dataclass
 class PackedGroups:
-    """The groups of one micro-batch with their tensors."""
+    """Groups of one micro-batch, or parts of them, with their tensors."""
 
     groups: list[Group]
     batch: dict[str, torch.Tensor]
@@ -260,37 +259,50 @@ class PackedGroups:
         }
 
 
-def pack_groups(utterances: list[dict[str, Any]], groups: list[Group], collator: Any) -> PackedGroups:
-    """One micro-batch; without groups it is a second of silence, so that the processes stay in step."""
+def pack_groups(
+    utterances: list[dict[str, Any]], groups: list[Group], collator: Any, samples: list[list[Sample]] | None = None
+) -> PackedGroups:
+    """One micro-batch; without groups it is a second of silence, so that the processes stay in step.
+
+    Args:
+        samples: those of each group that are in it; None: all.
+    """
     if not groups:
         return PackedGroups([], collator.packed([]), [])
-    clip_of = [place for place, group in enumerate(groups) for _ in group.samples]
-    samples = [sample for group in groups for sample in group.samples]
+    parts = [group.samples for group in groups] if samples is None else samples
+    clip_of = [place for place, part in enumerate(parts) for _ in part]
+    flat = [sample for part in parts for sample in part]
     prompts = [collator.prompt(u["features"].shape[1], u["context"]) for u in utterances]
     batch, order = pack_samples(
         [u["features"] for u in utterances],
         clip_of,
         [prompts[place] for place in clip_of],
-        [sample.tokens for sample in samples],
+        [sample.tokens for sample in flat],
         collator.end_of_turn_id,
         collator.in_one_row,
     )
-    return PackedGroups(groups, batch, [samples[i] for i in order])
+    return PackedGroups(groups, batch, [flat[i] for i in order])
 
 
 def micro_batches_of(
-    utterances: list[dict[str, Any]], groups: list[Group], collator: Any, budget: int
+    utterances: list[dict[str, Any]], groups: list[Group], collator: Any, budget: int, whole_groups: bool
 ) -> list[PackedGroups]:
-    """The groups of a process's share of a step, as few micro-batches as the budget of tokens allows."""
-    sizes = [
-        sum(len(collator.prompt(u["features"].shape[1], u["context"])) + len(s.tokens) for s in group.samples)
-        for u, group in zip(utterances, groups, strict=True)
-    ]
+    """The groups of a process's share of a step, as few micro-batches as the budget of tokens allows.
+
+    Args:
+        whole_groups: no group is divided, though it may be larger than the budget: MWER compares inside of a group.
+    """
+    pieces: list[tuple[dict[str, Any], Group, list[Sample]]] = []
+    sizes: list[int] = []
+    for utterance, group in zip(utterances, groups, strict=True):
+        prompt = len(collator.prompt(utterance["features"].shape[1], utterance["context"]))
+        lengths = np.array([prompt + len(sample.tokens) for sample in group.samples])
+        cut = [np.arange(len(lengths))] if whole_groups else deal_step(lengths, processes=1, budget=budget)[0]
+        for places in cut:
+            pieces.append((utterance, group, [group.samples[place] for place in places]))
+            sizes.append(int(lengths[places].sum()))
     if not sizes:
         return []
     (deal,) = deal_step(np.array(sizes), processes=1, budget=budget)
-    return [
-        pack_groups([utterances[i] for i in places], [groups[i] for i in places], collator)
-        for places in deal
-        if len(places)
-    ]
+    batches = [[pieces[i] for i in places] for places in deal if len(places)]
+    return [pack_groups([u for u, *_ in b], [g for _, g, _ in b], collator, [part for *_, part in b]) for b in batches]

@@ -12,11 +12,14 @@ not 0 where one of them lost more than `--max_wer_rise` points. Every field of T
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 import checkpoints
 from hebrew_corpora import DataConfig, InputError, Source
@@ -109,7 +112,7 @@ def recipe(argv: list[str]) -> tuple[TrainingConfig, list[str]]:
         config.output_dir = f"runs/domain-{checkpoints.fingerprint(config.meaning())}"
     tested = [
         {"name": f"domain-{number}", "path": source.path, "config_name": source.config_name, "split": source.split}
-        | {"revision": source.revision, "text_column": source.text_column}
+        | {"revision": source.revision, "text_column": source.text_column, "language": source.language}
         for number, source in enumerate(config.eval_sources, start=1)
     ]
     gates = given.gates or [json.dumps(gate) for gate in (DEMO_GATES if given.demo else GATES)]
@@ -124,6 +127,8 @@ def check_forgetting(config: TrainingConfig, arguments: list[str]) -> None:
     workers = ["--num_workers", str(config.dataloader_num_workers)]
     line = [sys.executable, str(HERE / "evaluate_hebrew_asr.py"), *models, *arguments, *workers]
     alone = {name: value for name, value in os.environ.items() if name not in LAUNCHED and "TORCHELASTIC" not in name}
+    gc.collect()  # of the trainer, whose memory the evaluation needs
+    torch.cuda.empty_cache()
     done = subprocess.run([*line, "--output_dir", str(folder / "evaluation")], env=alone, check=False)
     if done.returncode:
         raise InputError(f"{folder}/final_model did not pass the gate, or could not be measured: see above")
@@ -134,10 +139,7 @@ LAUNCHED = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"
 
 def command(argv: list[str]) -> None:
     config, arguments = recipe(argv)
-    main(config)
-    only_looks = config.plan or config.prepare or config.inspect_data
-    if int(os.environ.get("RANK", "0")) == 0 and not only_looks:
-        check_forgetting(config, arguments)
+    main(config, before_upload=lambda: check_forgetting(config, arguments))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ from corpus_stream import SpeechStream, StreamedSource, StreamReader, load_strea
 from hebrew_audio import SAMPLE_RATE, AudioError, WaveformAugmentation, augment, decode_audio
 from hebrew_corpora import BROKEN, DataConfig, InputError, Mixture, SpeechRows, load_train_and_eval, why_unheard
 from hebrew_scoring import score
-from hub_upload import check_upload, upload, upload_command
+from hub_upload import CheckpointUploader, check_upload, upload, upload_command
 from label_loss import IGNORED_LABEL, SpeechModel, label_nats
 from model_costs import Window, work_of
 from prepare_corpora import prepare
@@ -1170,7 +1170,9 @@ class GradualUnfreezeTrainer(ResumableTrainer):
     def write_average(self, folder: Path) -> None:
         """Writes the moving average of the newest checkpoint for use."""
         if self.args.process_index == 0:
-            model = model_of(newest(self.writer.parent, 1), is_moving=True)
+            found = newest(self.writer.parent, 1)
+            self.average_origin = f"The moving average of the weights at step {found[0].step}."
+            model = model_of(found, is_moving=True)
             save_for_use(model, self.processor, folder, getattr(torch, self.config.final_dtype))
 
     def evaluate_stored(self, folder: Path, metric_key_prefix: str) -> dict[str, float]:
@@ -1420,8 +1422,14 @@ def training_arguments(config: TrainingConfig, folder: Path, cpu: bool) -> trans
     return arguments
 
 
-def main(config: TrainingConfig, trainer_class: type[GradualUnfreezeTrainer] = GradualUnfreezeTrainer) -> None:
+def main(
+    config: TrainingConfig,
+    trainer_class: type[GradualUnfreezeTrainer] = GradualUnfreezeTrainer,
+    before_upload: Callable[[], None] = lambda: None,
+) -> None:
     """Trains, reloads the best checkpoint, evaluates it and uploads it; InputError on every rank when it cannot.
+
+    `before_upload` is called by the first process when the run is finished; what it raises keeps the model here.
 
     Ends the process with 128 + the signal's number when the run was stopped by one.
     """
@@ -1464,14 +1472,28 @@ def main(config: TrainingConfig, trainer_class: type[GradualUnfreezeTrainer] = G
     if status["state"] == "finished":
         run_log.say(f"the run in {folder} is finished; for another one choose another --output_dir, or --resume never")
         leave_process_group()
-        if state.is_main_process and config.uploads and not status["uploaded"]:
-            publish(config, folder, run_log)
+        if state.is_main_process:
+            before_upload()
+            if config.uploads and not status["uploaded"]:
+                publish(config, folder, run_log)
         return
     with together():
         if config.uploads and state.is_main_process:
             check_upload(config, folder, run_log.say)
     with failures_noted(folder):
-        run(config, state, folder, run_log, use_bf16, trainer_class)
+        uploader = run(config, state, folder, run_log, use_bf16, trainer_class)
+
+    # 7. Upload: the other ranks are done
+    if state.is_main_process:
+        try:
+            before_upload()
+            if config.uploads:
+                publish(config, folder, run_log)
+                uploader.finish()
+            else:
+                run_log.say(f"not uploaded; to do it: {upload_command(config, folder / 'final_model')}")
+        finally:
+            run_log.say(run_log.dashboard())
 
 
 def run(
@@ -1481,8 +1503,8 @@ def run(
     run_log: RunLog,
     use_bf16: bool,
     trainer_class: type[GradualUnfreezeTrainer],
-) -> None:
-    """Steps 2 to 7 of `main`: what happens in the run's folder."""
+) -> CheckpointUploader:
+    """Steps 2 to 6 of `main`: what happens in the run's folder."""
     if state.is_main_process:
         checkpoints.write_status(folder, "running", pid=os.getpid())
     found = checkpoint_to_resume(config, folder, run_log)
@@ -1535,17 +1557,7 @@ def run(
         checkpoints.write_status(folder, "finished", step=step, uploaded=None, **trainer.uploader.facts())
     run_log.finish()
     leave_process_group()
-
-    # 7. Upload: the other ranks are done
-    if state.is_main_process:
-        try:
-            if config.uploads:
-                publish(config, folder, run_log)
-                trainer.uploader.finish()
-            else:
-                run_log.say(f"not uploaded; to do it: {upload_command(config, trainer.final_folder)}")
-        finally:
-            run_log.say(run_log.dashboard())
+    return trainer.uploader
 
 
 def print_token_budget(config: TrainingConfig, state: accelerate.PartialState, use_bf16: bool) -> None:

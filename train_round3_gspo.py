@@ -128,7 +128,7 @@ class GspoConfig(TrainingConfig):
         return [*super().tags, self.objective]
 
     def meaning(self) -> dict[str, Any]:
-        may_change = ("rollout_tokens_at_once", "best_by", "any_checkpoint")
+        may_change = ("rollout_tokens_at_once", "any_checkpoint")
         return {name: value for name, value in super().meaning().items() if name not in may_change}
 
     def check(self, processes: int) -> None:
@@ -178,6 +178,7 @@ class GspoConfig(TrainingConfig):
             "eval_prefill_language": "the language is part of what is sampled",
             "plan": "the plan is of training by cross-entropy",
             "find_token_budget": "what it tries is training by cross-entropy",
+            "torch_compile": "sampling a token at a time would compile the layers again and again",
             "fsdp": "each process samples by itself, with whole weights",
         }
         for name, why in refused.items():
@@ -232,7 +233,8 @@ class RolloutDataset(SpeechDataset):
             return super().utterance(row, epoch, number)
         waveform = nonspeech(self.config.waveform_augmentation.noise_folder, random)
         features = log_mel(self.feature_extractor, waveform)
-        return {"features": features, "text": "", "context": "", "epoch": int(epoch), "index": int(number)}
+        heard = {"features": features, "text": "", "context": "", "language": "None"}
+        return heard | {"epoch": int(epoch), "index": int(number)}
 
 
 def nonspeech(folder: str | None, random: np.random.Generator) -> np.ndarray:
@@ -354,7 +356,9 @@ class GspoTrainer(GradualUnfreezeTrainer):
         for mine, dropped in items:
             kept = [u for u in mine if of_key[u["epoch"], u["index"]].advantages()]
             budget = self.config.tokens_per_micro_batch
-            packed = micro_batches_of(kept, [of_key[u["epoch"], u["index"]] for u in kept], self.collator, budget)
+            whole_groups = self.config.objective == "mwer"
+            of_kept = [of_key[u["epoch"], u["index"]] for u in kept]
+            packed = micro_batches_of(kept, of_kept, self.collator, budget, whole_groups)
             most = max(1, *self.watch.gather(len(packed)))
             packed += [pack_groups([], [], self.collator) for _ in range(most - len(packed))]
             if is_new:
@@ -388,7 +392,7 @@ class GspoTrainer(GradualUnfreezeTrainer):
             for places in self.while_running(batches):
                 drawn = self.drawer.sample([prompts[place] for place in places])
                 for place, samples in zip(places, drawn, strict=True):
-                    groups[place] = group_of(utterances[place], samples, decode, config.reward_weights, config.language)
+                    groups[place] = group_of(utterances[place], samples, decode, config.reward_weights)
         except Stopped:
             self.rollout = []
             if self.state.global_step:
@@ -405,8 +409,9 @@ class GspoTrainer(GradualUnfreezeTrainer):
                     micro_batch.keep(name, model(**inputs, temperature=self.config.temperature)[0])
         for sample in micro_batch.order:
             gap = np.abs(np.subtract(sample.log_p, sample.sampler_log_p))
-            self.sums.update({"gap_tokens": len(gap), "gap": float(gap.sum())})
-            self.sums["largest_gap"] = max(self.sums["largest_gap"], float(gap.max()))
+            if np.isfinite(gap).all():
+                self.sums.update({"gap_tokens": len(gap), "gap": float(gap.sum())})
+                self.sums["largest_gap"] = max(self.sums["largest_gap"], float(gap.max()))
 
     def note_samples(self, groups: list[Group]) -> None:
         for group in groups:
@@ -431,7 +436,7 @@ class GspoTrainer(GradualUnfreezeTrainer):
         owner, share = policy["owner"], policy["share"]
         ratio, is_clipped = torch.ones_like(share), torch.zeros_like(share)
         if config.objective == "mwer":
-            loss = policy_losses.mwer(log_p, owner, policy["group"], policy["errors"], share)
+            loss = policy_losses.mwer(log_p, owner, policy["group"], policy["errors"])
         else:
             objective = policy_losses.gspo if config.objective == "gspo" else policy_losses.grpo
             how = policy["old_log_p"], owner, policy["advantage"], share
@@ -443,7 +448,8 @@ class GspoTrainer(GradualUnfreezeTrainer):
             counted += [share.sum(), distance.detach()]
         names = ("tokens", "entropy", "ratios", "ratio", "clipped", "kl_groups", "kl")
         counted = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=log_p.device) for n in counted])
-        self.sums.update(dict(zip(names, counted.tolist(), strict=False)))
+        if counted.isfinite().all():  # else the step is skipped
+            self.sums.update(dict(zip(names, counted.tolist(), strict=False)))
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -482,7 +488,9 @@ class GspoTrainer(GradualUnfreezeTrainer):
 
     def stream_state(self) -> dict[str, Any]:
         """The groups of the steps that are still to come, and what the log has not said yet."""
-        waiting = self.rollout if self.steps_prepared else []
+        waiting = self.rollout if self.steps_prepared else list(self.restored.values())
+        if not all(math.isfinite(p) for group in waiting for sample in group.samples for p in sample.log_p):
+            waiting = []  # JSON has no NaN; they are drawn anew
         return {"groups": [dataclasses.asdict(group) for group in waiting], "sums": dict(self.sums)}
 
     def restore_stream(self, states: list[dict[str, Any]]) -> None:

@@ -76,15 +76,13 @@ def grpo_by_hand(lengths, group, old, log_p, advantage, errors, share, low, high
 
 
 def mwer_by_hand(lengths, group, old, log_p, advantage, errors, share) -> float:
-    """As if every sample stood there as often as it was drawn."""
+    """Each different sample by its probability, however often it was drawn."""
     total = 0.0
     for number in (0, 1):
         mine = [i for i in range(len(group)) if group[i] == number]
-        smallest = min(share[i] for i in mine)
-        drawn = [i for i in mine for _ in range(round(share[i] / smallest))]
-        p = [math.exp(math.fsum(of_each(lengths, log_p)[i])) for i in drawn]
-        mean = sum(errors[i] for i in drawn) / len(drawn)
-        total += sum(p_i / sum(p) * (errors[i] - mean) for p_i, i in zip(p, drawn, strict=True))
+        p = [math.exp(math.fsum(of_each(lengths, log_p)[i])) for i in mine]
+        mean = sum(errors[i] for i in mine) / len(mine)
+        total += sum(p_i / sum(p) * (errors[i] - mean) for p_i, i in zip(p, mine, strict=True))
     return total
 
 
@@ -101,7 +99,7 @@ def loss_of(name: str, values: tuple, log_p: torch.Tensor | None = None) -> tupl
     owner, group, old, given, advantage, errors, share = tensors(*values)
     log_p = given if log_p is None else log_p
     if name == "mwer":
-        return policy_losses.mwer(log_p, owner, group, errors, share), log_p
+        return policy_losses.mwer(log_p, owner, group, errors), log_p
     if name == "kl":
         return policy_losses.kl(log_p, old, owner, share), log_p
     clips = {"gspo": (0.1, 0.15), "grpo": (0.2, 0.2)}[name]
@@ -339,9 +337,13 @@ def test_equal_samples_are_counted_and_the_language_is_read():
         (3,): "language None<asr_text>",
     }
     drawn = [([1], [-0.1]), ([2], [-3.0]), ([1], [-0.1]), ([3], [-4.0])]
-    utterance = {"epoch": 1, "index": 7, "text": "שלום"}
-    group = group_of(utterance, drawn, lambda tokens: texts[tuple(tokens)], RewardWeights(), "Hebrew")
+    utterance = {"epoch": 1, "index": 7, "text": "שלום", "language": "Hebrew"}
+    group = group_of(utterance, drawn, lambda tokens: texts[tuple(tokens)], RewardWeights())
     assert [(s.count, s.reward) for s in group.samples] == [(2, 1.0), (1, -0.5), (1, -0.5)]
+    english = group_of(
+        utterance | {"text": "hello", "language": "English"}, drawn, lambda t: texts[tuple(t)], RewardWeights()
+    )
+    assert [s.reward > 0 for s in english.samples] == [False, True, False], "each in the language of its source"
     assert read_output("language None<asr_text>") == (None, "") and read_output("שלום") == (None, "שלום")
 
 
