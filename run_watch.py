@@ -191,11 +191,14 @@ class Batches:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a stream makes its loader at its first batch
                 self.done, self.deaths = self.done + 1, 0
                 return batch
-            except RuntimeError as error:
-                if not DEAD_WORKER.search(str(error)):
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                # Tensors of a batch that is there are fetched from its worker: with that the connection is gone. What a
+                # worker itself has raised says that it was caught.
+                gone = not isinstance(error, RuntimeError) and "Caught " not in str(error)
+                if not gone and not DEAD_WORKER.search(str(error)):
                     raise
                 self.deaths += 1
-                self.died(str(error))
+                self.died(f"a DataLoader worker is gone ({type(error).__name__})" if gone else str(error))
                 if self.deaths == DEATHS_IN_A_ROW:
                     raise RuntimeError(
                         f"{self.deaths} workers of the loader died one after the other: out of memory (give fewer, by"

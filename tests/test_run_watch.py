@@ -241,6 +241,21 @@ def test_batches_go_on_in_order_when_a_worker_is_killed(workers):
     wait_until(lambda: not multiprocessing.active_children())
 
 
+def test_a_batch_whose_tensors_went_with_its_worker_is_read_again():
+    class Tensors(Clips):
+        def __getitem__(self, number: int) -> torch.Tensor:
+            return torch.full((1000,), float(number))
+
+    loader, told = torch.utils.data.DataLoader(Tensors(), batch_size=2, num_workers=1), []
+    batches = run_watch.Batches(iter(loader), lambda done: iter(skip_first_batches(loader, done)), told.append)
+    found = [next(batches)]
+    time.sleep(1.0)  # the next two are in the queue, and their tensors still with the worker
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    found += batches
+    assert [batch[:, 0].tolist() for batch in found] == [[n, n + 1] for n in range(0, 12, 2)]
+    assert told and "worker is gone (" in told[0]
+
+
 def test_a_loader_whose_workers_go_on_dying_is_given_up():
     told, found = [], []
     with pytest.raises(
