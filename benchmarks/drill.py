@@ -328,13 +328,13 @@ def instrument(folder: Path, rank: int, fault: Fault | None) -> None:
 
         checkpoints.flush = deadly_flush
     if fault.kind == "NaN loss" and rank == fault.processes - 1:
-        loss_of = GradualUnfreezeTrainer.negative_log_likelihood
+        loss_of = GradualUnfreezeTrainer.summed_loss
 
         def broken_loss(self, model, batch):
             loss = loss_of(self, model, batch)
             return loss * float("nan") if self.state.global_step + 1 == fault.step else loss
 
-        GradualUnfreezeTrainer.negative_log_likelihood = broken_loss
+        GradualUnfreezeTrainer.summed_loss = broken_loss
     if fault.control:
         believe_everything()
 

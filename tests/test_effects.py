@@ -185,7 +185,10 @@ def test_seeds_draw_other_utterances_and_sets_do_not_share_sentences(options):
 def test_labels_on_the_prompt_are_all_tokens_but_the_audio(processor):
     collator = training.DataCollatorSpeechSeq2SeqWithPadding(processor, round2.demo())
     frames = np.zeros((128, 130), np.float32)
-    utterances = [{"features": frames, "text": t, "context": "", "epoch": 1, "index": 0} for t in ("שלום", "היום בגן")]
+    utterances = [
+        {"features": frames, "text": t, "language": "Hebrew", "context": "", "epoch": 1, "index": 0}
+        for t in ("שלום", "היום בגן")
+    ]
     usual = collator.packed(utterances)
     with effects.labels_on_prompt():
         batch = collator.packed(utterances)
