@@ -29,7 +29,7 @@ from train_round2_gradual import demo as round2_demo
 HERE = Path(__file__).parent
 DEMO = HERE / "demo"
 PARQUET_COPY = "refs/convert/parquet"
-SHARES = {"domain": 0.4, "general": 0.35, "english": 0.2, "nonspeech": 0.05}  # of an epoch's utterances
+SHARES = {"domain": 0.25, "general": 0.5, "english": 0.2, "nonspeech": 0.05}  # of an epoch's utterances
 ENGLISH = Source("google/fleurs", "en_us", PARQUET_COPY, text_column="transcription", language="English")
 GATES = [
     {"name": "eval-d1", "path": "ivrit-ai/eval-d1", "split": "test", "text_column": "text", "guarded": True},
