@@ -25,9 +25,9 @@ def test_the_recipe_replays_the_general_mix_by_its_shares_at_low_rates():
         ("google/fleurs", "English"),
         ("noise", "None"),
     ]
-    assert [share[2] for share in shares] == pytest.approx([0.4, 0.35 * 0.97, 0.35 * 0.03, 0.2, 0.05])
+    assert [share[2] for share in shares] == pytest.approx([0.25, 0.5 * 0.97, 0.5 * 0.03, 0.2, 0.05])
     without = domain(Source("calls"), Source("calls", split="test"), None).train_sources
-    assert sum(source.probability for source in without) == pytest.approx(1) and without[0].probability > 0.42
+    assert sum(source.probability for source in without) == pytest.approx(1) and without[0].probability > 0.26
     for stage in config.stages:
         for component, rate in stage.learning_rates.items():
             assert rate <= min(s.learning_rates.get(component, 1) for s in round2().stages) / 2
