@@ -507,6 +507,7 @@ def in_child(body: Callable[[], None], log: Path) -> int:
         return pid
     status = 1
     try:
+        os.setpgid(0, 0)  # with what it starts, so that both can be ended
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         descriptor = os.open(log, os.O_WRONLY | os.O_TRUNC | os.O_CREAT)
@@ -550,6 +551,8 @@ def work_off(jobs: list[tuple[str, Callable[[], None], Path]], at_once: int, don
             )
     finally:
         for pid in running:
+            with contextlib.suppress(OSError):
+                os.killpg(pid, signal.SIGTERM)  # torchrun passes it on
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
     return failed

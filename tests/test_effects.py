@@ -1,8 +1,13 @@
 """The measurement of the recipe's parts: its intervals, its variants, its patches, and the command itself."""
 
 import dataclasses
+import functools
 import json
 import math
+import signal
+import subprocess
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -237,6 +242,36 @@ def test_commands_are_printed_for_what_is_left(tmp_path, capsys):
     assert "--here" in lines[0] and "evaluate_hebrew_asr.py --model" in lines[0] and "--max_steps 3" in lines[0]
     with pytest.raises(InputError, match="of other settings"):
         effects.command([*line, "--weight_decay", "0.5"])
+
+
+def test_an_interrupted_queue_ends_its_runs_and_what_they_started(tmp_path):
+    seen = tmp_path / "pid"
+
+    def body():
+        subprocess.run(["bash", "-c", f"echo $$ > {seen}; exec sleep 600"], check=True)
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.alarm(3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            effects.work_off([("one", body, tmp_path / "log.txt")], 1, str)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    pid, end = int(seen.read_text()), time.monotonic() + 5
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_what_failed_is_named_and_the_others_run(tmp_path, capsys):
+    jobs = [(name, functools.partial(int, text), tmp_path / name) for name, text in (("a", "x"), ("b", "1"))]
+    assert effects.work_off(jobs, 2, "job {} is done".format) == ["a"]
+    said = capsys.readouterr().out
+    assert f"a: FAILED, see {tmp_path / 'a'}" in said and "b: job 1 is done" in said and "[2/2]" in said
 
 
 @pytest.mark.slow
