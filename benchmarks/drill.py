@@ -605,7 +605,7 @@ def met_by_the_run(fault: Fault, folder: Path) -> dict:
         hub = hub_state(folder)
         return {"hit_step": hub["step"], "hit_phase": f"{hub['met']} requests met it" if hub["met"] else None}
     if fault.who == "worker":
-        noted = re.search(r"process 0, after step (\d+): DataLoader worker \(pid", (folder / "log.txt").read_text())
+        noted = re.search(r"process 0, after step (\d+): (?:a )?DataLoader worker ", (folder / "log.txt").read_text())
         return {"hit_step": int(noted[1]), "hit_phase": "loading"} if noted else {"hit_phase": None}
     return {}
 
