@@ -696,14 +696,19 @@ def search(options: Options, trials: int, seeds: list[int], at_once: int) -> dic
         study(number).optimize(objective, n_trials=1)
 
     def said(number: int) -> str:
-        best = study().best_trial
+        found = study()
+        if not any(trial.state == states.COMPLETE for trial in found.trials):
+            return "none has run to its end yet"
+        best = found.best_trial
         return f"best so far {best.value:.1f} % on dev (trial {best.number})"
 
     jobs = [(f"trial {n}", functools.partial(body, n), folder / f"{n}.txt") for n in range(ended, trials)]
     if failed := work_off(jobs, at_once, said):
         raise InputError(f"{len(failed)} trials failed: {', '.join(failed)}")
     known = study()
-    best, whole = known.best_trial, [t for t in known.trials if t.state == states.COMPLETE]
+    if not (whole := [t for t in known.trials if t.state == states.COMPLETE]):
+        raise InputError(f"each of {len(known.trials)} trials was given up early: give more --trials")
+    best = known.best_trial
     print(
         f"{len(known.trials)} trials, {sum(t.state == states.PRUNED for t in known.trials)} of them given up early; WER"
         f" on dev, one seed: recipe {known.trials[0].value or math.nan:.2f} %, best {best.value:.2f} %"
