@@ -4,10 +4,11 @@
         --domain data/calls/train --domain_test data/calls/test --nonspeech data/noise
     uv run train_domain.py --demo                      other words as the domain of the small model, no GPU
 
-A domain, its test set and the recordings without speech are each a path, a Hub id, or a source as JSON. After training
-the first process has evaluate_hebrew_asr.py compare the final model with the one it began from, on the domain's test
-set and on `--gates` (sets as that command takes them; one in Hebrew is a gate with "guarded": true). The exit status is
-not 0 where one of them lost more than `--max_wer_rise` points. Every field of TrainingConfig can be given after it.
+A domain, its test set and the recordings without speech are each a path, a Hub id, or a source as JSON. After training,
+and before the final model is uploaded, the first process has evaluate_hebrew_asr.py compare it with the one it began
+from, on the domain's test set and on `--gates` (sets as that command takes them; one in Hebrew is a gate with
+"guarded": true). Where one of them lost more than `--max_wer_rise` points, nothing is uploaded and the exit
+status is not 0. Every field of TrainingConfig can be given after it.
 """
 
 import argparse

@@ -52,8 +52,9 @@ import pyarrow
 import pyarrow.parquet
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+import averaging
 import checkpoints
 import evaluate_hebrew_asr as evaluation
 import train_hebrew_asr_enhanced as training
@@ -423,8 +424,7 @@ def write_last(folder: Path, count: int) -> None:
     shutil.rmtree(folder / "last", ignore_errors=True)
     shutil.copytree(newest[0], folder / "last", ignore=shutil.ignore_patterns("optimizer.safetensors"))
     if count > 1:
-        weights = [load_file(one / "model.safetensors") for one in newest]
-        mean = {name: torch.stack([w[name].float() for w in weights]).mean(dim=0) for name in weights[0]}
+        mean = dict(averaging.mean_of([checkpoints.verify(one) for one in newest]))
         save_file(mean, folder / "last" / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO
+from safetensors.torch import load_file
 from test_main_command import command
 
+import checkpoints
 import train_hebrew_asr_enhanced as training
 import train_round2_gradual as round2
 from benchmarks import effects, effects_report
@@ -223,13 +225,12 @@ SHORT = ("--rows", 40, "--test_sentences", 12, "--max_steps", 3, "--generation_m
 
 def test_the_last_checkpoints_are_averaged(tmp_path):
     for step in (1, 2, 3):
-        folder = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
-        folder.mkdir(parents=True)
-        effects.save_file({"w": torch.full((2,), float(step) ** 2)}, folder / "model.safetensors")
+        tensors = {"model.safetensors": {"w": torch.full((2,), float(step) ** 2)}}
+        checkpoints.write(tmp_path / "run" / "checkpoints", step, tensors, {}, {"wer": None})
     effects.write_last(tmp_path, 2)
-    assert effects.load_file(tmp_path / "last" / "model.safetensors")["w"].tolist() == [6.5, 6.5]
+    assert load_file(tmp_path / "last" / "model.safetensors")["w"].tolist() == [6.5, 6.5]
     effects.write_last(tmp_path, 1)
-    assert effects.load_file(tmp_path / "last" / "model.safetensors")["w"].tolist() == [9, 9]
+    assert load_file(tmp_path / "last" / "model.safetensors")["w"].tolist() == [9, 9]
     with pytest.raises(InputError, match="3 checkpoints are there, 4 are to be averaged"):
         effects.write_last(tmp_path, 4)
 
