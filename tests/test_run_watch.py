@@ -215,7 +215,7 @@ class Clips(torch.utils.data.Dataset):
         self.deadly = deadly
 
     def __len__(self) -> int:
-        return 12
+        return 24
 
     def __getitem__(self, number: int) -> int:
         if number == self.deadly:
@@ -235,7 +235,7 @@ def test_batches_go_on_in_order_when_a_worker_is_killed(workers):
     before = [next(batches)]
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     time.sleep(0.3)  # a handler of SIGCHLD would raise here
-    assert [*before, *batches] == [[n, n + 1] for n in range(0, 12, 2)]
+    assert [*before, *batches] == [[n, n + 1] for n in range(0, 24, 2)]
     assert len(told) == 1 and "DataLoader worker (pid" in told[0]
     del batches
     wait_until(lambda: not multiprocessing.active_children())
@@ -252,7 +252,7 @@ def test_a_batch_whose_tensors_went_with_its_worker_is_read_again():
     time.sleep(1.0)  # the next two are in the queue, and their tensors still with the worker
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     found += batches
-    assert [batch[:, 0].tolist() for batch in found] == [[n, n + 1] for n in range(0, 12, 2)]
+    assert [batch[:, 0].tolist() for batch in found] == [[n, n + 1] for n in range(0, 24, 2)]
     assert told and "worker is gone (" in told[0]
 
 
