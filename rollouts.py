@@ -82,12 +82,54 @@ class Prompt(NamedTuple):
     uniforms: np.ndarray  # (samples, limit): in [0, 1), one number for each token that is drawn
 
 
+Drawn = tuple[list[int], list[float]]  # tokens, and the log p of each
+
+
 class Sampler(Protocol):
     """Draws transcripts: for each prompt as many as it has rows of `uniforms`."""
 
-    def sample(self, prompts: list[Prompt]) -> list[list[tuple[list[int], list[float]]]]:
-        """Tokens and their log p, for each sample of each prompt."""
+    def refresh(self) -> None:
+        """Called before each rollout: the trainer's weights have changed."""
         ...
+
+    def sample(self, prompts: list[Prompt]) -> list[list[Drawn]]:
+        """For each prompt its samples."""
+        ...
+
+
+def embed(
+    model: Qwen3ASRForConditionalGeneration, prompts: list[Prompt], padding: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts with the audio in its places, padded on the left: (prompts, positions, width), and their mask."""
+    device = model.device
+    width = max(len(prompt.tokens) for prompt in prompts)
+    ids = [[padding] * (width - len(prompt.tokens)) + prompt.tokens for prompt in prompts]
+    mask = [[False] * (width - len(prompt.tokens)) + [True] * len(prompt.tokens) for prompt in prompts]
+    audio, _, _ = pack_clips([prompt.features for prompt in prompts], list(range(len(prompts))))
+    audio = {name: tensor.to(device) for name, tensor in audio.items()}
+    heard = model.get_audio_features(
+        audio["input_features"],
+        audio["input_features_mask"],
+        return_dict=True,
+        cu_seqlens=audio["window_ends"],
+    ).pooler_output
+    tokens = torch.tensor(ids, device=device)
+    embedded = model.get_input_embeddings()(tokens)
+    is_audio = (tokens == model.config.audio_token_id).unsqueeze(-1)
+    return embedded.masked_scatter(is_audio, heard.to(embedded.dtype)), torch.tensor(mask, device=device)
+
+
+def ends_of(model: Qwen3ASRForConditionalGeneration, padding: int) -> set[int]:
+    """The tokens that end a transcript; <|im_end|> is the padding too."""
+    ends = model.generation_config.eos_token_id
+    return {padding, *(ends if isinstance(ends, list) else [ends])}
+
+
+def cut(tokens: list[int], log_p: list[float], limit: int, ends: set[int]) -> Drawn:
+    """Up to and with the end, and no longer than the limit."""
+    length = next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))
+    length = min(length, limit)
+    return tokens[:length], log_p[:length]
 
 
 class InverseSampling(transformers.LogitsProcessor):
@@ -111,37 +153,25 @@ class GenerateSampler:
 
     def __init__(self, model: Qwen3ASRForConditionalGeneration, padding: int, temperature: float, autocast: Callable):
         self.model, self.padding, self.temperature, self.autocast = model, padding, temperature, autocast
-        ends = model.generation_config.eos_token_id
-        self.ends = {padding, *(ends if isinstance(ends, list) else [ends])}  # <|im_end|> is the padding too
+        self.ends = ends_of(model, padding)
+
+    def refresh(self) -> None:
+        """Samples with the trainer's own weights."""
 
     @torch.no_grad()
-    def sample(self, prompts: list[Prompt]) -> list[list[tuple[list[int], list[float]]]]:
-        model, device = self.model, self.model.device
-        width = max(len(prompt.tokens) for prompt in prompts)
-        ids = [[self.padding] * (width - len(prompt.tokens)) + prompt.tokens for prompt in prompts]
-        mask = [[0] * (width - len(prompt.tokens)) + [1] * len(prompt.tokens) for prompt in prompts]
-        audio, _, _ = pack_clips([prompt.features for prompt in prompts], list(range(len(prompts))))
-        audio = {name: tensor.to(device) for name, tensor in audio.items()}
-        repeats = torch.tensor([len(prompt.uniforms) for prompt in prompts], device=device)
+    def sample(self, prompts: list[Prompt]) -> list[list[Drawn]]:
+        model = self.model
+        repeats = torch.tensor([len(prompt.uniforms) for prompt in prompts], device=model.device)
         limits = [prompt.uniforms.shape[1] for prompt in prompts for _ in prompt.uniforms]
         uniforms = torch.zeros(len(limits), max(limits), dtype=torch.float64)
         for row, numbers in enumerate(numbers for prompt in prompts for numbers in prompt.uniforms):
             uniforms[row, : len(numbers)] = torch.from_numpy(numbers)
-        chooser = InverseSampling(uniforms.to(device), self.temperature)
+        chooser = InverseSampling(uniforms.to(model.device), self.temperature)
         with self.autocast():
-            tokens = torch.tensor(ids, device=device)
-            heard = model.get_audio_features(
-                audio["input_features"],
-                audio["input_features_mask"],
-                return_dict=True,
-                cu_seqlens=audio["window_ends"],
-            ).pooler_output
-            embedded = model.get_input_embeddings()(tokens)
-            is_audio = (tokens == model.config.audio_token_id).unsqueeze(-1)
-            embedded = embedded.masked_scatter(is_audio, heard.to(embedded.dtype))
+            embedded, mask = embed(model, prompts, self.padding)
             generated = model.generate(
                 inputs_embeds=embedded.repeat_interleave(repeats, dim=0),
-                attention_mask=torch.tensor(mask, device=device).repeat_interleave(repeats, dim=0),
+                attention_mask=mask.long().repeat_interleave(repeats, dim=0),
                 max_new_tokens=max(limits),
                 do_sample=False,
                 num_beams=1,
@@ -150,14 +180,8 @@ class GenerateSampler:
                 logits_processor=transformers.LogitsProcessorList([chooser]),
             ).tolist()
         log_p = torch.stack(chooser.log_p, dim=1).tolist()
-        rows = iter([self.cut(*row) for row in zip(generated, log_p, limits, strict=True)])
+        rows = iter([cut(*row, self.ends) for row in zip(generated, log_p, limits, strict=True)])
         return [[next(rows) for _ in prompt.uniforms] for prompt in prompts]
-
-    def cut(self, tokens: list[int], log_p: list[float], limit: int) -> tuple[list[int], list[float]]:
-        """Up to and with the end, and no longer than the limit."""
-        length = next((place + 1 for place, token in enumerate(tokens) if token in self.ends), len(tokens))
-        length = min(length, limit)
-        return tokens[:length], log_p[:length]
 
 
 def prompt_of(utterance: dict[str, Any], collator: Any, seed: int, samples: int, limit: int) -> Prompt:
@@ -197,7 +221,7 @@ def read_output(text: str) -> tuple[str | None, str]:
 
 def group_of(
     utterance: dict[str, Any],
-    drawn: list[tuple[list[int], list[float]]],
+    drawn: list[Drawn],
     decode: Callable[[list[int]], str],
     weights: RewardWeights,
 ) -> Group:

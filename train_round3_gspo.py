@@ -9,7 +9,6 @@ their group become likelier (policy_losses.py). Every field of GspoConfig can be
 
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import json
 import math
@@ -40,6 +39,7 @@ from rollouts import (
     GenerateSampler,
     Group,
     PackedGroups,
+    Sampler,
     batches_of,
     group_from_json,
     group_of,
@@ -63,6 +63,7 @@ from train_hebrew_asr_enhanced import (
     parse_config,
 )
 from train_round2_gradual import demo as round2_demo
+from vllm_rollouts import VllmSampler, check_installed
 
 DEMO = Path(__file__).parent / "demo"
 OBJECTIVES = ("gspo", "grpo", "mwer")
@@ -96,7 +97,9 @@ class GspoConfig(TrainingConfig):
     rollout_tokens_at_once: int = 32_768
     """Positions of the cache in one call of the sampler, for one process."""
     rollout_engine: str = "generate"
-    """generate: transformers' own."""
+    """generate: transformers' own; vllm: see vllm_rollouts.py."""
+    vllm_memory_share: float = 0.3
+    """Of the GPU's memory, for vLLM's weights and cache."""
 
     # Reward
     reward_weights: RewardWeights = field(default_factory=RewardWeights)
@@ -128,16 +131,21 @@ class GspoConfig(TrainingConfig):
         return [*super().tags, self.objective]
 
     def meaning(self) -> dict[str, Any]:
-        may_change = ("rollout_tokens_at_once", "any_checkpoint")
+        may_change = ("rollout_tokens_at_once", "any_checkpoint", "vllm_memory_share")
         return {name: value for name, value in super().meaning().items() if name not in may_change}
 
     def check(self, processes: int) -> None:
         super().check(processes)
-        choices = {"objective": OBJECTIVES, "best_by": ("wer", "wer_noisy")}
+        choices = {
+            "objective": OBJECTIVES,
+            "best_by": ("wer", "wer_noisy"),
+            "rollout_engine": ("generate", "vllm"),
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(known)}")
-        self._check_engine()
+        if self.rollout_engine == "vllm":
+            check_installed()
         if self.group_size < 2:
             raise InputError(
                 f"group_size is {self.group_size}: the samples of an utterance are compared with one another, so there"
@@ -160,6 +168,7 @@ class GspoConfig(TrainingConfig):
             ("rollout_tokens_at_once", 1, math.inf),
             ("kl_weight", 0, math.inf),
             ("nonspeech_share", 0, 0.9),
+            ("vllm_memory_share", 0.05, 0.9),
         ):
             if not low <= getattr(self, name) <= high:
                 raise InputError(f"{name} must lie between {low} and {high}, got {getattr(self, name)}")
@@ -186,16 +195,6 @@ class GspoConfig(TrainingConfig):
                 raise InputError(f"{name} must be off in Round 3: {why}")
         if self.tokens_per_micro_batch is None:
             raise InputError("Round 3 needs tokens_per_micro_batch: batch_size does not govern samples")
-
-    def _check_engine(self) -> None:
-        if self.rollout_engine == "vllm":
-            installed = importlib.util.find_spec("vllm") is not None
-            raise InputError(
-                f"rollout_engine vllm: vLLM {'is' if installed else 'is not'} installed, and there is no rollout with"
-                " it yet: leave --rollout_engine out, transformers' generate samples then"
-            )
-        if self.rollout_engine != "generate":
-            raise InputError(f"rollout_engine is {self.rollout_engine!r}, must be generate")
 
 
 def check_start(config: GspoConfig) -> None:
@@ -300,7 +299,8 @@ class GspoTrainer(GradualUnfreezeTrainer):
         if config.noisy_eval_sources:
             self.noisy_dataset = SpeechDataset(load_noisy(config), processor, config, training=False)
         self.reference_model = load_model(config, self.use_bf16).to(args.device).eval() if config.kl_weight else None
-        self.drawer = GenerateSampler(self.model, self.collator.end_of_turn_id, config.temperature, self.autocast)
+        how = self.model, self.collator.end_of_turn_id, config.temperature, self.autocast
+        self.drawer: Sampler = GenerateSampler(*how) if config.rollout_engine == "generate" else self.vllm_sampler(*how)
         low, high = config.clip_range
         clips = f", ratios within 1 − {low:g} and 1 + {high:g}" if config.objective != "mwer" else ""
         self.run_log.say(
@@ -312,6 +312,15 @@ class GspoTrainer(GradualUnfreezeTrainer):
         self.rollout: list[Group] = []  # this process's groups of these steps
         self.restored: dict[tuple[int, int], Group] = {}  # by (epoch, number), from a checkpoint
         self.sums: Counter[str] = Counter()  # of this process, since the last line of the log
+
+    def vllm_sampler(self, *how: Any) -> VllmSampler:
+        return VllmSampler(
+            *how,
+            dtype=torch.bfloat16 if self.use_bf16 else torch.float32,
+            memory_share=self.config.vllm_memory_share,
+            rank=self.args.process_index,
+            processes=self.args.world_size,
+        )
 
     @staticmethod
     def load_data(config: GspoConfig, state: accelerate.PartialState) -> tuple[SpeechRows, SpeechRows]:
@@ -350,6 +359,8 @@ class GspoTrainer(GradualUnfreezeTrainer):
         keys = [(u["epoch"], u["index"]) for u in utterances]
         restored, self.restored = self.restored, {}
         is_new = not all(self.watch.gather(bool(restored) and all(key in restored for key in keys)))
+        if is_new:
+            self.drawer.refresh()
         groups = self.draw(utterances) if is_new else [restored[key] for key in keys]
         of_key = dict(zip(keys, groups, strict=True))
         steps = []

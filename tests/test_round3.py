@@ -3,18 +3,21 @@
 import copy
 import dataclasses
 import gc
+import importlib.machinery
 import json
 import math
 import random
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+import transformers
 from conftest import DEMO, first_rows, small_config
 from test_resume import own_signals  # noqa: F401 - a fixture
 
@@ -317,6 +320,57 @@ def test_what_is_drawn_does_not_depend_on_the_batch_and_has_the_log_p_of_the_tra
         log_p, _ = tuned(**batch, temperature=1.3)
     expected = [value for i in order for value in flat[i][1]]
     assert np.allclose(log_p.numpy(), expected, atol=1e-4)
+
+
+class StandInEngine:
+    """What is used of vLLM's LLM, by transformers' own class for a language model alone and without a cache."""
+
+    def __init__(self, model: str, **options):
+        self.options, self.names = options, []
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=options["dtype"])
+        assert type(self.model).__name__ == "Qwen3ForCausalLM"
+
+    def apply_model(self, function) -> None:
+        function(self)
+
+    def load_weights(self, weights) -> None:
+        weights = dict(weights)
+        missing, unknown = self.model.load_state_dict(weights, strict=False)
+        assert not unknown and missing == ["lm_head.weight"], "the head is tied"
+
+    @torch.no_grad()
+    def generate(self, requests, parameters, use_tqdm: bool):
+        return [self.answer(r["prompt_embeds"], p) for r, p in zip(requests, parameters, strict=True)]
+
+    def answer(self, embedded, wanted):
+        random, tokens, log_p = torch.Generator().manual_seed(wanted.seed), [], []
+        while len(tokens) < wanted.max_tokens and not (tokens and tokens[-1] in wanted.stop_token_ids):
+            logits = self.model(inputs_embeds=embedded[None]).logits[0, -1].float() / wanted.temperature
+            tokens.append(int(torch.multinomial(logits.softmax(0), 1, generator=random)))
+            log_p.append({tokens[-1]: SimpleNamespace(logprob=float(logits.log_softmax(0)[tokens[-1]]))})
+            embedded = torch.cat([embedded, self.model.get_input_embeddings()(torch.tensor(tokens[-1:]))])
+        reason = "stop" if tokens[-1] in wanted.stop_token_ids else "length"
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens, logprobs=log_p, finish_reason=reason)])
+
+
+@pytest.fixture
+def stand_in_vllm(monkeypatch):
+    module = ModuleType("vllm")
+    module.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
+    module.LLM, module.SamplingParams = StandInEngine, lambda **options: SimpleNamespace(**options)
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+def test_vllm_is_asked_for_what_the_trainer_would_draw_and_follows_its_weights(stand_in_vllm, settings, tmp_path):
+    """Its language model, alone and from its own files, gives each token the log p that the whole model gives it."""
+    config = settings(tmp_path / "run", rollout_engine="vllm", max_steps=5, num_epochs=1)
+    train_round3(config)
+    found = rows(tmp_path / "run")
+    gaps = [row["train/largest_sampler_gap"] for row in found if "train/largest_sampler_gap" in row]
+    assert len(gaps) > 1 and 0 < max(gaps) < 1e-3, "the second rollout is with the weights that the first one trained"
+    assert any(row.get("train/distinct", 0) > 1 for row in found), "samples of an utterance differ"
+    assert all(math.isfinite(row["train/loss"]) for row in found if "train/loss" in row)
 
 
 def test_rollouts_are_batched_by_budget_each_prompt_once(utterances, config, processor):
