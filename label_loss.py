@@ -90,9 +90,9 @@ def label_states(
     if audio_order is not None:
         audio = audio[audio_order]
     embedded = inner.get_input_embeddings()(input_ids)
-    is_audio = (input_ids == model.config.audio_token_id).unsqueeze(-1)
+    is_audio = (input_ids == model.config.audio_token_id) & (labels == IGNORED_LABEL)  # a sample may hold the token too
     hidden = inner.language_model(
-        inputs_embeds=embedded.masked_scatter(is_audio, audio.to(embedded.dtype)),
+        inputs_embeds=embedded.masked_scatter(is_audio.unsqueeze(-1), audio.to(embedded.dtype)),
         use_cache=False,
         **text,
     ).last_hidden_state

@@ -29,7 +29,17 @@ from hebrew_corpora import InputError, Source
 from label_loss import token_log_probs
 from model_card import settings_of, write_model_card
 from rewards import EARNED, RewardWeights, reward_parts, total_reward
-from rollouts import GenerateSampler, Group, InverseSampling, Sample, batches_of, group_of, prompt_of, read_output
+from rollouts import (
+    GenerateSampler,
+    Group,
+    InverseSampling,
+    Sample,
+    batches_of,
+    embed,
+    group_of,
+    prompt_of,
+    read_output,
+)
 from run_watch import Watch
 from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, SpeechDataset, Stage
 from train_round3_gspo import GspoConfig, GspoTrainer, check_start, chosen_by_difficulty, demo, recipe, train_round3
@@ -371,6 +381,20 @@ def test_vllm_is_asked_for_what_the_trainer_would_draw_and_follows_its_weights(s
     assert len(gaps) > 1 and 0 < max(gaps) < 1e-3, "the second rollout is with the weights that the first one trained"
     assert any(row.get("train/distinct", 0) > 1 for row in found), "samples of an utterance differ"
     assert all(math.isfinite(row["train/loss"]) for row in found if "train/loss" in row)
+
+
+def test_a_sample_may_hold_the_placeholder_of_audio(config, processor, tuned, utterances):
+    collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
+    (prompt,) = [prompt_of(u, collator, 1, samples=1, limit=20) for u in utterances[:1]]
+    sample = [20, tuned.config.audio_token_id, 21, collator.end_of_turn_id]
+    batch, _ = pack_samples([prompt.features], [0], [prompt.tokens], [sample], collator.end_of_turn_id)
+    with torch.no_grad():
+        log_p, _ = tuned(**batch, temperature=1.0)
+        embedded, mask = embed(tuned, [prompt], collator.end_of_turn_id)
+        answer = tuned.get_input_embeddings()(torch.tensor([sample]))
+        logits = tuned.lm_head(tuned.model.language_model(inputs_embeds=torch.cat([embedded, answer], 1))[0])
+    expected = logits[0, mask.shape[1] - 1 : -1].log_softmax(-1)[range(4), sample]
+    assert torch.allclose(log_p, expected, atol=1e-4)
 
 
 def test_rollouts_are_batched_by_budget_each_prompt_once(utterances, config, processor):
