@@ -210,11 +210,19 @@ def test_labels_on_the_prompt_are_all_tokens_but_the_audio(processor):
     assert (labels != IGNORED_LABEL).sum() > was.sum() + 2 * 10
 
 
-def test_bf16_weights_are_bf16_where_they_train(options):
-    config = effects.settings(options, Run(BY_NAME["bf16-weights"], 0))
-    assert training.load_model(config, use_bf16=True).lm_head.weight.dtype == torch.float32
-    with effects.bf16_weights():
-        assert {p.dtype for p in training.load_model(config, use_bf16=True).parameters()} == {torch.bfloat16}
+def test_bf16_weights_are_numbers_of_bf16_after_every_step(options):
+    effects.write_data(options, [0])
+    options = dataclasses.replace(options, changes=("--max_steps", "2", "--generation_max_new_tokens", "20"))
+    run = Run(BY_NAME["bf16-weights"], 0)
+    with effects.PATCHES[run.variant.patch]():
+        training.main(effects.settings(options, run))
+    (last, *_) = checkpoints.names(run.folder(options) / "run" / "checkpoints")
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        tensors = load_file(last / file)
+        assert tensors and all((t == t.bfloat16()).all() for t in tensors.values()), file
+    start = load_file(DEMO / "base" / "model.safetensors")
+    now = load_file(last / "model.safetensors")
+    assert any((now[name] != start[name].bfloat16()).any() for name in now), "it trains"
 
 
 # ------------------------------------------------------------------------------------------------------------- Command
