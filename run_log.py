@@ -5,6 +5,7 @@ Imports nothing of this project.
 
 import contextlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -165,19 +166,26 @@ def curve(rows: list[Row], name: str) -> list[tuple[int, float]]:
     return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
 
 
-def draw_curves(rows: list[Row], stage_ends: dict[int, str], file: Path) -> None:
-    """Draws loss, WER and CER, and each component's rate over the steps, with the end of each stage marked."""
+PANELS = {
+    "nats per token": ["train/loss", "eval/loss"],
+    "percent": ["eval/wer", "eval/cer"],
+    "learning rate": [f"train/learning_rate_{name}" for name in ("projector", "audio_top", "llm_top", "lm_head")],
+}
+
+
+def draw_curves(rows: list[Row], stage_ends: dict[int, str], panels: dict[str, list[str]], file: Path) -> None:
+    """Draws what was logged over the steps, with the end of each stage marked.
+
+    Args:
+        panels: the metrics of each panel, by the label of its axis; what was not logged is left out.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 8), layout="constrained")
-    panels = figure.subplots(3, 1, sharex=True)
-    rates = sorted({name for row in rows for name in row if name.startswith("train/learning_rate_")})
-    for axes, names, label in (
-        (panels[0], ["train/loss", "eval/loss"], "nats per token"),
-        (panels[1], ["eval/wer", "eval/cer"], "percent"),
-        (panels[2], rates, "learning rate"),
-    ):
-        for name, style in zip(names, ("-", "--", "-.", ":"), strict=False):  # equal rates lie on one another
+    figure = Figure(figsize=(9, 2.7 * len(panels)), layout="constrained")
+    all_axes = figure.subplots(len(panels), 1, sharex=True)
+    for axes, (label, names) in zip(all_axes, panels.items(), strict=True):
+        styles = itertools.cycle(("-", "--", "-.", ":"))  # equal rates lie on one another
+        for name, style in zip(names, styles, strict=False):
             if points := curve(rows, name):
                 marker = "o" if name.startswith("eval") else None
                 axes.plot(*zip(*points, strict=True), style, label=name, marker=marker)
@@ -186,9 +194,10 @@ def draw_curves(rows: list[Row], stage_ends: dict[int, str], file: Path) -> None
             top = axes.get_xaxis_transform()
             axes.text(step, 0.99, f"end of {stage} ", ha="right", va="top", transform=top, color="grey")
         axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
-        axes.legend(loc="upper right")
-    panels[2].set_xlabel("optimizer step")
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if label == "reward" else 0)
+        if axes.lines:
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    all_axes[-1].set_xlabel("optimizer step")
     figure.savefig(file, dpi=110)
 
 

@@ -47,7 +47,7 @@ def describe_result(trainer: Any, final: dict[str, float]) -> None:
         settings=dataclasses.asdict(config),
         tags=config.tags,
     )
-    draw_curves(run_log.rows, trainer.stage_ends, folder.parent / "curves.png")
+    draw_curves(run_log.rows, trainer.stage_ends, trainer.panels, folder.parent / "curves.png")
     for line in (
         *trainer.verdict(),
         *wer_summary(run_log.rows, trainer.stage_ends, trainer.stage.name),

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import accelerate
 import datasets
@@ -71,7 +71,7 @@ from resuming import (
     together,
     train,
 )
-from run_log import TRACKERS, RunLog, success_criteria
+from run_log import PANELS, TRACKERS, RunLog, success_criteria
 from run_report import announce, describe_result, facts_of_run, report_data
 from run_watch import outlive_stop_signals
 from sharding import is_sharded, shard, whole_model
@@ -766,6 +766,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
     """
 
     loss_is_nats = True  # so that it compares with the evaluation's
+    panels: ClassVar[dict[str, list[str]]] = PANELS  # of curves.png
     chosen_by = "eval/wer"  # the metric whose lowest value makes the best checkpoint
 
     def __init__(

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import accelerate
 import numpy as np
@@ -47,7 +47,7 @@ from rollouts import (
     pack_groups,
     prompt_of,
 )
-from run_log import curve
+from run_log import PANELS, curve
 from train_hebrew_asr_enhanced import (
     TOKENS_PER_SECOND,
     GradualUnfreezeTrainer,
@@ -291,6 +291,14 @@ class GspoTrainer(GradualUnfreezeTrainer):
     """
 
     loss_is_nats = False
+    panels: ClassVar[dict[str, list[str]]] = {
+        "reward": ["train/reward", *(f"train/reward_{part.name}" for part in dataclasses.fields(RewardWeights))],
+        "ratio, shares": ["train/ratio", "train/clip_share", "train/kept_groups"],
+        "nats per token": ["train/entropy", "train/kl", "train/sampler_gap"],
+        "tokens of a sample": ["train/length"],
+        "percent": ["eval/wer", "eval/wer_noisy", "eval/repetitions", "eval/repetitions_noisy"],
+        "learning rate": PANELS["learning rate"],
+    }
 
     def __init__(self, config: GspoConfig, args: TrainingArguments, model: Any, processor: Any, *others: Any):
         super().__init__(config, args, model, processor, *others)
