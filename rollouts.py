@@ -1,7 +1,8 @@
 """Samples of transcripts for reinforcement learning: drawn, rewarded, compared in their group, and packed for a step.
 
-What is drawn for an utterance depends on the weights and on (seed, epoch, utterance, sample) alone: not on the batch it
-is in, the process it falls to, or what was drawn before. Imports nothing of the training script.
+What `generate` draws for an utterance depends on the weights and on (seed, epoch, utterance, sample) alone: not on the
+batch it is in, the process it falls to, or what was drawn before. (Under bf16 the padding of a batch changes the last
+bits of the logits, and now and then a token with them.) Imports nothing of the training script.
 """
 
 import math
@@ -322,7 +323,7 @@ def micro_batches_of(
         prompt = len(collator.prompt(utterance["features"].shape[1], utterance["context"]))
         lengths = np.array([prompt + len(sample.tokens) for sample in group.samples])
         cut = [np.arange(len(lengths))] if whole_groups else deal_step(lengths, processes=1, budget=budget)[0]
-        for places in cut:
+        for places in filter(len, cut):  # with a budget below one sample some parts are empty
             pieces.append((utterance, group, [group.samples[place] for place in places]))
             sizes.append(int(lengths[places].sum()))
     if not sizes:

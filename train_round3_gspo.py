@@ -85,7 +85,8 @@ class GspoConfig(TrainingConfig):
     clip_high: float | None = None
     """How far it may rise above 1; None: the paper's, 4e-4 for gspo and 0.2 for grpo."""
     kl_weight: float = 0.0
-    """Of the distance to the model that the run starts from, in nats per token; above 0 that model is kept too."""
+    """Of the distance to the model that the run starts from, in nats per token; above 0 that model is kept too. Groups
+    without variance are not trained on, so that their distance does not count."""
 
     # Samples
     group_size: int = 8
@@ -100,7 +101,7 @@ class GspoConfig(TrainingConfig):
     rollout_engine: str = "generate"
     """generate: transformers' own; vllm: see vllm_rollouts.py."""
     vllm_memory_share: float = 0.3
-    """Of the GPU's memory, for vLLM's weights and cache."""
+    """Of the GPU's memory, for vLLM's weights and cache, beside the trainer's own (--plan says what that is)."""
 
     # Reward
     reward_weights: RewardWeights = field(default_factory=RewardWeights)
@@ -509,7 +510,8 @@ class GspoTrainer(GradualUnfreezeTrainer):
     def stream_state(self) -> dict[str, Any]:
         """The groups of the steps that are still to come, and what the log has not said yet."""
         waiting = self.rollout if self.steps_prepared else list(self.restored.values())
-        if not all(math.isfinite(p) for group in waiting for sample in group.samples for p in sample.log_p):
+        samples = [sample for group in waiting for sample in group.samples]
+        if not all(math.isfinite(p) for s in samples for p in (*s.log_p, *s.sampler_log_p, *s.reference_log_p)):
             waiting = []  # JSON has no NaN; they are drawn anew
         return {"groups": [dataclasses.asdict(group) for group in waiting], "sums": dict(self.sums)}
 
@@ -523,6 +525,7 @@ class GspoTrainer(GradualUnfreezeTrainer):
             self.sums = Counter(states[rank]["sums"])
         else:
             self.sums = added([state["sums"] for state in states]) if rank == 0 else Counter()
+            self.sums["largest_gap"] = max(state["sums"].get("largest_gap", 0.0) for state in states)
 
     # Evaluation
 

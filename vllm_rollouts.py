@@ -2,39 +2,45 @@
 
 The trainer's own encoder hears the clips; vLLM gets the prompts as embeddings and runs the language model alone, which
 is a plain Qwen3ForCausalLM, whatever names the speech model has in a version of vLLM. Written against vLLM's documented
-interface (prompt embeddings in its V1 engine, 0.11 and later) and tried with a stand-in of it only, never on a GPU.
+interface (0.19.1 is the first release that allows transformers 5) and tried with a stand-in of it only, never on a GPU.
 """
 
 import copy
-import importlib.util
+import importlib.metadata
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import Qwen3ASRForConditionalGeneration
+from transformers.utils.versions import require_version
 
 from hebrew_corpora import InputError
 from rollouts import Drawn, Prompt, cut, embed, ends_of
 
+NEEDED = "vllm>=0.19.1"
+
 
 def check_installed() -> None:
-    if importlib.util.find_spec("vllm") is None:
+    """Raises InputError without vLLM, or with one that is too old."""
+    try:
+        require_version(NEEDED)
+    except ImportError as error:
+        is_missing = isinstance(error, importlib.metadata.PackageNotFoundError)
         raise InputError(
-            "rollout_engine vllm: vLLM is not installed. It needs a CUDA GPU and brings its own PyTorch: install it in"
-            " an environment of its own with this project's packages, or leave --rollout_engine out; transformers'"
+            f"rollout_engine vllm: {'vLLM is not installed' if is_missing else error}. It needs a CUDA GPU and brings"
+            f" its own PyTorch: install {NEEDED} in a copy of this project's environment and start that with torchrun,"
+            " not with uv run, which would put the locked PyTorch back; or leave --rollout_engine out: transformers'"
             " generate samples then"
-        )
+        ) from error
 
 
 def language_model_weights(model: Qwen3ASRForConditionalGeneration) -> Iterator[tuple[str, torch.Tensor]]:
     """The language model's weights by their names in Qwen3ForCausalLM; a head that is tied is not among them."""
     for name, weight in model.model.language_model.named_parameters():
         yield f"model.{name}", weight.detach()
-    if not model.config.text_config.tie_word_embeddings:
+    if not model.config.tie_word_embeddings:
         yield "lm_head.weight", model.lm_head.weight.detach()
 
 
@@ -56,22 +62,22 @@ class VllmSampler:
         """`memory_share` of the GPU's memory is vLLM's, weights and cache."""
         self.model, self.padding, self.temperature, self.autocast = model, padding, temperature, autocast
         self.ends = ends_of(model, padding)
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process, to hand it weights
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, to hand it weights
         import vllm
 
         self.sampling_params = vllm.SamplingParams
-        config = model.config.text_config
+        self.dtype = dtype
+        config = copy.deepcopy(model.config.text_config)
+        config.architectures, config.tie_word_embeddings = ["Qwen3ForCausalLM"], model.config.tie_word_embeddings
         with tempfile.TemporaryDirectory() as folder:
-            alone = copy.deepcopy(config)
-            alone.architectures = ["Qwen3ForCausalLM"]
-            alone.save_pretrained(folder)
-            weights = {name: weight.to("cpu", dtype).contiguous() for name, weight in language_model_weights(model)}
-            save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+            config.save_pretrained(folder)
             self.engine = vllm.LLM(
                 model=folder,
+                load_format="dummy",  # `refresh` brings the weights
                 skip_tokenizer_init=True,
                 enable_prompt_embeds=True,
                 enable_prefix_caching=False,  # weights change under it
+                async_scheduling=False,
                 dtype=str(dtype).removeprefix("torch."),
                 gpu_memory_utilization=memory_share,
                 max_model_len=min(config.max_position_embeddings, 4096),
@@ -95,8 +101,9 @@ class VllmSampler:
             embedded, mask = embed(self.model, prompts, self.padding)
         requests, parameters = [], []
         for prompt, row, is_prompt in zip(prompts, embedded, mask, strict=True):
+            alone = row[is_prompt].to("cpu", self.dtype)
             for uniforms in prompt.uniforms:
-                requests.append({"prompt_embeds": row[is_prompt]})
+                requests.append({"prompt_embeds": alone})
                 parameters.append(
                     self.sampling_params(
                         temperature=self.temperature,

@@ -215,10 +215,12 @@ def test_bf16_weights_are_numbers_of_bf16_after_every_step(options):
     options = dataclasses.replace(options, changes=("--max_steps", "2", "--generation_max_new_tokens", "20"))
     run = Run(BY_NAME["bf16-weights"], 0)
     with effects.PATCHES[run.variant.patch]():
-        training.main(effects.settings(options, run))
-    (last, *_) = checkpoints.names(run.folder(options) / "run" / "checkpoints")
-    for file in ("model.safetensors", "optimizer.safetensors"):
-        tensors = load_file(last / file)
+        config = effects.settings(options, run)
+        config.save_steps = 1
+        training.main(config)
+    last, first = checkpoints.names(run.folder(options) / "run" / "checkpoints")
+    for file in (folder / name for folder in (first, last) for name in ("model.safetensors", "optimizer.safetensors")):
+        tensors = load_file(file)
         assert tensors and all((t == t.bfloat16()).all() for t in tensors.values()), file
     start = load_file(DEMO / "base" / "model.safetensors")
     now = load_file(last / "model.safetensors")

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import gc
 import importlib.machinery
+import importlib.metadata
 import json
 import math
 import random
@@ -37,12 +38,14 @@ from rollouts import (
     batches_of,
     embed,
     group_of,
+    micro_batches_of,
     prompt_of,
     read_output,
 )
 from run_watch import Watch
 from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, SpeechDataset, Stage
 from train_round3_gspo import GspoConfig, GspoTrainer, check_start, chosen_by_difficulty, demo, recipe, train_round3
+from vllm_rollouts import VllmSampler
 
 HERE = Path(__file__).parent
 
@@ -335,10 +338,15 @@ def test_what_is_drawn_does_not_depend_on_the_batch_and_has_the_log_p_of_the_tra
 class StandInEngine:
     """What is used of vLLM's LLM, by transformers' own class for a language model alone and without a cache."""
 
-    def __init__(self, model: str, **options):
-        self.options, self.names = options, []
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=options["dtype"])
-        assert type(self.model).__name__ == "Qwen3ForCausalLM"
+    def __init__(
+        self, *, model, load_format, skip_tokenizer_init, enable_prompt_embeds, enable_prefix_caching, async_scheduling,
+        dtype, gpu_memory_utilization, max_model_len, logprobs_mode, distributed_executor_backend, seed,
+    ):  # fmt: skip
+        assert load_format == "dummy" and skip_tokenizer_init and enable_prompt_embeds and not enable_prefix_caching
+        assert logprobs_mode == "processed_logprobs" and distributed_executor_backend is None and dtype == "float32"
+        config = transformers.AutoConfig.from_pretrained(model)
+        self.model = transformers.AutoModelForCausalLM.from_config(config)
+        assert config.architectures == ["Qwen3ForCausalLM"] and type(self.model).__name__ == "Qwen3ForCausalLM"
 
     def apply_model(self, function) -> None:
         function(self)
@@ -346,7 +354,7 @@ class StandInEngine:
     def load_weights(self, weights) -> None:
         weights = dict(weights)
         missing, unknown = self.model.load_state_dict(weights, strict=False)
-        assert not unknown and missing == ["lm_head.weight"], "the head is tied"
+        assert not unknown and missing == ["lm_head.weight"] * self.model.config.tie_word_embeddings
 
     @torch.no_grad()
     def generate(self, requests, parameters, use_tqdm: bool):
@@ -363,13 +371,20 @@ class StandInEngine:
         return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens, logprobs=log_p, finish_reason=reason)])
 
 
+def sampling_params(*, temperature, top_p, top_k, seed, max_tokens, stop_token_ids, logprobs, detokenize):
+    assert top_p == 1 and top_k == 0 and logprobs == 0 and not detokenize
+    return SimpleNamespace(temperature=temperature, seed=seed, max_tokens=max_tokens, stop_token_ids=stop_token_ids)
+
+
 @pytest.fixture
 def stand_in_vllm(monkeypatch):
     module = ModuleType("vllm")
     module.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
-    module.LLM, module.SamplingParams = StandInEngine, lambda **options: SimpleNamespace(**options)
+    module.LLM, module.SamplingParams = StandInEngine, sampling_params
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.20.0" if name == "vllm" else version(name))
 
 
 def test_vllm_is_asked_for_what_the_trainer_would_draw_and_follows_its_weights(stand_in_vllm, settings, tmp_path):
@@ -381,6 +396,30 @@ def test_vllm_is_asked_for_what_the_trainer_would_draw_and_follows_its_weights(s
     assert len(gaps) > 1 and 0 < max(gaps) < 1e-3, "the second rollout is with the weights that the first one trained"
     assert any(row.get("train/distinct", 0) > 1 for row in found), "samples of an utterance differ"
     assert all(math.isfinite(row["train/loss"]) for row in found if "train/loss" in row)
+
+
+def test_a_head_of_its_own_is_handed_over_too(stand_in_vllm, config, processor, tuned, utterances):
+    tuned.config.tie_word_embeddings = False
+    tuned.lm_head.weight = torch.nn.Parameter(torch.roll(tuned.lm_head.weight.detach(), 1, dims=0))
+    collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
+    how = tuned, collator.end_of_turn_id, 1.0, torch.inference_mode
+    engine = VllmSampler(*how, dtype=torch.float32, memory_share=0.3, rank=0, processes=1)
+    engine.refresh()
+    assert (engine.engine.model.lm_head.weight == tuned.lm_head.weight).all()
+    assert (engine.engine.model.lm_head.weight != engine.engine.model.get_input_embeddings().weight).any()
+
+
+def test_an_old_vllm_is_refused(stand_in_vllm, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.11.0")
+    with pytest.raises(InputError, match=r"vllm>=0\.19\.1 is required"):
+        dataclasses.replace(demo(), rollout_engine="vllm").check(1)
+
+
+def test_a_budget_below_one_sample_gives_micro_batches_of_one(utterances, config, processor):
+    collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
+    groups = [Group(1, 0, "", 1, [Sample([20, 21, collator.end_of_turn_id], 1, []) for _ in range(3)])]
+    found = micro_batches_of(utterances[:1], groups, collator, budget=1, whole_groups=False)
+    assert [len(one.order) for one in found] == [1, 1, 1]
 
 
 def test_a_sample_may_hold_the_placeholder_of_audio(config, processor, tuned, utterances):
@@ -529,6 +568,7 @@ def settings(corpus, heldout, noisy):
         config.stages = [Stage("RL", 2, {"projector": 2e-4, "audio_top": 6e-5, "llm_top": 6e-5, "lm_head": 2e-4}, 1, 1)]
         config.num_epochs, config.group_size, config.temperature, config.kl_weight = 2, 4, 1.5, 0.01
         config.nonspeech_share, config.logging_steps, config.save_steps, config.save_total_limit = 0.2, 3, 1, 100
+        config.updates_per_rollout, config.lr_scheduler_type = 4, "constant_with_warmup"
         return dataclasses.replace(config, **changed)
 
     return make
