@@ -194,7 +194,7 @@ def draw_curves(rows: list[Row], stage_ends: dict[int, str], panels: dict[str, l
             top = axes.get_xaxis_transform()
             axes.text(step, 0.99, f"end of {stage} ", ha="right", va="top", transform=top, color="grey")
         axes.set_ylabel(label)
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if label == "reward" else 0)
+        axes.set_ylim(bottom=min(0, axes.dataLim.ymin))
         if axes.lines:
             axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
     all_axes[-1].set_xlabel("optimizer step")

@@ -1,16 +1,16 @@
-"""Round 3 against further cross-entropy, on the demo world: what each makes of a converged Round 2 checkpoint.
+"""Round 3 against further cross-entropy, on the demo world: what each makes of a Round 2 checkpoint.
 
     uv run --group demo python benchmarks/round3.py --json round3.json --seeds 3
     uv run --group demo python benchmarks/round3.py --measure dev --seeds 1 --options '{"kl_weight": 0.1}'
 
-Step 1 makes the start: Round 2's demo with noise, for as many epochs as lower the WER under noise. Then every arm goes
-on from it, for each seed with the same utterances and noise in the same order: cross-entropy at three rates, GSPO,
+Step 1 makes the start: Round 2's demo with noise, for --start_epochs; another one by --start. Then every arm goes on
+from it, for each seed with the same utterances and noise in the same order: cross-entropy at three rates, GSPO,
 GRPO, MWER. Cross-entropy takes the demo's 16 utterances a step, the others 64, and gets as many epochs as cost what
 those of the others cost. Compared are the last weights of each run; the rate of cross-entropy is the best one on the
-set that is measured, which is in its favour. Measured are sentences that nothing else here has, in the four held-out
-voices of the demo, clean and with its noise at 5 to 15 dB: 1,500 to report, 600 others to try settings on (`--measure
-dev`). Runs are forked from one process that has imported everything; what is done is in --work, by all that it depends
-on, and is not done again.
+set that is measured, which is in its favour. Measured are sentences that neither the corpus nor its test sets have, in
+the four held-out voices of the demo, clean and with its noise at 5 to 15 dB: 1,500 to report, 600 others to try settings
+on (`--measure dev`). Runs are forked from one process that has imported everything; what is done is in --work, by all
+that it depends on, and is not done again.
 """
 
 import argparse

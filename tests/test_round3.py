@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import gc
-import importlib.machinery
 import importlib.metadata
 import json
 import math
@@ -379,7 +378,6 @@ def sampling_params(*, temperature, top_p, top_k, seed, max_tokens, stop_token_i
 @pytest.fixture
 def stand_in_vllm(monkeypatch):
     module = ModuleType("vllm")
-    module.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
     module.LLM, module.SamplingParams = StandInEngine, sampling_params
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -388,7 +386,7 @@ def stand_in_vllm(monkeypatch):
 
 
 def test_vllm_is_asked_for_what_the_trainer_would_draw_and_follows_its_weights(stand_in_vllm, settings, tmp_path):
-    """Its language model, alone and from its own files, gives each token the log p that the whole model gives it."""
+    """Its language model, alone, gives each token the log p that the whole model gives it."""
     config = settings(tmp_path / "run", rollout_engine="vllm", max_steps=5, num_epochs=1)
     train_round3(config)
     found = rows(tmp_path / "run")
