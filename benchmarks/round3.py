@@ -8,9 +8,9 @@ from it, for each seed with the same utterances and noise in the same order: cro
 GRPO, MWER. Cross-entropy takes the demo's 16 utterances a step, the others 64, and gets as many epochs as cost what
 those of the others cost. Compared are the last weights of each run; the rate of cross-entropy is the best one on the
 set that is measured, which is in its favour. Measured are sentences that neither the corpus nor its test sets have, in
-the four held-out voices of the demo, clean and with its noise at 5 to 15 dB: 1,500 to report, 600 others to try settings
-on (`--measure dev`). Runs are forked from one process that has imported everything; what is done is in --work, by all
-that it depends on, and is not done again.
+the four held-out voices of the demo, clean and with its noise at 5 to 15 dB: 1,500 to report, 600 others to try
+settings on (`--measure dev`). Runs are forked from one process that has imported everything; what is done is in --work,
+by all that it depends on, and is not done again.
 """
 
 import argparse
