@@ -291,24 +291,36 @@ def measured() -> Iterator[Spent]:
 
 @contextlib.contextmanager
 def lean() -> Iterator[None]:
-    """A run without the pages it writes for its reader, and with each clip decoded once, not in every epoch."""
+    """A run without what is not measured: no pages for its reader, no evaluation of the best checkpoint. Each clip is
+    decoded once, not in every epoch, and so are its features taken where nothing is done to its waveform."""
 
     def nothing(*args: Any) -> None:
         pass
 
     decode, decoded = training.decode_audio, {}
+    extract, features = training.log_mel, {}
 
     def decode_once(audio: dict[str, Any], start: float, end: float | None) -> np.ndarray:
         key = audio["bytes"], start, end
         if key not in decoded:
             decoded[key] = decode(audio, start, end)
+            features[id(decoded[key])] = None
         return decoded[key]
+
+    def extract_once(extractor: Any, waveform: np.ndarray) -> np.ndarray:
+        if id(waveform) not in features:  # made from a decoded one
+            return extract(extractor, waveform)
+        if features[id(waveform)] is None:
+            features[id(waveform)] = extract(extractor, waveform)
+        return features[id(waveform)]
 
     with (
         mock.patch.object(training, "report_data", nothing),
+        mock.patch.object(training, "evaluate_final", nothing),
         mock.patch.object(training, "describe_result", nothing),
         mock.patch.object(evaluation, "write_page", nothing),
         mock.patch.object(training, "decode_audio", decode_once),
+        mock.patch.object(training, "log_mel", extract_once),
     ):
         yield
 
