@@ -41,7 +41,7 @@ SECONDS_TO_LEAVE = 2.0  # of the grace time, when the last checkpoint is still b
 TIMES_TO_GO_BACK = 2  # to a checkpoint, before a run without finite gradients is given up
 
 T = TypeVar("T")
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]  # tensors or lists of as many rows
 
 # ------------------------------------------------------------------------------------------------------- Run's folder
 
@@ -525,7 +525,7 @@ class CheckpointEvents(TrainerCallback):
 
 
 def as_it_fits(run: Callable[[Batch], T], batch: Batch) -> list[tuple[int, T | None]]:
-    """Runs a batch, in halves where it does not fit the device's memory.
+    """Runs a batch, tensors or lists by name, in halves where it does not fit the device's memory.
 
     Returns:
         the rows and the result of each part, in order; None for a single row that does not fit.

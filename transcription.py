@@ -26,6 +26,7 @@ import train_hebrew_asr_enhanced as training
 from hebrew_audio import SAMPLE_RATE, decode_audio
 from hebrew_corpora import InputError, SpeechRows, digest
 from prepare_corpora import in_processes
+from resuming import as_it_fits
 
 MOST_TOKENS = (64, 12)  # of a transcript: so many, and so many a second; a fast speaker's Hebrew has 8 a second
 MOST_AT_ONCE = 256  # pieces of a batch, however short
@@ -279,7 +280,11 @@ def transcribe_set(
     workers: int,
     hides_progress: bool,
 ) -> None:
-    """Transcribes this process's share of the batches that are not in `folder` yet, and appends them to it."""
+    """Transcribes this process's share of the batches that are not in `folder` yet, and appends them to it.
+
+    A batch that does not fit the device's memory is done in halves; raises OutOfMemoryError where a single piece is too
+    much for it.
+    """
     pieces = plan(rows, decoding.longest_seconds, workers)
     batches, counts = batches_of(pieces, decoding.batch_seconds), Counter(p.number for p in pieces)
     done = {tuple(piece) for line in read_lines(folder) for piece in line["pieces"]}
@@ -288,6 +293,15 @@ def transcribe_set(
     def hear(batch: list[Piece]) -> list[tuple[Any, float | None]]:
         waveforms = [decode_audio(rows[p.number]["audio"], p.start, p.end) for p in batch]
         return [(model.features(waveform), estimated_snr(waveform)) for waveform in waveforms]
+
+    def written(features: list[Any], seconds: list[float]) -> Iterator[Transcript]:
+        given = {"features": features, "seconds": seconds}
+        for _, transcripts in as_it_fits(lambda part: model.transcribe(**part), given):
+            if transcripts is None:
+                raise torch.OutOfMemoryError(
+                    f"{max(seconds):.0f} s of audio do not fit the memory alone: lower longest_seconds"
+                )
+            yield from transcripts
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -299,7 +313,7 @@ def transcribe_set(
     ):
         file.write("\n" if file.tell() else "")  # after a torn line
         for batch, heard in zip(left, in_processes(left, hear, workers), strict=True):
-            transcripts = model.transcribe([features for features, _ in heard], [p.seconds for p in batch])
+            transcripts = list(written([features for features, _ in heard], [p.seconds for p in batch]))
             now = time.perf_counter()
             line = {
                 "pieces": [(p.number, p.place) for p in batch],

@@ -228,6 +228,25 @@ def test_batches_are_sorted_within_their_budget_and_hold_everything_once(tmp_pat
     assert lengths == sorted(lengths, reverse=True)
 
 
+def test_a_batch_that_does_not_fit_is_done_in_halves(tmp_path, heldout, monkeypatch):
+    generate, sizes, most = transformers.Qwen3ASRForConditionalGeneration.generate, [], 3
+
+    def small(self, *args, **kwargs):
+        sizes.append(len(kwargs["input_features"]))
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory, as injected by the test")
+        return generate(self, *args, **kwargs)
+
+    evaluation.main(settings(tmp_path / "whole", heldout))
+    monkeypatch.setattr(transformers.Qwen3ASRForConditionalGeneration, "generate", small)
+    evaluation.main(settings(tmp_path / "halves", heldout))
+    assert sizes == [11, 5, 2, 3, 6, 3, 3]
+    assert hypotheses_of(tmp_path / "halves" / "out") == hypotheses_of(tmp_path / "whole" / "out")
+    most = 0
+    with pytest.raises(InputError, match="do not fit the memory alone: lower longest_seconds"):
+        evaluation.main(settings(tmp_path / "none", heldout))
+
+
 def test_a_transcript_that_the_limit_cuts_is_counted(tmp_path, heldout):
     evaluation.main(settings(tmp_path, heldout, "--max_new_tokens", "25"))
     (found,) = results_of(tmp_path / "out")["results"]
