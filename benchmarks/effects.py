@@ -711,7 +711,7 @@ def search(options: Options, trials: int, seeds: list[int], at_once: int) -> dic
             run = Run(variant, SEARCH_SEED)
             try:
                 run.folder(options).mkdir(parents=True, exist_ok=True)
-                with reporting(trial) as wers:
+                with lean(), reporting(trial) as wers:
                     training.main(settings(options, run))
                 return wers[-1]
             finally:

@@ -3,24 +3,30 @@
     uv run --group demo python benchmarks/round3.py --json round3.json --seeds 3
     uv run --group demo python benchmarks/round3.py --measure dev --seeds 1 --options '{"kl_weight": 0.1}'
 
-Step 1 makes the start: Round 2's demo with noise, for --start_epochs; another one by --start. Then every arm goes on
-from it, for each seed with the same utterances and noise in the same order: cross-entropy at three rates, GSPO,
-GRPO, MWER. Cross-entropy takes the demo's 16 utterances a step, the others 64, and gets as many epochs as cost what
-those of the others cost. Compared are the last weights of each run; the rate of cross-entropy is the best one on the
-set that is measured, which is in its favour. Measured are sentences that neither the corpus nor its test sets have, in
-the four held-out voices of the demo, clean and with its noise at 5 to 15 dB: 1,500 to report, 600 others to try
-settings on (`--measure dev`). Runs are forked from one process that has imported everything; what is done is in --work,
-by all that it depends on, and is not done again.
+Its world is the demo's, larger and louder, so that a model of this size neither learns it by heart nor hears it all:
+10,000 new sentences in the corpus' voices to train on, other sentences in the held-out voices to measure, 3,000 to
+report and 600 to try settings on (`--measure dev`), clean and with noise of the demo's kinds at -5 to 10 dB; three
+quarters of the training utterances have such noise too. Speaking them takes 10 minutes on two cores.
+
+Step 1 makes the start: Round 2's demo on that corpus for --start_epochs, so many that further cross-entropy wins
+nothing; another one by --start. Then every arm goes on from it, for each seed with the same utterances and noise in the
+same order: cross-entropy at three rates, GSPO, GRPO, MWER. Cross-entropy takes the demo's 16 utterances a step, the
+others 64, and gets as many epochs as cost what those of the others cost. Compared are the last weights of each run; the
+rate of cross-entropy is the best one on the set that is measured, which is in its favour. Runs are forked from one
+process that has imported everything; what is done is in --work, by all that it depends on, and is not done again.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -44,9 +50,13 @@ from train_hebrew_asr_enhanced import Stage, TrainingConfig, launch, main
 from transcription import Decoding, load_speech_model
 
 DEMO = Path(__file__).parent.parent / "demo"
-SENTENCES = {"test": 1500, "dev": 600}
+SENTENCES = {"test": 3000, "dev": 600, "train": 10_000}
+PIECE = 250  # sentences that one process speaks at once
+NOISES = 200  # recordings of 6 s
+NOISE_DB = (-5.0, 10.0)  # signal over noise
+NOISE_SHARE = 0.75  # of the training utterances
 RATES = {"projector": 2e-4, "audio_top": 6e-5, "llm_top": 6e-5, "lm_head": 2e-4}  # ×1: a tenth of Round 2's demo
-START_EPOCHS = 16
+START_EPOCHS = 8
 OBJECTIVES = ("gspo", "grpo", "mwer")
 
 
@@ -74,21 +84,23 @@ class Setup:
     measure: str  # test or dev
 
 
-def start_config(folder: Path, epochs: int) -> TrainingConfig:
-    config = train_round2_gradual.demo()
+def start_config(work: Path, epochs: int) -> TrainingConfig:
+    config = on_the_corpus(train_round2_gradual.demo(), work, "train")
     config.stages[-1].last_epoch = config.num_epochs = epochs
-    with_noise(config)
-    config.output_dir = str(folder)
-    return quiet(config)
+    config.final_dtype = "float32"
+    config.output_dir = str(work / "start")
+    return config
 
 
-def with_noise(config: TrainingConfig) -> None:
-    config.use_waveform_augmentation = True
-    config.waveform_augmentation.noise_probability, config.waveform_augmentation.snr_db = 0.5, (5.0, 15.0)
+def on_the_corpus(config: TrainingConfig, work: Path, split: str) -> TrainingConfig:
+    """Half of the utterances with noise, none with SpecAugment: Round 3 has none, and that is not to be compared.
 
-
-def quiet(config: TrainingConfig) -> TrainingConfig:
-    """Evaluates next to nothing while training: what counts is measured on the last weights."""
+    Next to nothing is evaluated while training: what counts is measured on the last weights.
+    """
+    config.train_sources = [Source(str(work / "sets" / "train"), split=split)]
+    config.use_specaugment, config.use_waveform_augmentation = False, True
+    config.waveform_augmentation.noise_probability, config.waveform_augmentation.snr_db = NOISE_SHARE, NOISE_DB
+    config.waveform_augmentation.noise_folder = str(work / "sets" / "noise")
     config.tracker = "none"
     config.eval_sources = [Source(str(DEMO / "heldout"), split="test[:8]")]
     config.num_logged_predictions, config.eval_steps, config.save_steps = 0, 10**6, 100
@@ -100,13 +112,10 @@ def arm_config(arm: Arm, setup: Setup) -> TrainingConfig:
     rates = {component: arm.scale * rate for component, rate in RATES.items()}
     config.stages = [Stage("further", arm.epochs, rates, 1, 1)]
     config.model_name_or_path, config.num_epochs, config.seed = str(setup.start), arm.epochs, arm.seed
-    config.train_sources = [Source(str(DEMO / "corpus"), split=f"train[:{setup.utterances}]")]
+    config = on_the_corpus(config, setup.work, f"train[:{setup.utterances}]")
     config.lr_scheduler_type, config.warmup_ratio = "linear", 0.05
-    config.use_specaugment = False
-    with_noise(config)
     if arm.objective != "ce":
         config.objective, config.nonspeech_share, config.noisy_eval_sources = arm.objective, 0.0, []
-    config = quiet(config)
     for name, value in json.loads(arm.options or "{}").items():
         assert hasattr(config, name), name
         setattr(config, name, value)
@@ -116,27 +125,66 @@ def arm_config(arm: Arm, setup: Setup) -> TrainingConfig:
 # ------------------------------------------------------------------------------------------------------------ Test sets
 
 
-def write_sets(work: Path) -> None:
-    """New sentences, as make_demo.py makes its own: no sentence is in two of the corpus, its test sets and these."""
+def write_sets(folder: Path) -> None:
+    """New sentences, as make_demo.py makes its own: no sentence is in two of its sets and these. Also noise to add."""
     sys.path.insert(0, str(DEMO))
     import make_demo
+    import soundfile
     import speech
 
-    rng = random.Random(make_demo.SEED)
+    def drawn(rng: random.Random, count: int, taken: set[str]) -> list[str]:
+        found = speech.distinct(lambda: speech.hebrew_sentence(rng, (0, 1)), count, taken)
+        taken.update(found)
+        return found
 
-    def drawn(count: int, taken: set[str]) -> list[str]:
-        return speech.distinct(lambda: speech.hebrew_sentence(rng, (0, 1)), count, taken)
-
-    heldout = drawn(make_demo.HELDOUT_ROWS, set())  # the same again, so that they can be left out
-    assert heldout == [row["transcript"] for row in pq.read_table(DEMO / "heldout", columns=["transcript"]).to_pylist()]
-    corpus = drawn(make_demo.CORPUS_SENTENCES, set(heldout))
-    rng, taken, espeak = random.Random(make_demo.SEED + 3), {*heldout, *corpus}, speech.Espeak()
+    taken, again, rng = set(), random.Random(make_demo.SEED), random.Random(make_demo.SEED + 3)
+    for count in (make_demo.HELDOUT_ROWS, make_demo.CORPUS_SENTENCES):  # the demo's own, by the draws that made them
+        drawn(again, count, taken)
+    assert {row["transcript"] for row in pq.read_table(DEMO / "heldout", columns=["transcript"]).to_pylist()} <= taken
     for name, count in SENTENCES.items():
-        taken.update(sentences := drawn(count, taken))
-        clips = speech.test_clips(espeak, sentences, [], 0, rng)
-        for part, kind in ((name, "heldout"), (f"{name}_noisy", "heldout_noisy")):
-            rows = [speech.row(clip.wave, clip.text, part, f"{part}-{i:04d}") for i, clip in enumerate(clips[kind])]
-            speech.write_parquet(work / "sets" / part / "test-00000-of-00001.parquet", rows)
+        sentences = drawn(rng, count, taken)
+        starts = range(0, count, PIECE)
+        with concurrent.futures.ProcessPoolExecutor() as pool:
+            pieces = list(pool.map(spoken, [name] * len(starts), starts, [sentences[i : i + PIECE] for i in starts]))
+        for part in pieces[0]:
+            rows, split = [row for piece in pieces for row in piece[part]], "train" if name == "train" else "test"
+            speech.write_parquet(folder / part / f"{split}-00000-of-00001.parquet", rows)
+    (folder / "noise").mkdir()
+    for i in range(NOISES):
+        kind, noise_rng = speech.NOISES[i % len(speech.NOISES)], np.random.default_rng([make_demo.SEED, i])
+        wave = speech.noise(kind, 6 * speech.RATE, noise_rng)
+        soundfile.write(folder / "noise" / f"{i:03d}.flac", 0.5 * wave / np.abs(wave).max(), speech.RATE)
+
+
+@functools.cache
+def the_speaker():
+    """The library holds one synthesizer in a process."""
+    import speech
+
+    return speech.Espeak()
+
+
+def spoken(name: str, first: int, sentences: list[str]) -> dict[str, list[dict]]:
+    """Rows of some sentences: of the corpus in its voices, of the others in the held-out ones, clean and with noise."""
+    import speech
+
+    rng, espeak = random.Random(f"{name} {first}"), the_speaker()
+    if name == "train":
+        rows = speech.corpus_rows(espeak, sentences, rng)
+        for row in rows:
+            row["metadata"]["entry_id"] = f"{name}-{first}-{row['metadata']['entry_id']}"
+        return {name: rows}
+    clips = speech.test_clips(espeak, sentences, [], 0, rng)["heldout"]
+    noise_rng = np.random.default_rng(rng.randrange(2**32))
+    waves = {name: [clip.wave for clip in clips]}
+    waves[f"{name}_noisy"] = [speech.add_noise(clip.wave, *NOISE_DB, noise_rng) for clip in clips]
+    return {
+        part: [
+            speech.row(wave, clip.text, part, f"{part}-{first + i:04d}")
+            for i, (wave, clip) in enumerate(zip(mine, clips, strict=True))
+        ]
+        for part, mine in waves.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------- Runs
@@ -230,12 +278,15 @@ def run_all(arms: list[Arm], at_once: int, setup: Setup) -> None:
         print(f"{name}: {'done' if status == 0 else f'FAILED, see {work / name}.log'}", flush=True)
 
 
-def make_start(work: Path, epochs: int) -> Path:
+def make_start(work: Path, epochs: int, processes: int) -> Path:
     folder = work / "start"
     if not (folder / "final_model" / "README.md").exists():
-        pid = forked(work, "start", main, start_config(folder, epochs))
-        if os.waitpid(pid, 0)[1]:
-            raise SystemExit(f"the start could not be made, see {work / 'start.log'}")
+        (file := work / "start.json").write_text(json.dumps(dataclasses.asdict(start_config(work, epochs))))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += [train_round2_gradual.__file__, "--config", str(file)]
+        with open(work / "start.log", "w") as log:
+            if subprocess.run(command, stdout=log, stderr=log, check=False).returncode:
+                raise SystemExit(f"the start could not be made, see {work / 'start.log'}")
     return folder / "final_model"
 
 
@@ -315,7 +366,7 @@ def benchmark(argv: list[str]) -> None:
     parser.add_argument("--start", type=Path, help="a final_model of Round 2; without it one is trained")
     parser.add_argument("--start_epochs", type=int, default=START_EPOCHS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--utterances", type=int, default=2309, help="of the corpus, from its beginning")
+    parser.add_argument("--utterances", type=int, default=2400, help="of the corpus, from its beginning")
     parser.add_argument("--objectives", nargs="*", default=list(OBJECTIVES), choices=OBJECTIVES)
     parser.add_argument("--scales", nargs="*", type=float, default=[1.0], help="of the rates, for these objectives")
     parser.add_argument("--ce_scales", nargs="*", type=float, default=[1.0, 3.0, 10.0])
@@ -329,8 +380,9 @@ def benchmark(argv: list[str]) -> None:
     work = given.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "sets").exists():
-        write_sets(work)
-    start = (given.start or make_start(work, given.start_epochs)).resolve()
+        write_sets(partial := work / "sets.partial")
+        partial.rename(work / "sets")
+    start = (given.start or make_start(work, given.start_epochs, given.parallel)).resolve()
     setup = Setup(work, start, given.utterances, given.measure)
     arms = [
         arm
