@@ -50,7 +50,8 @@ from train_hebrew_asr_enhanced import Stage, TrainingConfig, launch, main
 from transcription import Decoding, load_speech_model
 
 DEMO = Path(__file__).parent.parent / "demo"
-SENTENCES = {"test": 3000, "dev": 600, "train": 10_000}
+SENTENCES = {"test": 3000, "dev": 600, "train": 10_000, "further": 2_500}
+TRAINING = "train", "further"  # of the start, and of what goes on from it
 PIECE = 250  # sentences that one process speaks at once
 NOISES = 200  # recordings of 6 s
 NOISE_DB = (-5.0, 10.0)  # signal over noise
@@ -85,22 +86,22 @@ class Setup:
 
 
 def start_config(work: Path, epochs: int) -> TrainingConfig:
-    config = on_the_corpus(train_round2_gradual.demo(), work, "train")
+    config = on_the_corpus(train_round2_gradual.demo(), work / "sets" / "train", "train")
     config.stages[-1].last_epoch = config.num_epochs = epochs
     config.final_dtype = "float32"
     config.output_dir = str(work / "start")
     return config
 
 
-def on_the_corpus(config: TrainingConfig, work: Path, split: str) -> TrainingConfig:
+def on_the_corpus(config: TrainingConfig, corpus: Path, split: str) -> TrainingConfig:
     """Half of the utterances with noise, none with SpecAugment: Round 3 has none, and that is not to be compared.
 
     Next to nothing is evaluated while training: what counts is measured on the last weights.
     """
-    config.train_sources = [Source(str(work / "sets" / "train"), split=split)]
+    config.train_sources = [Source(str(corpus), split=split)]
     config.use_specaugment, config.use_waveform_augmentation = False, True
     config.waveform_augmentation.noise_probability, config.waveform_augmentation.snr_db = NOISE_SHARE, NOISE_DB
-    config.waveform_augmentation.noise_folder = str(work / "sets" / "noise")
+    config.waveform_augmentation.noise_folder = str(corpus.parent / "noise")
     config.tracker = "none"
     config.eval_sources = [Source(str(DEMO / "heldout"), split="test[:8]")]
     config.num_logged_predictions, config.eval_steps, config.save_steps = 0, 10**6, 100
@@ -112,7 +113,7 @@ def arm_config(arm: Arm, setup: Setup) -> TrainingConfig:
     rates = {component: arm.scale * rate for component, rate in RATES.items()}
     config.stages = [Stage("further", arm.epochs, rates, 1, 1)]
     config.model_name_or_path, config.num_epochs, config.seed = str(setup.start), arm.epochs, arm.seed
-    config = on_the_corpus(config, setup.work, f"train[:{setup.utterances}]")
+    config = on_the_corpus(config, setup.work / "sets" / "further", f"train[:{setup.utterances}]")
     config.lr_scheduler_type, config.warmup_ratio = "linear", 0.05
     if arm.objective != "ce":
         config.objective, config.nonspeech_share, config.noisy_eval_sources = arm.objective, 0.0, []
@@ -147,7 +148,7 @@ def write_sets(folder: Path) -> None:
         with concurrent.futures.ProcessPoolExecutor() as pool:
             pieces = list(pool.map(spoken, [name] * len(starts), starts, [sentences[i : i + PIECE] for i in starts]))
         for part in pieces[0]:
-            rows, split = [row for piece in pieces for row in piece[part]], "train" if name == "train" else "test"
+            rows, split = [row for piece in pieces for row in piece[part]], "train" if name in TRAINING else "test"
             speech.write_parquet(folder / part / f"{split}-00000-of-00001.parquet", rows)
     (folder / "noise").mkdir()
     for i in range(NOISES):
@@ -169,7 +170,7 @@ def spoken(name: str, first: int, sentences: list[str]) -> dict[str, list[dict]]
     import speech
 
     rng, espeak = random.Random(f"{name} {first}"), the_speaker()
-    if name == "train":
+    if name in TRAINING:
         rows = speech.corpus_rows(espeak, sentences, rng)
         for row in rows:
             row["metadata"]["entry_id"] = f"{name}-{first}-{row['metadata']['entry_id']}"
