@@ -653,17 +653,21 @@ def recipe_as_drawn(recipe: TrainingConfig) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def reporting(trial: Any) -> Iterator[list[float]]:
-    """Tells the search each WER on dev while a run trains, and ends runs that the search gives up."""
+    """Tells the search the WER on dev at each quarter of a run, and ends runs that the search gives up.
+
+    Where the stage switches there is an evaluation too: it comes at another step in each trial, and is not compared.
+    """
     import optuna
 
     evaluate, wers = training.GradualUnfreezeTrainer.evaluate, []
 
     def reported(self, *args, **kwargs):
         metrics = evaluate(self, *args, **kwargs)
-        if self.state.global_step and "model" not in kwargs:
+        step, steps = self.state.global_step, self.config.eval_steps
+        if step and (step % steps == 0 or step == self.total_steps) and "model" not in kwargs:
             wers.append(metrics["eval/wer"])
-            trial.report(wers[-1], len(wers))
-            if self.state.global_step < self.total_steps and trial.should_prune():
+            trial.report(wers[-1], math.ceil(step / steps))
+            if step < self.total_steps and trial.should_prune():
                 raise optuna.TrialPruned
         return metrics
 
@@ -731,13 +735,15 @@ def search(options: Options, trials: int, seeds: list[int], at_once: int) -> dic
         raise InputError(f"{len(failed)} trials failed: {', '.join(failed)}")
     known = study()
     first, *others = known.trials
-    if not (whole := [t for t in others if t.state == states.COMPLETE]):
-        raise InputError(f"each of {len(others)} drawn trials was given up early: give more --trials")
-    best = min(whole, key=lambda trial: trial.value)  # compared with the recipe by other seeds, better or not
+    if not (others := [trial for trial in others if trial.state in (states.COMPLETE, states.PRUNED)]):
+        raise InputError("nothing but the recipe was tried: give more --trials")
+    # Of those that got furthest; it is compared with the recipe by other seeds, better or not.
+    best = min(others, key=lambda trial: (-max(trial.intermediate_values), trial.value))
+    whole = [trial.value for trial in others if trial.state == states.COMPLETE]
     print(
         f"{len(known.trials)} trials, {sum(t.state == states.PRUNED for t in known.trials)} of them given up early; WER"
         f" on dev, one seed: recipe {first.value or math.nan:.2f} %, best drawn {best.value:.2f} %"
-        f" ({len(whole)} of these ran to the end, median {np.median([t.value for t in whole]):.2f} %)"
+        f" ({len(whole)} of these ran to the end{f', median {np.median(whole):.2f} %' if whole else ''})"
     )
     print("best drawn:", ", ".join(f"{name} {value:.3g}" for name, value in best.params.items()))
     variants = [BY_NAME["recipe"], found_variant(best.params, f"found-{best.number}")]

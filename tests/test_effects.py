@@ -326,6 +326,9 @@ def test_a_search_gives_up_trials_and_confirms_what_it_found(tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert len(found["trials"]) == 6 and {trial["state"] for trial in found["trials"]} <= {"COMPLETE", "PRUNED"}
     assert found["trials"][0]["parameters"]["projector"] == 1.0, "the recipe itself is the first trial"
+    complete = [len(trial["wers"]) for trial in found["trials"] if trial["state"] == "COMPLETE"]
+    assert set(complete) == {max(len(trial["wers"]) for trial in found["trials"])}, "all are compared at the same steps"
+    assert found["best"] in [trial["parameters"] for trial in found["trials"][1:]]
     assert [row["title"] for row in found["rows"]] == ["Round 2's recipe", "what the search found"]
     assert found["rows"][1]["sets"]["clean"]["change"]["low"] <= found["rows"][1]["sets"]["clean"]["change"]["high"]
     assert effects.SEARCH_SEED not in {run["seed"] for run in found["runs"]}
