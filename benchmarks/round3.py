@@ -4,16 +4,18 @@
     uv run --group demo python benchmarks/round3.py --measure dev --seeds 1 --options '{"kl_weight": 0.1}'
 
 Its world is the demo's, larger and louder, so that a model of this size neither learns it by heart nor hears it all:
-10,000 new sentences in the corpus' voices to train on, other sentences in the held-out voices to measure, 3,000 to
-report and 600 to try settings on (`--measure dev`), clean and with noise of the demo's kinds at -5 to 10 dB; three
-quarters of the training utterances have such noise too. Speaking them takes 10 minutes on two cores.
+10,000 new sentences in the corpus' voices to train the start on and 2,500 others to go on with, and more in the
+held-out voices to measure, 3,000 to report and 600 to try settings on (`--measure dev`), clean and with noise of the
+demo's kinds at -5 to 10 dB; three quarters of the training utterances have such noise too. Speaking them takes some 10
+minutes on two cores.
 
-Step 1 makes the start: Round 2's demo on that corpus for --start_epochs, so many that further cross-entropy wins
-nothing; another one by --start. Then every arm goes on from it, for each seed with the same utterances and noise in the
-same order: cross-entropy at three rates, GSPO, GRPO, MWER. Cross-entropy takes the demo's 16 utterances a step, the
-others 64, and gets as many epochs as cost what those of the others cost. Compared are the last weights of each run; the
-rate of cross-entropy is the best one on the set that is measured, which is in its favour. Runs are forked from one
-process that has imported everything; what is done is in --work, by all that it depends on, and is not done again.
+Step 1 makes the start: Round 2's demo on that corpus for --start_epochs, meant to be so many that further cross-entropy
+wins nothing (its own arms tell); another one by --start. Then every arm goes on from it, for each seed with the same
+utterances and noise in the same order: cross-entropy at three rates, GSPO, GRPO, MWER. Cross-entropy takes the demo's
+16 utterances a step, the others 64, and gets as many epochs as cost what those of the others cost. Compared are the
+last weights of each run; the rate of cross-entropy is the best one on the set that is measured, which is in its favour.
+Runs are forked from one process that has imported everything; what is done is in --work, by all that it depends on, and
+is not done again.
 """
 
 import argparse
@@ -81,7 +83,7 @@ class Setup:
 
     work: Path
     start: Path
-    utterances: int  # of the corpus, from its beginning
+    utterances: int  # to go on with
     measure: str  # test or dev
 
 
@@ -94,7 +96,7 @@ def start_config(work: Path, epochs: int) -> TrainingConfig:
 
 
 def on_the_corpus(config: TrainingConfig, corpus: Path, split: str) -> TrainingConfig:
-    """Half of the utterances with noise, none with SpecAugment: Round 3 has none, and that is not to be compared.
+    """Most utterances with noise, none with SpecAugment: Round 3 has none, and that is not to be compared.
 
     Next to nothing is evaluated while training: what counts is measured on the last weights.
     """
@@ -150,7 +152,7 @@ def write_sets(folder: Path) -> None:
         for part in pieces[0]:
             rows, split = [row for piece in pieces for row in piece[part]], "train" if name in TRAINING else "test"
             speech.write_parquet(folder / part / f"{split}-00000-of-00001.parquet", rows)
-    (folder / "noise").mkdir()
+    (folder / "noise").mkdir(exist_ok=True)
     for i in range(NOISES):
         kind, noise_rng = speech.NOISES[i % len(speech.NOISES)], np.random.default_rng([make_demo.SEED, i])
         wave = speech.noise(kind, 6 * speech.RATE, noise_rng)
@@ -367,7 +369,7 @@ def benchmark(argv: list[str]) -> None:
     parser.add_argument("--start", type=Path, help="a final_model of Round 2; without it one is trained")
     parser.add_argument("--start_epochs", type=int, default=START_EPOCHS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--utterances", type=int, default=2400, help="of the corpus, from its beginning")
+    parser.add_argument("--utterances", type=int, default=2400, help="to go on with")
     parser.add_argument("--objectives", nargs="*", default=list(OBJECTIVES), choices=OBJECTIVES)
     parser.add_argument("--scales", nargs="*", type=float, default=[1.0], help="of the rates, for these objectives")
     parser.add_argument("--ce_scales", nargs="*", type=float, default=[1.0, 3.0, 10.0])
