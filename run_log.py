@@ -17,6 +17,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 TRACKERS = ("wandb", "trackio", "none")
+FINISH_SECONDS = 300.0  # for W&B, at the end, to take what it has not yet; without a network it would wait for days
 Row = dict[str, Any]  # one line of metrics.jsonl: `step`, and names such as train/loss or eval/wer with their values
 
 
@@ -49,6 +50,7 @@ class RunLog:
             options |= {"name": before, "resume": "allow"}
         if name == "wandb":
             options |= {"tags": tags, "dir": str(self.folder), "id": before, "resume": "allow" if before else None}
+            options["settings"] = {"finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
             self.tracker = self.start_wandb(library, options)
         else:
             with silenced_stdout():
@@ -70,7 +72,7 @@ class RunLog:
 
     def dashboard(self) -> str:
         """How to look at what was tracked, as one line."""
-        name = self.library.__name__ if self.library else "none"
+        name = self.library.__name__ if self.tracker else "none"
         if name == "trackio":
             return f"dashboard: uv run trackio show --project {self.tracker.project}"
         if name == "wandb" and self.tracker.offline:
@@ -78,9 +80,26 @@ class RunLog:
         return f"dashboard: {self.tracker.url}" if name == "wandb" else f"metrics: {self.folder / 'metrics.jsonl'}"
 
     def finish(self) -> None:
-        if self.tracker:
-            with silenced_stdout():
+        if not self.tracker:
+            return
+        with silenced_stdout(), self.unless_it_fails():
+            try:
                 self.library.finish()
+            except TimeoutError:
+                folder = Path(self.tracker.dir).parent
+                line = f"W&B has not taken all within {FINISH_SECONDS:g} s; to send it: uv run wandb sync {folder}"
+                print(f"warning: {line}", file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def unless_it_fails(self):
+        """A dashboard that fails (W&B's is a process of its own, which can die) is given up; the run goes on."""
+        try:
+            yield
+        except Exception as error:
+            name, why = self.library.__name__, str(error).partition("\n")[0] or "no reason given"
+            line = f"{name} failed and gets no more ({type(error).__name__}: {why}); metrics.jsonl has every number"
+            print(f"warning: {line}", file=sys.stderr, flush=True)
+            self.tracker = None
 
     def say(self, line: str) -> None:
         if self.is_main:
@@ -96,7 +115,8 @@ class RunLog:
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(self.rows[-1]) + "\n")
         if self.tracker:
-            self.tracker.log(numbers, step=step)
+            with self.unless_it_fails():
+                self.tracker.log(numbers, step=step)
         shown = {
             name.removeprefix("train/"): f"{value:.4g}"
             for name, value in numbers.items()
@@ -145,8 +165,9 @@ class RunLog:
         for reference, hypothesis in pairs:
             self.say(f"  reference  {reference}\n  hypothesis {hypothesis}")
         if self.tracker:
-            table = self.library.Table(columns=["reference", "hypothesis"], data=[list(pair) for pair in pairs])
-            self.tracker.log({name: table}, step=step)
+            with self.unless_it_fails():
+                table = self.library.Table(columns=["reference", "hypothesis"], data=[list(pair) for pair in pairs])
+                self.tracker.log({name: table}, step=step)
 
     def open_progress(self, steps: int, done: int) -> None:
         if self.bar is not None:

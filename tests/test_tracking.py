@@ -1,0 +1,80 @@
+"""W&B with a server: what arrives there, and what becomes of a run whose server is gone."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from wandb_server import WandbServer
+
+HERE = Path(__file__).parent
+KEY = "0123456789" * 4  # as long as W&B's
+SCRIPT = """
+import psutil, sys, time
+from pathlib import Path
+import run_log
+run_log.FINISH_SECONDS = 3.0
+log = run_log.RunLog(Path(sys.argv[1]), rank=0)
+log.start_tracker("wandb", "a-project", "a-name", {"seed": 1}, ["a-tag"])
+for step in (1, 2, 3):
+    log.log({"train/loss": 1.0 / step, "eval/wer": float("nan")}, step)
+print("trained", flush=True)
+sys.stdin.readline()
+if sys.argv[2:]:
+    for process in psutil.Process().children(recursive=True):
+        process.kill()
+    time.sleep(1)
+    log.log({"train/loss": 0.25}, 4)
+log.finish()
+print(log.dashboard())
+"""
+
+
+@pytest.fixture()
+def server():
+    with WandbServer() as server:
+        yield server
+
+
+def tracked_run(server: WandbServer, folder: Path, *how: str) -> subprocess.Popen:
+    env = os.environ | {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "PYTHONPATH": str(HERE.parent)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-c", SCRIPT, str(folder), *how]
+    running = subprocess.Popen(command, env=env, cwd=folder, text=True, **pipes)
+    assert "trained\n" in iter(running.stdout.readline, ""), running.communicate()[1]
+    return running
+
+
+def test_the_server_gets_every_number_and_the_key_is_not_written_down(server, tmp_path):
+    running = tracked_run(server, tmp_path)
+    out, err = running.communicate("\n", timeout=60)
+    assert running.returncode == 0, err
+    assert [(row["_step"], row["train/loss"]) for row in server.history] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert re.fullmatch(rf"dashboard: {server.url}/me/a-project/runs/\w+\n", out)
+    assert KEY.encode() not in server.said
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+def test_a_server_that_no_longer_answers_does_not_hold_up_the_end(server, tmp_path):
+    running = tracked_run(server, tmp_path)
+    server.fall_silent()
+    began = time.monotonic()
+    _, err = running.communicate("\n", timeout=60)
+    assert running.returncode == 0 and time.monotonic() - began < 30
+    (warning,) = [line for line in err.splitlines() if line.startswith("warning: ")]
+    folder = re.fullmatch(r"warning: W&B has not taken all within 3 s; to send it: uv run wandb sync (.+)", warning)[1]
+    assert list(Path(folder).glob("*.wandb")), "what it syncs is there"
+
+
+def test_a_run_outlives_its_dashboard(server, tmp_path):
+    running = tracked_run(server, tmp_path, "kill")
+    out, err = running.communicate("\n", timeout=60)
+    assert running.returncode == 0, err
+    (warning,) = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert re.fullmatch(r"warning: wandb failed and gets no more \(\w+: .+\); metrics.jsonl has every number", warning)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4] and out.endswith(f"metrics: {tmp_path / 'metrics.jsonl'}\n")
