@@ -1,8 +1,10 @@
 """The comparison of Round 3 with further cross-entropy: its table, and what its runs are named by."""
 
 import pytest
+import torch
 from conftest import DEMO
 
+from benchmarks.gradient_signal import agreement, noise_scale, share_of_signal
 from benchmarks.round3 import Arm, Setup, folder_of, table
 
 
@@ -51,3 +53,24 @@ def test_a_run_is_named_by_all_that_it_depends_on(tmp_path):
     ]
     assert len(set(names)) == len(names)
     assert name(arm, measure="test") == names[0], "a run is measured on each set, and not run again"
+
+
+def test_the_signal_in_steps_is_what_was_put_into_them():
+    random = torch.Generator().manual_seed(1)
+    size, steps = 20_000, 40
+    signal = torch.randn(size, generator=random)
+
+    def drawn(signal: torch.Tensor, noise: float) -> torch.Tensor:
+        return signal + noise * torch.randn(steps, size, generator=random)
+
+    strong = drawn(signal, 3.0)
+    share, low, high = share_of_signal(strong)
+    assert share == pytest.approx(1 / 10, abs=0.01) and low < share < high
+    assert noise_scale(share) == pytest.approx(64 * 9, rel=0.15)
+    share, low, high = share_of_signal(drawn(torch.zeros(size), 3.0))
+    assert abs(share) < 0.002 and low < 0 < high
+
+    common = torch.randn(steps, size, generator=random)  # the utterances that both see do not make them agree
+    other = torch.randn(size, generator=random)
+    assert agreement(drawn(signal, 3.0) + common, drawn(other, 3.0) + common) == pytest.approx(0, abs=0.1)
+    assert agreement(strong + common, drawn(signal + other, 3.0) + common) == pytest.approx(2**-0.5, abs=0.1)
