@@ -31,7 +31,8 @@ from hebrew_corpora import InputError, SpeechRows, load_rows
 from hebrew_scoring import count_errors, leaderboard_normalize
 from label_loss import IGNORED_LABEL, label_nats
 from run_log import RunLog
-from train_round2_gradual import recipe
+from train_round2_gradual import recipe, round2
+from train_round3_gspo import settings_like
 
 BATCHES_PER_PART = 50  # of one process; an interruption loses at most so many
 PART = pyarrow.schema(
@@ -141,8 +142,12 @@ def settings(argv: list[str]) -> tuple[training.TrainingConfig, Path]:
     parser = argparse.ArgumentParser("audit_corpus.py", allow_abbrev=False)
     parser.add_argument("--model", required=True, help="the checkpoint that scores: a folder or a Hub id")
     parser.add_argument("--audit_output", help="parquet file of the scores; all else is as in train_round2_gradual.py")
+    parser.add_argument("--config", type=Path, help="config.yaml of a run, of Round 2 or 3")
     given, others = parser.parse_known_args(argv)
-    config = recipe(others)
+    if given.config is None:
+        config = recipe(others)
+    else:
+        config = training.parse_config(["--config", str(given.config), *others], settings_like(given.config, round2()))
     config.check_sources()
     beside = Path(given.model).resolve().parent if Path(given.model).is_dir() else Path("runs")
     output = Path(given.audit_output or Path(config.output_dir or beside) / "audit.parquet")

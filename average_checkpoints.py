@@ -33,7 +33,7 @@ from hub_upload import upload, upload_command
 from model_card import write_model_card
 from resuming import AVERAGE, WEIGHTS, together
 from run_watch import take_lock
-from train_round3_gspo import GspoConfig, load_noisy
+from train_round3_gspo import GspoConfig, load_noisy, settings_like
 from transcription import Decoding, key, load_speech_model, read_transcripts, transcribe_set
 
 SET = "evaluation set"
@@ -145,8 +145,7 @@ def take(average: Average, folder: Path, measured: dict[str, str], result: dict,
 def settings_of(run: Path) -> training.TrainingConfig:
     if not (run / "config.yaml").exists():
         raise InputError(f"{run} is no run's folder: it has no config.yaml")
-    is_round3 = "objective" in json.loads((run / "config.yaml").read_text())
-    defaults = GspoConfig() if is_round3 else training.TrainingConfig()
+    defaults = settings_like(run / "config.yaml", training.TrainingConfig())
     return training.parse_config(["--config", str(run / "config.yaml")], defaults)
 
 

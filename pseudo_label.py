@@ -48,6 +48,7 @@ from hebrew_corpora import (
 from hebrew_scoring import count_errors, leaderboard_normalize, repeats
 from hebrew_text import normalize_target
 from resuming import together
+from train_round3_gspo import settings_like
 from transcription import Decoding, Transcript, key, load_speech_model, plan, read_transcripts, transcribe_set
 
 ROWS_PER_FILE = 2000
@@ -291,7 +292,7 @@ def parse(argv: list[str]) -> Labelling:
     if file is not None:
         if not file.is_file():
             raise InputError(f"{file} does not exist")
-        config = training.parse_config(["--config", str(file)], config)
+        config = training.parse_config(["--config", str(file)], settings_like(file, config))
     config.preprocessing_num_workers = max(1, given["num_workers"])
     return Labelling(
         source=dataclasses.replace(source, text_column="", language=None),

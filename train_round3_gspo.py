@@ -612,6 +612,15 @@ def recipe(arguments: list[str]) -> GspoConfig:
     return parse_config(renamed, round3())
 
 
+def settings_like(file: Path, others: TrainingConfig) -> TrainingConfig:
+    """What a run's config.yaml is to be read over: GspoConfig's defaults where Round 3 wrote it, else `others`."""
+    try:
+        is_round3 = "objective" in json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # reading it will say what is wrong, if it is not YAML written by hand
+        is_round3 = False
+    return GspoConfig() if is_round3 else others
+
+
 def train_round3(config: GspoConfig) -> None:
     config.check(1)
     check_start(config)

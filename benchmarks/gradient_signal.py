@@ -79,9 +79,9 @@ def share_of_signal(gradients: torch.Tensor, draws: int = 2000) -> tuple[float, 
 
 
 def agreement(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Cosine of the two expected gradients; NaN where there is no signal in one of them."""
+    """Cosine of the two expected gradients, where there is signal in both of them."""
     own = products(first, first)[0].sum() * products(second, second)[0].sum()
-    return float(products(first, second)[0].sum() / np.sqrt(own)) if own > 0 else float("nan")
+    return float(products(first, second)[0].sum() / np.sqrt(own))
 
 
 def noise_scale(share: float) -> float:
@@ -99,11 +99,12 @@ def benchmark(argv: list[str]) -> None:
     gradients = {name: gradients_of(name, setup) for name in ARMS}
     print("\n| objective | share of signal in a step of 64 | noise scale, utterances | cosine with cross-entropy |")
     print("|---|---|---|---|")
-    for name, mine in gradients.items():
-        share, low, high = share_of_signal(mine)
+    shares = {name: share_of_signal(mine) for name, mine in gradients.items()}
+    for name, (share, low, high) in shares.items():
         scale = f"{noise_scale(share):,.0f} (≥ {noise_scale(high):,.0f})"
-        cosine = agreement(mine, gradients["cross-entropy"])
-        print(f"| {name} | {share:.4f} ({low:.4f} to {high:.4f}) | {scale} | {cosine:.2f} |")
+        is_known = low > 0 and shares["cross-entropy"][1] > 0
+        cosine = f"{agreement(gradients[name], gradients['cross-entropy']):.2f}" if is_known else "too little signal"
+        print(f"| {name} | {share:.4f} ({low:.4f} to {high:.4f}) | {scale} | {cosine} |")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,11 @@ import transformers
 from conftest import DEMO, first_rows, small_config
 from test_resume import own_signals  # noqa: F401 - a fixture
 
+import audit_corpus
+import average_checkpoints
 import checkpoints
 import policy_losses
+import pseudo_label
 import rewards
 from batching import pack_samples
 from hebrew_corpora import InputError, Source
@@ -510,6 +513,18 @@ def test_a_checkpoint_that_writes_otherwise_is_refused(tmp_path):
     config.model_name_or_path = str(tmp_path)
     with pytest.raises(InputError, match="was trained with text_rules"):
         check_start(config)
+
+
+def test_the_settings_of_a_round_3_run_are_read_by_what_comes_after_it(tmp_path):
+    config = dataclasses.replace(demo(), language="English", kl_weight=0.5)
+    (tmp_path / "config.yaml").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+    given = ["--model", str(DEMO / "tuned"), "--config", str(tmp_path / "config.yaml")]
+    audited, _ = audit_corpus.settings([*given, "--eval_batch_size", "3"])
+    assert (audited.language, audited.eval_batch_size) == ("English", 3)
+    assert audited.train_sources == config.train_sources and audited.text_rules == config.text_rules
+    labelling = pseudo_label.parse([*given, "--source", "x", "--output", str(tmp_path / "out")])
+    assert labelling.language == "English" and labelling.data.text_rules == config.text_rules
+    assert average_checkpoints.settings_of(tmp_path) == config
 
 
 def test_the_command_line_has_every_setting_of_both_rounds():
