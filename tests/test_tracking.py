@@ -41,7 +41,8 @@ def server():
 
 
 def tracked_run(server: WandbServer, folder: Path, *how: str) -> subprocess.Popen:
-    env = os.environ | {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "PYTHONPATH": str(HERE.parent)}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}  # WANDB_SERVICE too
+    env |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "PYTHONPATH": str(HERE.parent)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-c", SCRIPT, str(folder), *how]
     running = subprocess.Popen(command, env=env, cwd=folder, text=True, **pipes)
@@ -49,9 +50,16 @@ def tracked_run(server: WandbServer, folder: Path, *how: str) -> subprocess.Pope
     return running
 
 
+def ended(running: subprocess.Popen) -> tuple[str, str]:
+    try:
+        return running.communicate("\n", timeout=120)
+    finally:
+        running.kill()
+
+
 def test_the_server_gets_every_number_and_the_key_is_not_written_down(server, tmp_path):
     running = tracked_run(server, tmp_path)
-    out, err = running.communicate("\n", timeout=60)
+    out, err = ended(running)
     assert running.returncode == 0, err
     assert [(row["_step"], row["train/loss"]) for row in server.history] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
     assert re.fullmatch(rf"dashboard: {server.url}/me/a-project/runs/\w+\n", out)
@@ -63,7 +71,7 @@ def test_a_server_that_no_longer_answers_does_not_hold_up_the_end(server, tmp_pa
     running = tracked_run(server, tmp_path)
     server.fall_silent()
     began = time.monotonic()
-    _, err = running.communicate("\n", timeout=60)
+    _, err = ended(running)
     assert running.returncode == 0 and time.monotonic() - began < 30
     (warning,) = [line for line in err.splitlines() if line.startswith("warning: ")]
     folder = re.fullmatch(r"warning: W&B has not taken all within 3 s; to send it: uv run wandb sync (.+)", warning)[1]
@@ -72,7 +80,7 @@ def test_a_server_that_no_longer_answers_does_not_hold_up_the_end(server, tmp_pa
 
 def test_a_run_outlives_its_dashboard(server, tmp_path):
     running = tracked_run(server, tmp_path, "kill")
-    out, err = running.communicate("\n", timeout=60)
+    out, err = ended(running)
     assert running.returncode == 0, err
     (warning,) = [line for line in err.splitlines() if line.startswith("warning: ")]
     assert re.fullmatch(r"warning: wandb failed and gets no more \(\w+: .+\); metrics.jsonl has every number", warning)
