@@ -17,7 +17,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 TRACKERS = ("wandb", "trackio", "none")
-FINISH_SECONDS = 300.0  # for W&B, at the end, to take what it has not yet; without a network it would wait for days
+FINISH_SECONDS = 300.0  # for W&B, at the end, to take what it has not yet; by itself it waits until it has all
 Row = dict[str, Any]  # one line of metrics.jsonl: `step`, and names such as train/loss or eval/wer with their values
 
 

@@ -32,6 +32,7 @@ from train_hebrew_asr_enhanced import launch, main
 
 STILL = 1e-9  # of the rates
 UTTERANCES_A_STEP = 64
+FEWEST_STEPS = 16  # of three, the bootstrap draws one alone
 ARMS = {
     "cross-entropy": ("ce", {}),
     "gspo, temperature 0.5": ("gspo", {"temperature": 0.5}),
@@ -91,9 +92,11 @@ def noise_scale(share: float) -> float:
 def benchmark(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--start", type=Path, required=True, help="a final_model of Round 2")
-    parser.add_argument("--work", type=Path, default=Path("runs/round3-benchmark"), help="of round3.py")
+    parser.add_argument("--work", type=Path, default=Path("runs/round3-benchmark"), help="of round3.py, with its sets")
     parser.add_argument("--utterances", type=int, default=2400)
     given = parser.parse_args(argv)
+    if given.utterances < FEWEST_STEPS * UTTERANCES_A_STEP:
+        parser.error(f"--utterances must be at least {FEWEST_STEPS * UTTERANCES_A_STEP}: fewer steps tell nothing")
     setup = round3.Setup(given.work.resolve(), given.start.resolve(), given.utterances, "dev")
     torch.set_num_threads(1)
     gradients = {name: gradients_of(name, setup) for name in ARMS}
