@@ -11,99 +11,77 @@ and final_model/. The same command in the same folder goes on from the last chec
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import itertools
 import json
 import math
 import os
 import re
-import shutil
-import sys
 import time
-import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import accelerate
-import datasets
-import jsonargparse
 import numpy as np
 import torch
-import torch.distributed
 import transformers
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import Qwen3ASRForConditionalGeneration, Qwen3ASRProcessor, TrainerCallback
+from transformers import Qwen3ASRForConditionalGeneration, Qwen3ASRProcessor
 
-import checkpoints
-from attention import CHOICES, is_inside_utterances, set_attention
-from averaging import MovingAverage, evaluate_final, model_of, newest
-from batching import (
-    FRAMES_PER_CHUNK,
-    UtteranceTokens,
-    audio_token_count,
-    deal_step,
-    has_context,
-    pack,
-    useful_tokens,
+from hebrew_asr.checkpoints import store
+from hebrew_asr.checkpoints.averages import model_of, newest
+from hebrew_asr.checkpoints.final import save_for_use
+from hebrew_asr.checkpoints.hub import CheckpointUploader, check_upload, upload, upload_command
+from hebrew_asr.command_line import parse_config
+from hebrew_asr.data.augmentation import WaveformAugmentation
+from hebrew_asr.data.mixture import Mixture
+from hebrew_asr.data.prepare import prepare
+from hebrew_asr.data.rows import BROKEN, SpeechRows
+from hebrew_asr.data.selection import load_train_and_eval
+from hebrew_asr.data.sources import DataConfig
+from hebrew_asr.data.stream import SpeechStream, StreamedSource, StreamReader, load_streams_and_eval
+from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.errors import InputError
+from hebrew_asr.model.attention import CHOICES, is_inside_utterances
+from hebrew_asr.model.costs import work_of
+from hebrew_asr.model.generation import TOKENS_PER_SECOND, as_it_fits, generate
+from hebrew_asr.model.loading import load_processor, load_to_train
+from hebrew_asr.model.loss import IGNORED_LABEL, SpeechModel, label_nats
+from hebrew_asr.model.packing import FRAMES_PER_CHUNK, deal_step, pack, useful_tokens
+from hebrew_asr.model.prompts import MEL_BINS, Prompts, pad, padded
+from hebrew_asr.model.sharding import is_sharded, shard, whole_model
+from hebrew_asr.model.stages import (
+    COMPONENTS,
+    Stage,
+    component_of,
+    ever_trained,
+    freeze_for,
+    layer_depth,
+    stage_line,
+    trainable_parameters,
+    trains_in,
 )
-from corpus_stream import SpeechStream, StreamedSource, StreamReader, load_streams_and_eval
-from hebrew_audio import SAMPLE_RATE, AudioError, WaveformAugmentation, augment, decode_audio
-from hebrew_corpora import BROKEN, DataConfig, InputError, Mixture, SpeechRows, load_train_and_eval, why_unheard
-from hebrew_scoring import score
-from hub_upload import CheckpointUploader, check_upload, upload, upload_command
-from label_loss import IGNORED_LABEL, SpeechModel, label_nats
-from model_costs import Window, work_of
-from prepare_corpora import prepare
-from resuming import (
-    ResumableTrainer,
-    as_it_fits,
-    checkpoint_to_resume,
-    ends_early,
-    failures_noted,
-    open_run_folder,
-    together,
-    train,
-)
-from run_log import PANELS, TRACKERS, RunLog, success_criteria
-from run_report import announce, describe_result, facts_of_run, report_data
-from run_watch import outlive_stop_signals
-from sharding import is_sharded, shard, whole_model
-from step_clock import StepClock
-from token_budget import find_token_budget
-from training_plan import lines_of, make_plan
+from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
+from hebrew_asr.text.scoring import score
+from hebrew_asr.training.batches import GlobalBatchSampler, StreamedEpochs, UtteranceTokens
+from hebrew_asr.training.final_model import evaluate_final
+from hebrew_asr.training.moving_average import MovingAverage
+from hebrew_asr.training.plan import lines_of, make_plan
+from hebrew_asr.training.resuming import ResumableTrainer, StepEvents, ends_early, train, training_arguments
+from hebrew_asr.training.run_folder import check_disk, checkpoint_to_resume, failures_noted, open_run_folder
+from hebrew_asr.training.run_log import PANELS, TRACKERS, RunLog, success_criteria
+from hebrew_asr.training.run_report import announce, describe_result, facts_of_run, report_data
+from hebrew_asr.training.speed import StepClock, Window
+from hebrew_asr.training.token_budget import find_token_budget
+from hebrew_asr.training.watch import outlive_stop_signals
 
-MEL_BINS = 128
-TOKENS_PER_SECOND = 8  # of a fast speaker's Hebrew: 3.8 words a second, 2.1 tokens a word
-AUDIO_TOKEN = "<|audio_pad|>"
-END_OF_TURN = "<|im_end|>"
+SILENCE = np.zeros((MEL_BINS, FRAMES_PER_CHUNK), np.float32)  # a second, for a process without work in a step
 ENOUGH_TO_JUDGE = 1000  # utterances, before a share of broken ones means something
 DOES_NOT_FIT = ("", "", 0.0, 0)  # hypothesis, language, nats, tokens of an utterance that memory does not hold
-COMPONENTS = ("projector", "audio_top", "llm_top", "lm_head")
-
-
-# ----------------------------------------------------------------------------------------------------------- Settings
-
-
-@dataclass
-class Stage:
-    """What trains, and how fast, until the end of `last_epoch`."""
-
-    name: str
-    last_epoch: int
-    """Epochs are counted from 1; this one still belongs to the stage."""
-    learning_rates: dict[str, float]
-    """Peak rate of each component that trains (projector, audio_top, llm_top, lm_head); the others are frozen."""
-    audio_top_layers: int = 8
-    """How many of the encoder's last layers `audio_top` means (of 24 in the 1.7B)."""
-    llm_top_layers: int = 12
-    """How many of the language model's last layers `llm_top` means (of 28 in the 1.7B)."""
 
 
 @dataclass
@@ -378,184 +356,13 @@ MAY_CHANGE = {  # settings that a resumed run may have otherwise than before
 }
 
 
-Config = TypeVar("Config", bound=TrainingConfig)
-
-
-def parse_config(argv: list[str], defaults: Config) -> Config:
-    """Reads `--field value` over `defaults`; raises InputError that names the nearest field for an unknown one."""
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
-    parser.add_class_arguments(type(defaults), as_group=False)
-    parser.add_argument("--config", action="config", help="a config.yaml of an earlier run")
-    parser.set_defaults(dataclasses.asdict(defaults))
-    flags = ("--inspect_data", "--prepare", "--plan", "--find_token_budget")  # like --demo
-    argv = [a + "=true" if a in flags and b.startswith("--") else a for a, b in itertools.pairwise([*argv, "--"])]
-    try:
-        # Without defaults: jsonargparse would fill a given list's items up from the default list's items.
-        given = parser.parse_args(argv, defaults=False)
-        for name, value in list(vars(given).items()):
-            if dataclasses.is_dataclass(nested := getattr(defaults, name, None)):
-                given[name] = jsonargparse.Namespace(dataclasses.asdict(nested) | value.as_dict())
-        # Also of what was not given: `instantiate` makes every nested dataclass, with the class's own values.
-        values = parser.instantiate(given)
-    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        names = [f"--{f.name}" for f in dataclasses.fields(defaults)]
-        unknown = [a.split("=")[0] for a in argv if a.startswith("--") and a.split("=")[0].split(".")[0] not in names]
-        near = [match for a in unknown for match in difflib.get_close_matches(a, names, n=1)]
-        raise InputError(str(error) + (f" (did you mean {', '.join(near)}?)" if near else "")) from error
-    return dataclasses.replace(defaults, **{name: values[name] for name in vars(given) if name != "config"})
-
-
-# ------------------------------------------------------------------------------------------------ Features and collator
-
-
-def log_mel(feature_extractor: transformers.Qwen3ASRFeatureExtractor, waveform: np.ndarray) -> np.ndarray:
-    """Features (mel, frames) of one waveform (samples,) at 16 kHz, without padding."""
-    extracted = feature_extractor(
-        waveform, sampling_rate=SAMPLE_RATE, padding=True, return_attention_mask=True, return_tensors="np"
-    )
-    return extracted["input_features"][0, :, : int(extracted["attention_mask"].sum())]
-
-
-class SpeechDataset(torch.utils.data.Dataset):
-    """Utterances with log-mel features, addressed by (epoch, number): what is drawn for one depends on nothing else.
-
-    Features are taken of each clip alone: in a batch the extractor gives most clips one more valid frame.
-    """
-
-    def __init__(self, rows: SpeechRows | None, processor: Qwen3ASRProcessor, config: TrainingConfig, training: bool):
-        self.rows, self.config, self.training = rows, config, training
-        self.feature_extractor = processor.feature_extractor
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
-        """One utterance, or, in training, `dropped` with the reason why it cannot be heard."""
-        epoch, number = draw
-        return self.utterance(self.rows[number], epoch, number)
-
-    def utterance(self, row: dict[str, Any], epoch: int, number: int) -> dict[str, Any]:
-        try:
-            waveform = self.waveform(row, epoch, number)
-        except AudioError as error:
-            if not self.training:
-                raise
-            return {"dropped": f"{error}: {row['recording']} (utterance {number}, {row['text']!r})"}
-        given = self.training and has_context(self.config.seed, epoch, number, self.config.prev_context_prob)
-        return {
-            "features": log_mel(self.feature_extractor, waveform),
-            "text": row["text"],
-            "context": row["previous"] if given else "",
-            "language": row["language"] or self.config.language,
-            "epoch": int(epoch),
-            "index": int(number),
-        }
-
-    def waveform(self, row: dict[str, Any], epoch: int, number: int) -> np.ndarray:
-        """Decodes one utterance; in training also checks and augments it. Raises AudioError."""
-        waveform = decode_audio(row["audio"], row["start"], row["end"])
-        if not self.training:
-            return waveform
-        if problem := why_unheard(waveform, row["seconds"], row["language"]):
-            raise AudioError(problem)
-        if self.config.use_waveform_augmentation:
-            random = np.random.default_rng([self.config.seed, epoch, number, 2])
-            waveform = augment(waveform, self.config.waveform_augmentation, random)
-        return waveform
-
-    def __getitems__(self, micro_batches: list[list[tuple[int, int]]]) -> list[list[dict[str, Any]]]:
-        """One step's share of one process, as torch's loader asks for it: a list of micro-batches."""
-        return [[self[draw] for draw in micro_batch] for micro_batch in micro_batches]
-
-
-class StreamedEpochs:
-    """What GlobalBatchSampler is to the trainer, where epochs are so many steps of a stream."""
-
-    def __init__(self, steps: int):
-        self.steps, self.epoch = steps, 1
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, step) for step in range(self.steps))
-
-
-class GlobalBatchSampler(torch.utils.data.Sampler):
-    """Yields, for each optimizer step, this process's micro-batches of (epoch, number).
-
-    An epoch's order is cut into steps of `target_effective_batch` utterances over all processes. The last step holds
-    what is left and repeats nobody: a process may get an empty micro-batch. Within a step the utterances are dealt by
-    their tokens (`batching.deal_step`), every process computing the deal of all; or, where `batch_size` governs, by
-    number alone.
-    """
-
-    def __init__(self, mixture: Mixture, tokens: UtteranceTokens, config: TrainingConfig, rank: int, processes: int):
-        self.mixture, self.tokens, self.rank, self.processes = mixture, tokens, rank, processes
-        self.effective_batch, self.batch_size = config.target_effective_batch, config.batch_size
-        self.budget = config.tokens_per_micro_batch
-        self.epoch = 1
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.mixture) / self.effective_batch)
-
-    def __iter__(self) -> Iterator[list[list[tuple[int, int]]]]:
-        order = self.mixture.order(self.epoch)
-        for start in range(0, len(order), self.effective_batch):
-            step = order[start : start + self.effective_batch]
-            if self.budget is None:
-                slots = self.processes * math.ceil(len(step) / (self.processes * self.batch_size))
-                mine = np.array_split(step, slots)[self.rank :: self.processes]
-            else:
-                deal = deal_step(self.tokens.of(self.epoch, step), self.processes, self.budget)
-                mine = [step[places] for places in deal[self.rank]]
-            yield [[(self.epoch, int(number)) for number in micro_batch] for micro_batch in mine]
-
-
-class DataCollatorSpeechSeq2SeqWithPadding:
-    """Turns utterances into the tensors of one forward pass.
-
-    The prompt is the base model's chat template; the target `language Hebrew<asr_text>…<|im_end|>` follows it (where
-    nobody speaks, `language None<asr_text><|im_end|>`). What is supervised is decided by position: everything after
-    the prompt, up to and with <|im_end|> (which is also the padding token, so that a mask by token id would never teach
-    the model to stop).
-    """
+class DataCollatorSpeechSeq2SeqWithPadding(Prompts):
+    """Turns utterances into the tensors of one forward pass, masked by SpecAugment while training."""
 
     def __init__(self, processor: Qwen3ASRProcessor, config: TrainingConfig):
-        self.processor, self.tokenizer, self.config = processor, processor.tokenizer, config
+        super().__init__(processor)
+        self.config = config
         self.in_one_row = False  # of packed batches
-        self.audio_token_id = self.tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
-        self.end_of_turn_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
-
-    def tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    @functools.lru_cache(maxsize=64)  # noqa: B019 - the collator lives as long as the process
-    def language_prefix(self, language: str) -> list[int]:
-        return self.tokens(f"language {language}<asr_text>")
-
-    @functools.lru_cache(maxsize=64)  # noqa: B019
-    def around_audio(self, context: str) -> tuple[list[int], list[int]]:
-        """The base model's chat template before and after the audio; `context` fills the system turn."""
-        turns = [{"role": "user", "content": [{"type": "audio", "audio": ""}]}]
-        if context:
-            turns.insert(0, {"role": "system", "content": [{"type": "text", "text": context}]})
-        text = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        before, after = text.split(AUDIO_TOKEN)
-        return self.tokens(before), self.tokens(after)
-
-    def prompt(self, frames: int, context: str) -> list[int]:
-        before, after = self.around_audio(context)
-        return before + [self.audio_token_id] * audio_token_count(frames) + after
-
-    def sequences(self, utterances: list[dict[str, Any]], frames: list[int]) -> tuple[list[list[int]], list[list[int]]]:
-        """Prompt and target of each utterance; for none, the prompt of a second of silence and no target."""
-        contexts = [u["context"] for u in utterances] or [""]
-        prompts = [self.prompt(count, context) for count, context in zip(frames, contexts, strict=True)]
-        targets = [
-            self.language_prefix(u["language"]) + self.tokens(u["text"]) + [self.end_of_turn_id] for u in utterances
-        ]
-        return prompts, targets or [[]]
 
     def __call__(self, utterances: list[dict[str, Any]], training: bool) -> dict[str, torch.Tensor]:
         """Collates utterances of SpeechDataset, one to a row.
@@ -569,34 +376,30 @@ class DataCollatorSpeechSeq2SeqWithPadding:
             input_features (batch, mel, frames), input_features_mask (batch, frames), input_ids, attention_mask, labels
             (batch, tokens), padded on the right; prompt_input_ids, prompt_attention_mask if not training.
         """
-        frames = [u["features"].shape[1] for u in utterances] or [FRAMES_PER_CHUNK]
-        width = math.ceil(max(frames) / FRAMES_PER_CHUNK) * FRAMES_PER_CHUNK
-        features = torch.zeros(len(frames), MEL_BINS, width)
-        for i, utterance in enumerate(utterances):
-            features[i, :, : frames[i]] = torch.from_numpy(utterance["features"])
+        clips = [u["features"] for u in utterances] or [SILENCE]
+        frames = [clip.shape[1] for clip in clips]
+        features, mask = padded(clips)
         if training and self.config.use_specaugment:
             draws = [(u["epoch"], u["index"]) for u in utterances]
             features = self.apply_specaugment(features, frames, draws)
         prompts, targets = self.sequences(utterances, frames)
+        pairs = list(zip(prompts, targets, strict=True))
         batch = {
             "input_features": features,
-            "input_features_mask": (torch.arange(width) < torch.tensor(frames)[:, None]).long(),
-            "input_ids": self.pad([p + t for p, t in zip(prompts, targets, strict=True)], self.end_of_turn_id),
-            "attention_mask": self.pad([[1] * len(p + t) for p, t in zip(prompts, targets, strict=True)], 0),
-            "labels": self.pad(
-                [[IGNORED_LABEL] * len(p) + t for p, t in zip(prompts, targets, strict=True)], IGNORED_LABEL
-            ),
+            "input_features_mask": mask,
+            "input_ids": pad([p + t for p, t in pairs], self.end_of_turn_id),
+            "attention_mask": pad([[1] * len(p + t) for p, t in pairs], 0),
+            "labels": pad([[IGNORED_LABEL] * len(p) + t for p, t in pairs], IGNORED_LABEL),
         }
         if not training:
             if self.config.eval_prefill_language:
                 prompts = [p + self.language_prefix(u["language"]) for p, u in zip(prompts, utterances, strict=True)]
-            batch["prompt_input_ids"] = self.pad(prompts, self.end_of_turn_id, left=True)
-            batch["prompt_attention_mask"] = self.pad([[1] * len(p) for p in prompts], 0, left=True)
+            batch |= self.to_generate(clips, prompts)
         return batch
 
     def packed(self, utterances: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collates utterances (or none) for training, as `batching.pack` does, and masks them."""
-        clips = [u["features"] for u in utterances] or [np.zeros((MEL_BINS, FRAMES_PER_CHUNK), np.float32)]
+        """Collates utterances (or none) for training, as `packing.pack` does, and masks them."""
+        clips = [u["features"] for u in utterances] or [SILENCE]
         prompts, targets = self.sequences(utterances, [clip.shape[1] for clip in clips])
         batch, places = pack(clips, prompts, targets, self.end_of_turn_id, self.in_one_row)
         if self.config.use_specaugment:
@@ -604,12 +407,6 @@ class DataCollatorSpeechSeq2SeqWithPadding:
                 clip, draw = batch["input_features"][:, :, place], (utterance["epoch"], utterance["index"])
                 clip[:] = self.apply_specaugment(clip, [clip.shape[2]], [draw])
         return batch
-
-    @staticmethod
-    def pad(rows: list[list[int]], value: int, left: bool = False) -> torch.Tensor:
-        width = max(map(len, rows))
-        padding = [[value] * (width - len(row)) for row in rows]
-        return torch.tensor([p + row if left else row + p for row, p in zip(rows, padding, strict=True)])
 
     def apply_specaugment(
         self, features: torch.Tensor, frames: list[int], draws: list[tuple[int, int]]
@@ -640,124 +437,7 @@ class DataCollatorSpeechSeq2SeqWithPadding:
         return features
 
 
-# ------------------------------------------------------------------------------------------------ Components, freezing
-
-LAYER = re.compile(r"(audio_tower|language_model)\.layers\.(\d+)\.")
-
-
-def layer_depth(name: str, model_config: transformers.Qwen3ASRConfig) -> int:
-    """How many layers lie above a parameter in its tower, or 0 for one outside of the layers."""
-    if not (match := LAYER.search(name)):
-        return 0
-    tower = model_config.audio_config if match[1] == "audio_tower" else model_config.text_config
-    return tower.num_hidden_layers - 1 - int(match[2])
-
-
-def component_of(name: str, stage: Stage, model_config: transformers.Qwen3ASRConfig) -> str | None:
-    """Which component a parameter belongs to in a stage, or None for what no component covers.
-
-    The one place that knows: freezing, parameter groups, logging and checks all ask here.
-    """
-    if "multi_modal_projector." in name or "audio_tower.ln_post." in name:
-        return "projector"
-    if name == "lm_head.weight" or (name.endswith("embed_tokens.weight") and model_config.tie_word_embeddings):
-        return "lm_head"
-    if match := LAYER.search(name):
-        component, top = (
-            ("audio_top", stage.audio_top_layers) if match[1] == "audio_tower" else ("llm_top", stage.llm_top_layers)
-        )
-        return component if layer_depth(name, model_config) < top else None
-    return None
-
-
-def trains_in(name: str, stage: Stage, model_config: transformers.Qwen3ASRConfig) -> bool:
-    return component_of(name, stage, model_config) in stage.learning_rates
-
-
-def ever_trained(model: torch.nn.Module, stages: list[Stage]) -> dict[str, torch.nn.Parameter]:
-    """The parameters that some stage trains."""
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if any(trains_in(name, stage, model.config) for stage in stages)
-    }
-
-
-def check_stages(model: torch.nn.Module, stages: list[Stage]) -> None:
-    """Raises InputError for a stage that asks for layers the model has not, or for a component without parameters."""
-    for stage in stages:
-        towers = (
-            ("audio_top", stage.audio_top_layers, model.config.audio_config.num_hidden_layers),
-            ("llm_top", stage.llm_top_layers, model.config.text_config.num_hidden_layers),
-        )
-        for component, wanted, there in towers:
-            if component in stage.learning_rates and not 1 <= wanted <= there:
-                raise InputError(
-                    f"stage {stage.name}: {component}_layers is {wanted}, but the model has {there} such layers"
-                )
-        found = {component_of(name, stage, model.config) for name, _ in model.named_parameters()}
-        if missing := set(stage.learning_rates) - found:
-            raise InputError(f"stage {stage.name}: the model has no parameter of {sorted(missing)}")
-
-
-def load_processor(config: TrainingConfig) -> Qwen3ASRProcessor:
-    with checkpoint_problems(config.model_name_or_path):
-        return transformers.AutoProcessor.from_pretrained(config.model_name_or_path)
-
-
-def load_model(config: TrainingConfig, use_bf16: bool) -> SpeechModel:
-    """Loads the checkpoint: fp32 for every parameter that some stage trains, bf16 for the others under bf16.
-
-    AdamW on bf16 weights loses most updates to rounding at these rates, so trained weights are never bf16.
-    """
-    with checkpoint_problems(config.model_name_or_path):
-        model_config = transformers.AutoConfig.from_pretrained(config.model_name_or_path)
-        if model_config.model_type != "qwen3_asr" or "thinker_config" in model_config.to_dict():
-            raise InputError(
-                f"{config.model_name_or_path} is not a Qwen3-ASR checkpoint in transformers' layout"
-                f" (model_type {model_config.model_type}): use Qwen/Qwen3-ASR-1.7B-hf or Qwen/Qwen3-ASR-0.6B-hf"
-            )
-        model, loaded = SpeechModel.from_pretrained(
-            config.model_name_or_path,
-            dtype=torch.bfloat16 if use_bf16 else torch.float32,
-            output_loading_info=True,
-        )
-        check_whole(config.model_name_or_path, loaded)
-    set_attention(model, config.attention, use_bf16)
-    check_stages(model, config.stages)
-    for parameter in ever_trained(model, config.stages).values():
-        parameter.data = parameter.data.float()
-    if config.gradient_checkpointing:
-        # The hooks would put a gradient on the output of the encoder's first convolution, and so run a frozen encoder
-        # backwards. Without them autograd begins at the first layer that trains.
-        model.activation_checkpointing_enable({"use_reentrant": False})
-        model.disable_input_require_grads()
-    if config.torch_compile:
-        for layer in model.model.language_model.layers:
-            layer.compile(dynamic=True)  # in place: names of parameters stay what they are
-    return model
-
-
-def check_whole(name: str, loaded: dict[str, Any]) -> None:
-    """Raises InputError for a checkpoint of which weights are missing: they would be random."""
-    if lost := sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]])):
-        raise InputError(
-            f"{name} cannot be loaded: {len(lost)} of its weights are missing or of another size, {lost[0]}"
-        )
-
-
-@contextlib.contextmanager
-def checkpoint_problems(name: str):
-    """Turns what transformers raises for a checkpoint that is not there or not whole into one message."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"{name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-
-
 # ------------------------------------------------------------------------------------------------------------- Trainer
-
-
 class GradualUnfreezeTrainer(ResumableTrainer):
     """Trainer that changes what trains at stage boundaries and evaluates by transcribing.
 
@@ -1159,7 +839,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         self.writer.wait()
         if self.args.process_index > 0:
             return
-        best = checkpoints.best_valid(self.writer.parent, self.run_log.say)
+        best = store.best_valid(self.writer.parent, self.run_log.say)
         if best is None:
             raise InputError(f"no checkpoint is in {self.writer.parent}, so there is no final model: is the disk full?")
         self.best_step = best.step
@@ -1260,54 +940,6 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             )
 
 
-class StepEvents(TrainerCallback):
-    """Has Trainer log and evaluate by interval, at the end of each stage and at the end; moves the progress bar."""
-
-    def __init__(self, note_step: Callable[[], None], run_log: RunLog, eval_steps: int, ends: set[int]):
-        self.note_step, self.run_log, self.eval_steps, self.ends = note_step, run_log, eval_steps, ends
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.run_log.open_progress(state.max_steps, state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.note_step()
-        self.run_log.bar.update()
-        if state.global_step in self.ends or state.global_step % self.eval_steps == 0:
-            control.should_evaluate = control.should_log = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.run_log.bar.close()
-
-
-def generate(
-    model: Qwen3ASRForConditionalGeneration,
-    batch: dict[str, torch.Tensor],
-    max_new_tokens: int,
-    num_beams: int = 1,
-    temperature: float = 0.0,
-) -> torch.Tensor:
-    """Transcribes a batch of the collator from its prompts alone; returns (batch, new tokens).
-
-    At a temperature above 0 it samples, from all tokens, with torch's global generator.
-
-    Features are cast to the type of the encoder's first convolution, and everything runs under autocast when any
-    weight is bf16.
-    """
-    any_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
-    prompts = batch["prompt_input_ids"].to(model.device)
-    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=any_bf16):
-        generated = model.generate(
-            input_ids=prompts,
-            attention_mask=batch["prompt_attention_mask"].to(model.device),
-            input_features=batch["input_features"].to(model.device, model.model.audio_tower.conv2d1.weight.dtype),
-            input_features_mask=batch["input_features_mask"].to(model.device),
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            **({"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}),
-        )
-    return generated[:, prompts.shape[1] :]
-
-
 def collate_step(collator: DataCollatorSpeechSeq2SeqWithPadding, micro_batches: list) -> tuple[list[dict], list[str]]:
     """One step's share of one process, and the utterances left out of it because they do not decode."""
     dropped = [u["dropped"] for utterances in micro_batches for u in utterances if "dropped" in u]
@@ -1334,93 +966,11 @@ def collate_evaluation(collator: DataCollatorSpeechSeq2SeqWithPadding, batches: 
     return [u["index"] for u in utterances], collator(utterances, training=False)
 
 
-def freeze_for(model: torch.nn.Module, stage: Stage) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trains_in(name, stage, model.config))
-        if not parameter.requires_grad:
-            parameter.grad = None
-
-
-def trainable_parameters(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def stage_line(model: torch.nn.Module, stage: Stage) -> str:
-    """One line for the log: what trains in a stage, with parameters and peak rates."""
-    sizes: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            sizes[component_of(name, stage, model.config)] += parameter.numel()
-    parts = [f"{name} {sizes[name] / 1e6:.2f} M at {rate:g}" for name, rate in stage.learning_rates.items()]
-    tied = " (lm_head is tied to the embedding, which trains with it)" if "lm_head" in stage.learning_rates else ""
-    return f"stage {stage.name}, to epoch {stage.last_epoch}: {', '.join(parts)}{tied}"
-
-
 def schedule_factor(config: TrainingConfig, total_steps: int) -> Callable[[int], float]:
     """The schedule of transformers.get_scheduler as a function from steps done to a factor between 0 and 1."""
     warmup = math.ceil(config.warmup_ratio * total_steps) if config.warmup_ratio > 0 else config.warmup_steps
     nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     return transformers.get_scheduler(config.lr_scheduler_type, nothing, warmup, total_steps).lr_lambdas[0]
-
-
-def save_for_use(model: torch.nn.Module, processor: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Writes weights in one type (safetensors) with the processor; `folder` is replaced once all of it is written."""
-    with torch.device("meta"):
-        copy = Qwen3ASRForConditionalGeneration(type(model.config).from_dict(model.config.to_dict()))
-    weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
-    copy.load_state_dict(weights, assign=True)
-    copy.tie_weights()
-    copy.generation_config = model.generation_config
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    copy.save_pretrained(unfinished)
-    processor.save_pretrained(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
-
-
-# ---------------------------------------------------------------------------------------------------------------- Main
-
-
-def check_disk(folder: Path, model: torch.nn.Module, config: TrainingConfig) -> None:
-    """Raises InputError when the disk has no place for the checkpoints that are kept and the final model."""
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    copies = 2 if config.ema_decay is None else 3  # Adam's moments, and the moving average
-    trained = ever_trained(model, config.stages).values()
-    checkpoint = weights + copies * sum(parameter.nbytes for parameter in trained)
-    there = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
-    kept = config.save_total_limit + 2  # the best, and one in the making
-    if config.uploads and config.hub_checkpoints:
-        kept += 1  # one that is being uploaded
-    needed = kept * checkpoint + 2 * weights - there
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise InputError(f"{folder}: {free / 1e9:.1f} GB free on its disk, the run needs {needed / 1e9:.1f} GB")
-
-
-def training_arguments(config: TrainingConfig, folder: Path, cpu: bool) -> transformers.TrainingArguments:
-    """What Trainer reads; the rest is in TrainingConfig. No token, no upload and no tracker goes through Trainer."""
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=config.num_epochs,
-        max_steps=config.max_steps or -1,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=1,  # one item of the loader is a whole step, see GlobalBatchSampler
-        max_grad_norm=config.max_grad_norm,
-        logging_steps=config.logging_steps,
-        logging_nan_inf_filter=False,
-        eval_on_start=True,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        seed=config.seed,
-        use_cpu=cpu,
-        ddp_find_unused_parameters=False,
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one process on a machine of many GPUs takes one; Trainer would wrap it in DataParallel
-    return arguments
 
 
 def main(
@@ -1453,7 +1003,13 @@ def main(
                 "--find_token_budget tries a GPU's memory, and there is no GPU here. On a CPU no limit can be tried:"
                 " the system ends a process that takes too much. --plan computes what a GPU would hold"
             )
-        print_token_budget(config, state, use_bf16)
+        with together():
+            processor, model = load_processor(config.model_name_or_path), load_to_train(config, use_bf16)
+        collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
+        collator.in_one_row = is_inside_utterances(model.config.text_config)
+        lines = find_token_budget(config, state, model, collator, use_bf16)
+        if state.is_main_process:
+            print(*lines, sep="\n")
         leave_process_group()
         return
     folder, _lock = open_run_folder(config, state)  # the lock holds as long as this function runs
@@ -1469,7 +1025,7 @@ def main(
         report_data(folder, train_rows, eval_rows, config, run_log)
         leave_process_group()
         return
-    (status,) = broadcast_object_list([checkpoints.read_status(folder)])
+    (status,) = broadcast_object_list([store.read_status(folder)])
     if status["state"] == "finished":
         run_log.say(f"the run in {folder} is finished; for another one choose another --output_dir, or --resume never")
         leave_process_group()
@@ -1507,12 +1063,12 @@ def run(
 ) -> CheckpointUploader:
     """Steps 2 to 6 of `main`: what happens in the run's folder."""
     if state.is_main_process:
-        checkpoints.write_status(folder, "running", pid=os.getpid())
+        store.write_status(folder, "running", pid=os.getpid())
     found = checkpoint_to_resume(config, folder, run_log)
 
     # 2. Model
     with together():
-        processor, model = load_processor(config), load_model(config, use_bf16)
+        processor, model = load_processor(config.model_name_or_path), load_to_train(config, use_bf16)
         check_disk(folder, model, config)
 
     # 3. Data
@@ -1555,76 +1111,16 @@ def run(
     if state.is_main_process:
         describe_result(trainer, final)
         step = trainer.state.global_step
-        checkpoints.write_status(folder, "finished", step=step, uploaded=None, **trainer.uploader.facts())
+        store.write_status(folder, "finished", step=step, uploaded=None, **trainer.uploader.facts())
     run_log.finish()
     leave_process_group()
     return trainer.uploader
 
 
-def print_token_budget(config: TrainingConfig, state: accelerate.PartialState, use_bf16: bool) -> None:
-    if config.fsdp:
-        raise InputError("--find_token_budget tries a whole model on each device: leave --fsdp out, or ask --plan")
-    with together():
-        processor, model = load_processor(config), load_model(config, use_bf16)
-    collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
-    collator.in_one_row = is_inside_utterances(model.config.text_config)
-    lines = find_token_budget(config, state, model, collator, freeze_for, use_bf16)
-    if state.is_main_process:
-        print(*lines, sep="\n")
-
-
 def publish(config: TrainingConfig, folder: Path, run_log: RunLog) -> None:
     """Uploads the final model of a finished run."""
     address = upload(config, folder / "final_model", run_log.say)
-    checkpoints.update_status(folder, uploaded=address)
-
-
-def load_in_turn(state: accelerate.PartialState, load: Callable[[], Any]) -> Any:
-    """The first process of each machine reads and caches, the others find the cache; InputError on all or on none."""
-    data, problem = None, None
-    with state.local_main_process_first():
-        try:
-            data = load()
-        except InputError as error:
-            problem = error  # raised below: this block must be left by every rank
-    with together():
-        if problem:
-            raise problem
-    return data
-
-
-def quiet_libraries(is_main: bool) -> None:
-    """Warnings of the libraries from the first process only, their progress bars from none."""
-    transformers.logging.set_verbosity_warning() if is_main else transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if not is_main:
-        datasets.disable_progress_bars()
-
-
-def launch(command: Callable[[list[str]], None]) -> None:
-    """Runs a command with its command line's arguments; an InputError is one message and exit status 1.
-
-    Every rank meets an InputError at the same place, and they leave together. What else fails may fail on one rank
-    alone: that one shows its traceback and ends at once, since on NCCL an orderly end would wait for the others.
-    """
-    try:
-        command(sys.argv[1:])
-    except InputError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        leave_process_group()
-        sys.exit(1)
-    except Exception:
-        if not torch.distributed.is_initialized():
-            raise
-        traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(1)
-
-
-def leave_process_group() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    store.update_status(folder, uploaded=address)
 
 
 if __name__ == "__main__":

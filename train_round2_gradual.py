@@ -6,12 +6,12 @@
 Every field of TrainingConfig can be given after it: `--num_epochs 3 --use_specaugment false`.
 """
 
-from pathlib import Path
-
-from hebrew_corpora import Source
-from train_hebrew_asr_enhanced import Stage, TrainingConfig, launch, main, parse_config
-
-DEMO = Path(__file__).parent / "demo"
+from hebrew_asr.command_line import parse_config
+from hebrew_asr.data.sources import Source
+from hebrew_asr.files import DEMO
+from hebrew_asr.model.stages import Stage
+from hebrew_asr.processes import launch
+from train_hebrew_asr_enhanced import TrainingConfig, main
 
 
 def round2() -> TrainingConfig:

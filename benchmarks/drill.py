@@ -58,12 +58,15 @@ import soundfile
 import torch
 from hub_server import HubServer, Repo
 
-import checkpoints
-import hub_upload
-import run_watch
-from hebrew_audio import SAMPLE_RATE, decode_audio
-from hebrew_corpora import Source
-from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, Stage, TrainingConfig, launch, main
+from hebrew_asr import files as files_module
+from hebrew_asr.checkpoints import hub as hub_upload
+from hebrew_asr.checkpoints import store
+from hebrew_asr.data.audio import SAMPLE_RATE, decode_audio
+from hebrew_asr.data.sources import Source
+from hebrew_asr.model.stages import Stage
+from hebrew_asr.processes import launch
+from hebrew_asr.training import watch
+from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig, main
 
 DEMO = Path(__file__).parent.parent / "demo"
 STEPS, SAVE_STEPS = 12, 2
@@ -226,7 +229,7 @@ def hub_process(fault: Fault, folder: Path) -> None:
         hub.add_repo(REPO, private=True)
         tampered: list[str] = []
         broken, at_step = None, None
-        checkpoints.put(folder / "hub-url", hub.url)
+        files_module.put(folder / "hub-url", hub.url)
         while os.getppid() == parent:
             if not begun and (steps_done(folder) >= fault.step if fault.kind == "Hub" else (folder / "gone").exists()):
                 begun, at_step = time.monotonic(), steps_done(folder)
@@ -240,9 +243,9 @@ def hub_process(fault: Fault, folder: Path) -> None:
                 now = met, over, at_step, dict(repo.branches)
                 main, branch = dict(repo["main"]), dict(repo[BRANCH]) if BRANCH in repo.branches else {}
             if now != seen:
-                names = {path.split("/")[0] for path in branch if checkpoints.NAME.fullmatch(path.split("/")[0])}
+                names = {path.split("/")[0] for path in branch if store.NAME.fullmatch(path.split("/")[0])}
                 state = {"met": met, "over": over, "step": at_step, "main": hashes(main), "checkpoints": sorted(names)}
-                checkpoints.put(folder / "hub.json", json.dumps(state))
+                files_module.put(folder / "hub.json", json.dumps(state))
                 seen = now
             time.sleep(0.02)
     os._exit(0)
@@ -293,7 +296,7 @@ def is_uploaded(folder: Path) -> bool:
 
 def instrument(folder: Path, rank: int, fault: Fault | None) -> None:
     """Has the run write down where it is, and, where the fault comes from inside, bring it about."""
-    mark, write_one = run_watch.Watch.mark, checkpoints.Writer._write
+    mark, write_one = watch.Watch.mark, store.Writer._write
 
     def noted_mark(self, where):
         (folder / f"where-{rank}").write_text(where)
@@ -311,11 +314,11 @@ def instrument(folder: Path, rank: int, fault: Fault | None) -> None:
             write_one(self, step, *args)
         (folder / f"saving-{rank}").unlink()
 
-    run_watch.Watch.mark, checkpoints.Writer._write = noted_mark, noted_write
+    watch.Watch.mark, store.Writer._write = noted_mark, noted_write
     if fault is None:
         return
     if "saving" in fault.kind:
-        flush, calls = checkpoints.flush, [0]
+        flush, calls = files_module.flush, [0]
 
         def deadly_flush(path):
             if "step-" in str(path) or path.name == "checkpoints":
@@ -326,7 +329,7 @@ def instrument(folder: Path, rank: int, fault: Fault | None) -> None:
                         os.killpg(0, signal.SIGKILL) if fault.who == "all" else os.kill(os.getpid(), signal.SIGKILL)
             flush(path)
 
-        checkpoints.flush = deadly_flush
+        files_module.flush = deadly_flush
     if fault.kind == "NaN loss" and rank == fault.processes - 1:
         loss_of = GradualUnfreezeTrainer.summed_loss
 
@@ -341,15 +344,15 @@ def instrument(folder: Path, rank: int, fault: Fault | None) -> None:
 
 def believe_everything() -> None:
     """The control: checkpoints are written where they are looked for, and what is there is believed."""
-    checkpoints.UNFINISHED = ""
+    store.UNFINISHED = ""
 
-    def believed(folder: Path) -> checkpoints.Checkpoint:
-        facts = {"step": checkpoints.number_of(folder), "wer": None}
+    def believed(folder: Path) -> store.Checkpoint:
+        facts = {"step": store.number_of(folder), "wer": None}
         with contextlib.suppress(OSError, ValueError):
-            facts |= json.loads((folder / checkpoints.MANIFEST).read_text())
-        return checkpoints.Checkpoint(folder, facts)
+            facts |= json.loads((folder / store.MANIFEST).read_text())
+        return store.Checkpoint(folder, facts)
 
-    checkpoints.verify = believed
+    store.verify = believed
 
 
 def rank_process(config: TrainingConfig, rank: int, processes: int, port: int, fault: Fault | None, log: Path) -> None:
@@ -411,7 +414,7 @@ def launcher_process(config: TrainingConfig, processes: int, fault: Fault | None
 
 
 def is_finished(config: TrainingConfig) -> bool:
-    return checkpoints.read_status(Path(config.output_dir))["state"] == "finished"
+    return store.read_status(Path(config.output_dir))["state"] == "finished"
 
 
 # ------------------------------------------------------------------------------------------------------ Outside of it
@@ -495,7 +498,7 @@ def children(pid: int) -> list[int]:
 
 def damage(fault: Fault, run: Path) -> None:
     """Damages the newest checkpoint's weights, moments or state."""
-    newest = checkpoints.names(run / "checkpoints")
+    newest = store.names(run / "checkpoints")
     if "damage" not in fault.kind or not newest:
         return
     file = newest[0] / random.Random(fault.number).choice(["model.safetensors", "optimizer.safetensors", "state.json"])
@@ -511,7 +514,7 @@ def damage(fault: Fault, run: Path) -> None:
 
 def final_hash(run: Path) -> str:
     """Of the weights and moments of the last checkpoint, and of the final model."""
-    last, digest = checkpoints.names(run / "checkpoints")[0], hashlib.sha256()
+    last, digest = store.names(run / "checkpoints")[0], hashlib.sha256()
     for file in (last / "model.safetensors", last / "optimizer.safetensors", run / "final_model" / "model.safetensors"):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
@@ -555,7 +558,7 @@ def hit_and_resume(fault: Fault, config: TrainingConfig, folder: Path, reference
     if (folder / "saving-0").exists():
         result["hit_phase"] = "saving"
     result |= met_by_the_run(fault, folder)
-    result["status"] = checkpoints.read_status(run)["state"]
+    result["status"] = store.read_status(run)["state"]
     damage(fault, run)
     lasting = hub_state(folder)["checkpoints"] if fault.kind == "machine gone" else []
     if fault.kind == "machine gone":
@@ -611,7 +614,7 @@ def met_by_the_run(fault: Fault, folder: Path) -> dict:
 
 
 def all_finite(run: Path) -> bool:
-    last = checkpoints.verify(checkpoints.names(run / "checkpoints")[0])
+    last = store.verify(store.names(run / "checkpoints")[0])
     files = ("model.safetensors", "optimizer.safetensors")
     return all(torch.isfinite(tensor).all() for file in files for _, tensor in last.tensors(file))
 
@@ -619,7 +622,7 @@ def all_finite(run: Path) -> bool:
 def allowed_loss(fault: Fault, result: dict, on_hub: list[str]) -> int:
     """So many steps may be lost."""
     if fault.kind == "machine gone":
-        newest = max((checkpoints.number_of(Path(name)) for name in on_hub), default=0)
+        newest = max((store.number_of(Path(name)) for name in on_hub), default=0)
         return 0 if fault.who == "SIGTERM" else result["hit_step"] - newest
     if fault.is_outlived or fault.kind in ("SIGTERM", "SIGINT"):
         return 0

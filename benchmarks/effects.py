@@ -54,17 +54,24 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-import averaging
-import checkpoints
 import evaluate_hebrew_asr as evaluation
 import train_hebrew_asr_enhanced as training
 import train_round2_gradual as round2
 from benchmarks import effects_report as report
-from evaluate_hebrew_asr import EvaluationConfig, EvaluationSet
-from hebrew_corpora import InputError, Source
-from label_loss import IGNORED_LABEL
-from run_log import curve
-from train_hebrew_asr_enhanced import COMPONENTS, Stage, TrainingConfig
+from hebrew_asr import command_line
+from hebrew_asr import processes as processes_module
+from hebrew_asr.checkpoints import averages, store
+from hebrew_asr.data import utterances as utterances_module
+from hebrew_asr.data.sources import Source
+from hebrew_asr.errors import InputError
+from hebrew_asr.evaluation import measuring as measuring_module
+from hebrew_asr.evaluation import results as results_module
+from hebrew_asr.evaluation import sets as sets_module
+from hebrew_asr.evaluation.sets import EvaluationConfig, EvaluationSet
+from hebrew_asr.model.loss import IGNORED_LABEL
+from hebrew_asr.model.stages import COMPONENTS, Stage
+from hebrew_asr.training.run_log import curve
+from train_hebrew_asr_enhanced import TrainingConfig
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "demo"
@@ -297,8 +304,8 @@ def lean() -> Iterator[None]:
     def nothing(*args: Any) -> None:
         pass
 
-    decode, decoded = training.decode_audio, {}
-    extract, features = training.log_mel, {}
+    decode, decoded = utterances_module.decode_audio, {}
+    extract, features = utterances_module.log_mel, {}
 
     def decode_once(audio: dict[str, Any], start: float, end: float | None) -> np.ndarray:
         key = audio["bytes"], start, end
@@ -318,9 +325,9 @@ def lean() -> Iterator[None]:
         mock.patch.object(training, "report_data", nothing),
         mock.patch.object(training, "evaluate_final", nothing),
         mock.patch.object(training, "describe_result", nothing),
-        mock.patch.object(evaluation, "write_page", nothing),
-        mock.patch.object(training, "decode_audio", decode_once),
-        mock.patch.object(training, "log_mel", extract_once),
+        mock.patch.object(results_module, "write_page", nothing),
+        mock.patch.object(utterances_module, "decode_audio", decode_once),
+        mock.patch.object(utterances_module, "log_mel", extract_once),
     ):
         yield
 
@@ -377,7 +384,7 @@ def write_data(options: Options, seeds: Sequence[int]) -> None:
 
 def test_sets(options: Options) -> list[EvaluationSet]:
     small = [EvaluationSet(n, Source(str(options.work / "data" / n), split="test")) for n in ("clean", "noisy")]
-    return list(options.sets) or (list(evaluation.LEADERBOARD) if options.real else small)
+    return list(options.sets) or (list(sets_module.LEADERBOARD) if options.real else small)
 
 
 @functools.cache
@@ -403,7 +410,7 @@ def settings(options: Options, run: Run) -> TrainingConfig:
         config.num_epochs *= EPOCHS
         for stage in config.stages:
             stage.last_epoch *= EPOCHS
-    config = training.parse_config(list(options.changes), config)
+    config = command_line.parse_config(list(options.changes), config)
     config.seed, config.output_dir = run.seed, str(run.folder(options) / "run")
     config.tracker, config.skip_hf_upload = "none", True
     config.target_effective_batch = round(config.target_effective_batch * variant.batch)
@@ -430,7 +437,7 @@ def train(options: Options, run: Run) -> None:
     folder, config = run.folder(options), settings(options, run)
     if not options.processes:
         shutil.rmtree(folder / "run", ignore_errors=True)  # half a run has half a time
-    resumed = bool(checkpoints.names(folder / "run" / "checkpoints"))
+    resumed = bool(store.names(folder / "run" / "checkpoints"))
     rank = int(os.environ.get("RANK", "0"))  # read before the process group is left
     with PATCHES[run.variant.patch](), contextlib.nullcontext() if options.processes else lean(), measured() as spent:
         training.main(config)
@@ -442,13 +449,13 @@ def train(options: Options, run: Run) -> None:
 
 def write_last(folder: Path, count: int) -> None:
     """The last checkpoint as it is, or with the mean of the weights of so many of the last ones."""
-    newest = checkpoints.names(folder / "run" / "checkpoints")[:count]
+    newest = store.names(folder / "run" / "checkpoints")[:count]
     if len(newest) < count:
         raise InputError(f"{folder}: {len(newest)} checkpoints are there, {count} are to be averaged: lower save_steps")
     shutil.rmtree(folder / "last", ignore_errors=True)
     shutil.copytree(newest[0], folder / "last", ignore=shutil.ignore_patterns("optimizer.safetensors"))
     if count > 1:
-        mean = dict(averaging.mean_of([checkpoints.verify(one) for one in newest]))
+        mean = dict(averages.mean_of([store.verify(one) for one in newest]))
         save_file(mean, folder / "last" / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -494,8 +501,8 @@ def read(options: Options, run: Run) -> dict[str, Any]:
     sets = {}
     for name in dict.fromkeys(row["set"] for row in rows):
         mine = [row for row in rows if row["set"] == name and row["words"]]
-        errors, words = evaluation.counted(mine)
-        sets[name] = {"errors": errors, "words": words, "recordings": evaluation.clusters(mine)}
+        errors, words = measuring_module.counted(mine)
+        sets[name] = {"errors": errors, "words": words, "recordings": measuring_module.clusters(mine)}
     return {
         "variant": run.variant.name,
         "seed": run.seed,
@@ -803,8 +810,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Options]:
     chosen = [BY_NAME[name] for name in given.variants or everything]
     names = [v.against for v in chosen] + [v.name for v in chosen] if not given.here else [v.name for v in chosen]
     given.variants = [v for v in VARIANTS if v.name in names]  # with what they are compared with
-    known = {one.name: one for one in evaluation.LEADERBOARD}
-    sets = tuple(evaluation.read_set(text, known) for text in given.sets)
+    known = {one.name: one for one in sets_module.LEADERBOARD}
+    sets = tuple(sets_module.read_set(text, known) for text in given.sets)
     options = Options(
         given.work.resolve(), given.real, given.rows, given.test_sentences, given.processes, tuple(changes), sets
     )
@@ -841,11 +848,11 @@ def command(arguments: list[str]) -> None:
     print(f"{time.monotonic() - began:.0f} s, {given.at_once} at once")
     if given.json:
         about = {"command": shlex.join(arguments), "created": time.strftime("%Y-%m-%d"), "seeds": seeds}
-        about |= {"versions": evaluation.versions(), "cannot_tell": CANNOT_TELL}
+        about |= {"versions": results_module.versions(), "cannot_tell": CANNOT_TELL}
         given.json.write_text(json.dumps(about | found, ensure_ascii=False) + "\n")
     if given.plot:
         report.draw(found["rows"], given.plot)
 
 
 if __name__ == "__main__":
-    training.launch(command)
+    processes_module.launch(command)

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from intervals import student_probability, student_quantile
+from hebrew_asr.text.intervals import student_probability, student_quantile
 
 WIDEST = 100  # percent that the plot goes to
 

@@ -26,9 +26,10 @@ import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import train_round3_gspo
 from benchmarks import round3
-from train_hebrew_asr_enhanced import launch, main
+from hebrew_asr.processes import launch
+from scripts import train_round3_gspo
+from train_hebrew_asr_enhanced import main
 
 STILL = 1e-9  # of the rates
 UTTERANCES_A_STEP = 64

@@ -22,8 +22,8 @@ import pyarrow.parquet
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hebrew_scoring import score  # noqa: E402
-from hebrew_text import TIMESTAMP  # noqa: E402
+from hebrew_asr.text.scoring import score  # noqa: E402
+from hebrew_asr.text.targets import TIMESTAMP  # noqa: E402
 
 DEMO = ROOT / "demo"
 RATES = {"projector": 2e-3, "audio_top": 6e-4, "llm_top": 6e-4, "lm_head": 2e-3}  # of the demo's stage A
@@ -96,7 +96,7 @@ def one_seed(folder: Path, labelled: Path, hidden: Path, seed: int, given: argpa
     if not (folder / "corpus").exists():
         model, limits = folder / "half" / "final_model", ("--min_confidence", given.min_confidence)
         run(
-            "pseudo_label.py",
+            "scripts/pseudo_label.py",
             *("--model", model, "--source", hidden, "--output", folder / "corpus", "--config"),
             *(folder / "half" / "config.yaml", "--samples", given.samples, *limits, "--num_workers", 0),
         )

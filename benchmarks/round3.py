@@ -41,15 +41,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-import checkpoints
 import train_round2_gradual
-import train_round3_gspo
-from hebrew_audio import decode_audio
-from hebrew_corpora import DataConfig, Source, load_rows
-from hebrew_scoring import count_utterance, repeats
-from intervals import compare
-from train_hebrew_asr_enhanced import Stage, TrainingConfig, launch, main
-from transcription import Decoding, load_speech_model
+from hebrew_asr import files as files_module
+from hebrew_asr.checkpoints import store
+from hebrew_asr.data.audio import decode_audio
+from hebrew_asr.data.rows import load_rows
+from hebrew_asr.data.sources import DataConfig, Source
+from hebrew_asr.evaluation.transcription import Decoding, load_speech_model
+from hebrew_asr.model.stages import Stage
+from hebrew_asr.processes import launch
+from hebrew_asr.text.intervals import compare
+from hebrew_asr.text.scoring import count_utterance, repeats
+from scripts import train_round3_gspo
+from train_hebrew_asr_enhanced import TrainingConfig, main
 
 DEMO = Path(__file__).parent.parent / "demo"
 SENTENCES = {"test": 3000, "dev": 600, "train": 10_000, "further": 2_500}
@@ -194,7 +198,7 @@ def spoken(name: str, first: int, sentences: list[str]) -> dict[str, list[dict]]
 
 
 def last_checkpoint(folder: Path) -> Path:
-    return checkpoints.names(folder / "checkpoints")[0]
+    return store.names(folder / "checkpoints")[0]
 
 
 def transcribe(model: Path, folder: Path) -> list[dict]:
@@ -229,10 +233,10 @@ def run_arm(arm: Arm, setup: Setup) -> None:
             main(config)
         else:
             train_round3_gspo.train_round3(config)
-        checkpoints.put(folder / "cpu_seconds", str(time.process_time() - began))
+        files_module.put(folder / "cpu_seconds", str(time.process_time() - began))
     seconds = float((folder / "cpu_seconds").read_text())
     result = {"arm": dataclasses.asdict(arm), "cpu_seconds": seconds, **measured(last_checkpoint(folder), setup)}
-    checkpoints.put(result_file(arm, setup), json.dumps(result))
+    files_module.put(result_file(arm, setup), json.dumps(result))
 
 
 def digest_of(content: bytes) -> str:
@@ -296,7 +300,7 @@ def make_start(work: Path, epochs: int, processes: int) -> Path:
 def measured_start(setup: Setup) -> dict:
     file = setup.work / f"start-{digest_of_start(setup)}-{setup.measure}.json"
     if not file.exists():
-        checkpoints.put(file, json.dumps(measured(setup.start, setup)))
+        files_module.put(file, json.dumps(measured(setup.start, setup)))
     return json.loads(file.read_text())
 
 

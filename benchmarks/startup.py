@@ -69,24 +69,23 @@ def write_prepared(folder: str) -> None:
     """What `--prepare` leaves, for every piece; its fingerprints are not read at a start and stay empty."""
     import pyarrow as pa
 
-    import hebrew_corpora
-    import prepare_corpora
+    from hebrew_asr.data import prepare, selection
 
     config = settings(folder)
-    train, heldout = hebrew_corpora.split(config, seed=42)
-    place = hebrew_corpora.prepared_folder(config.train_sources[0], config)
-    names = hebrew_corpora.piece_names(train).to_pylist()
-    for part, begin in enumerate(range(0, len(names), prepare_corpora.PART), start=1):
-        mine = names[begin : begin + prepare_corpora.PART]
+    train, heldout = selection.split(config, seed=42)
+    place = selection.prepared_folder(config.train_sources[0], config)
+    names = selection.piece_names(train).to_pylist()
+    for part, begin in enumerate(range(0, len(names), prepare.PART), start=1):
+        mine = names[begin : begin + prepare.PART]
         columns = [mine, train.seconds[begin : begin + len(mine)], [""] * len(mine), [b""] * len(mine)]
-        file = place / hebrew_corpora.HEARD.replace("*", f"{part:06}")
-        prepare_corpora.write_part(pa.table(columns, schema=hebrew_corpora.PREPARED), file)
-        compared = place / f"leaks-{hebrew_corpora.evaluation_key(heldout)}" / file.name
-        prepare_corpora.write_part(hebrew_corpora.LEAKED.empty_table(), compared)
+        file = place / selection.HEARD.replace("*", f"{part:06}")
+        prepare.write_part(pa.table(columns, schema=selection.PREPARED), file)
+        compared = place / f"leaks-{selection.evaluation_key(heldout)}" / file.name
+        prepare.write_part(selection.LEAKED.empty_table(), compared)
 
 
 def settings(folder: str) -> "TrainingConfig":
-    from hebrew_corpora import Source
+    from hebrew_asr.data.sources import Source
     from train_hebrew_asr_enhanced import TrainingConfig
 
     source = Source(f"{folder}/train-00000.parquet")
@@ -111,14 +110,11 @@ def start(folder: str) -> dict[str, float]:
     began = time.perf_counter()
     import transformers
 
-    from batching import UtteranceTokens
-    from hebrew_corpora import Mixture, load_train_and_eval
-    from train_hebrew_asr_enhanced import (
-        DataCollatorSpeechSeq2SeqWithPadding,
-        GlobalBatchSampler,
-        SpeechDataset,
-        collate_step,
-    )
+    from hebrew_asr.data.mixture import Mixture
+    from hebrew_asr.data.selection import load_train_and_eval
+    from hebrew_asr.data.utterances import SpeechDataset
+    from hebrew_asr.training.batches import GlobalBatchSampler, UtteranceTokens
+    from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, collate_step
 
     imported = time.perf_counter()
     config = settings(folder)

@@ -71,7 +71,7 @@ def make_corpus(folder: Path, count: int) -> None:
     import pyarrow.parquet as pq
     import soundfile
 
-    from hebrew_audio import SAMPLE_RATE, decode_audio
+    from hebrew_asr.data.audio import SAMPLE_RATE, decode_audio
 
     clips = pq.read_table(next((DEMO / "corpus").glob("*.parquet"))).slice(0, 600).to_pylist()
     waves = [decode_audio(clip["audio"]) for clip in clips]
@@ -124,7 +124,7 @@ def shares_of_arithmetic(folder: Path) -> dict[str, tuple[float, float]]:
     """Share of each component in the forward pass of a second of speech: the benchmark's model, and the 1.7B."""
     import transformers
 
-    from model_costs import Work, flops, real_config
+    from hebrew_asr.model.costs import Work, flops, real_config
 
     seconds, tokens = 7, 7 * 13 + 50
     work = Work(seconds, 13 * seconds, 13**2 * seconds**2, tokens, tokens**2, tokens)
@@ -140,7 +140,7 @@ def shares_of_arithmetic(folder: Path) -> dict[str, tuple[float, float]]:
 
 def settings(folder: Path, model: str = "speed", **changes: Any) -> Any:
     """Round 2 as a user gets it, on the benchmark's world."""
-    from hebrew_corpora import Source
+    from hebrew_asr.data.sources import Source
     from train_round2_gradual import round2
 
     config = round2()
@@ -158,15 +158,17 @@ def make_trainer(folder: Path, config: Any) -> Any:
     import transformers
 
     import train_hebrew_asr_enhanced as training
-    from hebrew_corpora import load_rows
-    from run_log import RunLog
+    from hebrew_asr.data.rows import load_rows
+    from hebrew_asr.model import loading
+    from hebrew_asr.training import resuming
+    from hebrew_asr.training.run_log import RunLog
 
     run = Path(tempfile.mkdtemp(dir=folder))
     processor = transformers.AutoProcessor.from_pretrained(config.model_name_or_path)
     rows = load_rows(config.train_sources, config, for_training=True)
-    arguments = training.training_arguments(config, run, cpu=True)
+    arguments = resuming.training_arguments(config, run, cpu=True)
     arguments.eval_on_start = False
-    model = training.load_model(config, use_bf16=False)
+    model = loading.load_to_train(config, use_bf16=False)
     log = RunLog(run, arguments.process_index)
     return training.GradualUnfreezeTrainer(config, arguments, model, processor, rows, rows, log, use_bf16=False)
 
@@ -222,7 +224,7 @@ def floor(folder: Path) -> dict[str, float]:
 
 def official_batch(processor: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Prompt and full text through the processor, each with the audio; labels where the full text goes on."""
-    from hebrew_audio import SAMPLE_RATE, decode_audio
+    from hebrew_asr.data.audio import SAMPLE_RATE, decode_audio
 
     turns = [{"role": "user", "content": [{"type": "audio", "audio": ""}]}]
     prompt = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
@@ -243,7 +245,7 @@ def official(folder: Path) -> dict[str, float]:
     import torch
     import transformers
 
-    from hebrew_corpora import load_rows
+    from hebrew_asr.data.rows import load_rows
 
     config = settings(folder)
     model = transformers.Qwen3ASRForConditionalGeneration.from_pretrained(config.model_name_or_path).train()
@@ -357,7 +359,7 @@ def evaluation(folder: Path, is_sorted: bool) -> dict[str, float]:
     import numpy as np
 
     import train_hebrew_asr_enhanced as training
-    from hebrew_corpora import Source
+    from hebrew_asr.data.sources import Source
 
     config = settings(folder, train_sources=[Source(str(folder / "evaluated"))], generation_max_new_tokens=1)
     trainer = make_trainer(folder, config)
@@ -380,7 +382,7 @@ def simulated() -> dict[str, float]:
     """What is padded, and how long ranks wait for the slowest, over 200,000 durations at Round 2's settings."""
     import numpy as np
 
-    from batching import deal_step, rows_of
+    from hebrew_asr.model.packing import deal_step, rows_of
     from train_round2_gradual import round2
 
     random = np.random.default_rng(2)
@@ -524,9 +526,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ |= {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
-        import train_hebrew_asr_enhanced as training  # before the first fork
+        from hebrew_asr import processes as processes_module
 
-        training.quiet_libraries(is_main=False)
+        processes_module.quiet_libraries(is_main=False)
         in_child(make_world, folder, 2)
         shares = in_child(shares_of_arithmetic, folder)
         print("share of the forward pass, here and in the 1.7B: ", end="")

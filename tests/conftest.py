@@ -37,9 +37,12 @@ import torch
 import transformers
 from hub_server import HubServer
 
-import hub_upload
-from hebrew_corpora import Source, load_rows
-from train_hebrew_asr_enhanced import Stage, TrainingConfig, load_model
+from hebrew_asr.checkpoints import hub as hub_upload
+from hebrew_asr.data.rows import load_rows
+from hebrew_asr.data.sources import Source
+from hebrew_asr.model.loading import load_to_train
+from hebrew_asr.model.stages import Stage
+from train_hebrew_asr_enhanced import TrainingConfig
 
 torch.set_num_threads(1)
 
@@ -111,7 +114,7 @@ def processor():
 
 @pytest.fixture
 def model(config):
-    return load_model(config, use_bf16=False)
+    return load_to_train(config, use_bf16=False)
 
 
 @pytest.fixture
@@ -136,7 +139,7 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(hub_upload, "FIRST_WAIT_SECONDS", 0.01)
         monkeypatch.setattr(hub_upload, "SILENT_SECONDS", 2.0)
-        hub_upload.prepare_library()
+        hub.prepare_library()
         huggingface_hub.utils._http.close_session()
         yield server
     huggingface_hub.utils._http.close_session()

@@ -14,8 +14,12 @@ import accelerate
 import torch
 from accelerate.utils import gather_object
 
-from label_loss import SpeechModel
-from train_hebrew_asr_enhanced import TrainingConfig, launch, leave_process_group, parse_config, print_token_budget
+from hebrew_asr.command_line import parse_config
+from hebrew_asr.model.loading import load_processor, load_to_train
+from hebrew_asr.model.loss import SpeechModel
+from hebrew_asr.processes import launch, leave_process_group, together
+from hebrew_asr.training.token_budget import find_token_budget
+from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, TrainingConfig
 
 
 def run_out_of_memory(tokens: int) -> None:
@@ -35,7 +39,13 @@ def main(settings: str, tokens: str) -> None:
     if state.is_last_process:
         run_out_of_memory(int(tokens))
     try:
-        print_token_budget(config, state, use_bf16=False)
+        with together():
+            processor = load_processor(config.model_name_or_path)
+            model = load_to_train(config, use_bf16=False)
+        collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
+        lines = find_token_budget(config, state, model, collator, use_bf16=False)
+        if state.is_main_process:
+            print(*lines, sep="\n")
     finally:
         print(f"process {state.process_index} hears of {gather_object([state.process_index])}", flush=True)
     leave_process_group()

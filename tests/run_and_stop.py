@@ -15,8 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from resuming import CheckpointEvents
-from train_hebrew_asr_enhanced import TrainingConfig, launch, main, parse_config
+from hebrew_asr.command_line import parse_config
+from hebrew_asr.processes import launch
+from hebrew_asr.training.resuming import CheckpointEvents
+from train_hebrew_asr_enhanced import TrainingConfig, main
 
 
 def stop_at(stop_step: int, how: str) -> None:

@@ -10,12 +10,15 @@ import pytest
 import torch
 from transformers import modeling_flash_attention_utils as flash_utils
 
-import attention
-from attention import ONE_CALL, set_attention
-from batching import useful_tokens
-from hebrew_corpora import InputError
-from model_costs import work_of
-from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, SpeechDataset, freeze_for, load_model
+from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.errors import InputError
+from hebrew_asr.model import attention
+from hebrew_asr.model.attention import ONE_CALL, set_attention
+from hebrew_asr.model.costs import work_of
+from hebrew_asr.model.loading import load_to_train
+from hebrew_asr.model.packing import useful_tokens
+from hebrew_asr.model.stages import freeze_for
+from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding
 
 REAL_KERNEL = inspect.signature(attention.varlen_attn)
 
@@ -94,7 +97,7 @@ def batches(config, processor, train_rows):
     ],
 )
 def test_one_call_gives_the_gradients_of_a_mask(config, model, batches, monkeypatch, kernel, stage, rows):
-    masked = load_model(config, use_bf16=False)
+    masked = load_to_train(config, use_bf16=False)
     attend_with(model, kernel, monkeypatch)
     if stage is not None:
         for either in (model, masked):
@@ -120,7 +123,7 @@ def test_one_row_has_no_padding(batches):
 @pytest.mark.parametrize("kernel", ["varlen", "package"])
 def test_kernels_get_bf16_from_a_mixed_model(config, batches, monkeypatch, kernel):
     """Norms whose weights are fp32 leave queries and keys in fp32, which the kernels refuse."""
-    mixed, masked = (load_model(config, use_bf16=True) for _ in range(2))
+    mixed, masked = (load_to_train(config, use_bf16=True) for _ in range(2))
     attend_with(mixed, kernel, monkeypatch)
     types = set()
     monkeypatch.setitem(globals(), "loop", lambda *a, loop=loop: types.update(t.dtype for t in a[:3]) or loop(*a))

@@ -14,9 +14,14 @@ import torch
 from conftest import DEMO, first_rows
 from test_main_command import command
 
-import audit_corpus
-from hebrew_corpora import DataConfig, InputError, Source, load_rows, load_train_and_eval, worst
-from train_hebrew_asr_enhanced import SpeechDataset, load_model
+from hebrew_asr.data.rows import load_rows
+from hebrew_asr.data.selection import load_train_and_eval, worst
+from hebrew_asr.data.sources import DataConfig, Source
+from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.errors import InputError
+from hebrew_asr.model.loading import load_to_train
+from scripts import audit_corpus
+from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding
 from train_round2_gradual import demo
 
 SILENT = 5  # the row of the small corpus that does not decode to speech
@@ -67,10 +72,10 @@ def test_every_utterance_is_in_the_scores_and_what_does_not_decode_is_named(scor
 def test_nats_are_those_of_each_transcript_alone(scores, processor, spoken):
     """A forward pass for each utterance by itself, its tokens counted one by one."""
     config, _ = audit_corpus.settings(options(spoken, spoken))
-    model = load_model(demo(), use_bf16=False).eval()
+    model = load_to_train(demo(), use_bf16=False).eval()
     rows = load_rows(config.train_sources, config, for_training=True)
     dataset = SpeechDataset(rows, processor, config, training=False)
-    collator = audit_corpus.training.DataCollatorSpeechSeq2SeqWithPadding(processor, config)
+    collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
     nats = {row["digest"]: row["nats_per_token"] for row in scores}
     for number in (0, 1, 7, 19):
         utterance = dataset[(0, number)]
@@ -107,7 +112,7 @@ def test_an_interrupted_audit_goes_on_and_ends_the_same(scores, spoken, tmp_path
 
 
 def test_two_processes_give_the_scores_of_one(scores, spoken, tmp_path):
-    done = command("audit_corpus.py", *options(spoken, tmp_path / "audit.parquet"), processes=2)
+    done = command("scripts/audit_corpus.py", *options(spoken, tmp_path / "audit.parquet"), processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "21 utterances scored, 1 skipped" in done.stdout and "skipped in" in done.stdout
     two = pyarrow.parquet.read_table(tmp_path / "audit.parquet").to_pylist()
@@ -155,7 +160,7 @@ def test_the_audit_finds_shuffled_transcripts_with_a_checkpoint_trained_on_them(
     done = command("train_round2_gradual.py", "--demo", *sources, *train, processes=2, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     model = folder / "final_model"
-    done = command("audit_corpus.py", "--demo", "--model", model, *sources, processes=2, timeout=300)
+    done = command("scripts/audit_corpus.py", "--demo", "--model", model, *sources, processes=2, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     scores = pyarrow.parquet.read_table(folder / "audit.parquet")
     audited = wrong & set(scores["row"].to_pylist())

@@ -12,11 +12,10 @@ import transformers
 from conftest import DEMO, small_config
 from safetensors.torch import load_file
 
-import average_checkpoints
-import averaging
-import checkpoints
-from checkpoints import sha256
-from hebrew_corpora import InputError
+from hebrew_asr.checkpoints import averages, store
+from hebrew_asr.errors import InputError
+from hebrew_asr.files import sha256
+from scripts import average_checkpoints
 from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, main
 
 DECAY = 0.8
@@ -50,8 +49,8 @@ def test_a_mean_is_that_of_numpy_in_double_precision(tmp_path):
     for step in (1, 2, 3):
         tensors = {n: torch.randn(50, 7, generator=random) * 10**e for n, e in (("a", 3), ("b", -6))}
         tensors["frozen"] = torch.full((9,), 0.1, dtype=torch.bfloat16)
-        found.append(checkpoints.write(tmp_path, step, {"model.safetensors": tensors}, {}, {"wer": None}))
-    mean = dict(averaging.mean_of(found))
+        found.append(store.write(tmp_path, step, {"model.safetensors": tensors}, {}, {"wer": None}))
+    mean = dict(averages.mean_of(found))
     for name in ("a", "b", "frozen"):
         alone = np.mean([weights_of(c)[name] for c in found], axis=0)
         assert mean[name].dtype == torch.float32 and np.array_equal(mean[name].numpy(), alone.astype(np.float32))

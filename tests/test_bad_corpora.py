@@ -15,7 +15,10 @@ from conftest import ROOT
 from hub_server import HubServer
 from test_corpora import parquet, wav
 
-from hebrew_corpora import DataConfig, InputError, Source, load_rows, load_train_and_eval
+from hebrew_asr.data.rows import load_rows
+from hebrew_asr.data.selection import load_train_and_eval
+from hebrew_asr.data.sources import DataConfig, Source
+from hebrew_asr.errors import InputError
 
 
 def load(*paths, **settings):

@@ -8,15 +8,13 @@ import pytest
 import torch
 import transformers
 
-from batching import UtteranceTokens, balanced, deal_step, rows_of
-from hebrew_corpora import Mixture, Source
-from train_hebrew_asr_enhanced import (
-    DataCollatorSpeechSeq2SeqWithPadding,
-    GlobalBatchSampler,
-    SpeechDataset,
-    TrainingConfig,
-    freeze_for,
-)
+from hebrew_asr.data.mixture import Mixture
+from hebrew_asr.data.sources import Source
+from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.model.packing import balanced, deal_step, rows_of
+from hebrew_asr.model.stages import freeze_for
+from hebrew_asr.training.batches import GlobalBatchSampler, UtteranceTokens
+from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, TrainingConfig
 
 
 def lognormal_tokens(count: int) -> np.ndarray:

@@ -12,9 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoints
-from checkpoints import InvalidCheckpoint, Writer, best_valid, names, newest_valid, prune, verify, write
-from run_watch import checksum, take_lock
+from hebrew_asr import files
+from hebrew_asr.checkpoints import store
+from hebrew_asr.checkpoints.store import (
+    InvalidCheckpoint,
+    Writer,
+    best_valid,
+    names,
+    newest_valid,
+    prune,
+    verify,
+    write,
+)
+from hebrew_asr.training.watch import checksum, take_lock
 
 FACTS = {"wer": None, "settings": {}}
 
@@ -23,7 +33,7 @@ def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
     return {"model.safetensors": {"a": torch.full((100,), value), "b": torch.arange(7)}}
 
 
-def save(folder: Path, step: int, wer: float | None = None) -> checkpoints.Checkpoint:
+def save(folder: Path, step: int, wer: float | None = None) -> store.Checkpoint:
     return write(folder, step, tensors(step), {"state.json": b'{"x": 1}'}, {**FACTS, "wer": wer})
 
 
@@ -51,8 +61,8 @@ def killed_at(call: int, folder: Path, monkeypatch) -> bool:
 
             return wrapped
 
-        checkpoints.flush = count(checkpoints.flush)
-        checkpoints.save_file = count(checkpoints.save_file)
+        files.flush = count(files.flush)
+        store.save_file = count(store.save_file)
         Path.rename = count(Path.rename)
         save(folder, 2)
         os._exit(0)
@@ -79,7 +89,7 @@ def test_killed_at_any_moment_of_writing_leaves_the_last_one(tmp_path, monkeypat
 
 def test_without_the_rename_a_torn_one_is_seen(tmp_path, monkeypatch):
     """The control: the same kills, with a checkpoint that is written where readers look."""
-    monkeypatch.setattr(checkpoints, "UNFINISHED", "")
+    monkeypatch.setattr(store, "UNFINISHED", "")
     save(tmp_path, 1)
     seen = []
     for call in range(1, 6):
@@ -151,7 +161,7 @@ def test_no_file_outside_of_the_folder_is_read(tmp_path):
         if link:
             (found.folder / name).symlink_to(secret)
         manifest = json.loads((found.folder / "manifest.json").read_text())
-        manifest["files"][name] = {"bytes": 1, "sha256": checkpoints.sha256(secret)}
+        manifest["files"][name] = {"bytes": 1, "sha256": files.sha256(secret)}
         (found.folder / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(InvalidCheckpoint, match="no file of the folder"):
             verify(found.folder)
@@ -162,7 +172,7 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
     for step, wer in ((1, None), (2, 20.0), (3, 10.0), (4, 10.0), (5, None), (6, 30.0)):
         save(tmp_path, step, wer)
         prune(tmp_path, 2, print)
-    assert [checkpoints.number_of(path) for path in names(tmp_path)] == [6, 5, 3]
+    assert [store.number_of(path) for path in names(tmp_path)] == [6, 5, 3]
     assert best_valid(tmp_path, print).step == 3
 
 
@@ -179,7 +189,7 @@ def test_pruning_never_removes_the_last_valid_one(tmp_path):
 def test_later_ones_are_set_aside_and_removed_once_there_is_a_new_one(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
-    checkpoints.set_aside_after(tmp_path, 1)
+    store.set_aside_after(tmp_path, 1)
     assert [path.name for path in names(tmp_path)] == ["step-00000001"]
     assert len(list(tmp_path.glob("set-aside-*"))) == 2
     save(tmp_path, 2)
@@ -193,8 +203,8 @@ def test_a_second_checkpoint_of_a_step_comes_after_the_first(tmp_path):
 
 
 def test_training_waits_for_the_copy_and_not_for_the_disk(tmp_path, monkeypatch):
-    flush = checkpoints.flush
-    monkeypatch.setattr(checkpoints, "flush", lambda path: (time.sleep(0.2), flush(path)))
+    flush = files.flush
+    monkeypatch.setattr(files, "flush", lambda path: (time.sleep(0.2), flush(path)))
     writer, weights = Writer(tmp_path, 2, print, lambda _: None), tensors(1)
     writer.save(1, weights, {}, FACTS)
     weights["model.safetensors"]["a"].fill_(99)  # training goes on
@@ -241,13 +251,13 @@ def test_a_mistake_in_the_writer_ends_the_run_and_is_not_taken_for_a_full_disk(t
 def test_settings_are_compared_field_by_field():
     old = {"seed": 1, "stages": [{"name": "B", "rates": {"x": 1e-3}}], "gone": 1}
     new = {"seed": 2, "stages": [{"name": "B", "rates": {"x": 1e-3, "y": 2}}, {"name": "A"}]}
-    assert checkpoints.differences(old, new) == [
+    assert store.differences(old, new) == [
         "gone: 1 → (none)",
         "seed: 1 → 2",
         "stages.0.rates.y: (none) → 2",
         "stages.1.name: (none) → A",
     ]
-    assert checkpoints.differences(new, json.loads(json.dumps(new))) == []
+    assert store.differences(new, json.loads(json.dumps(new))) == []
 
 
 def test_a_checksum_sees_one_bit():
@@ -262,7 +272,7 @@ def test_a_checksum_sees_one_bit():
 
 
 def test_a_folder_has_one_run_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("run_watch.LOCK_SECONDS", 0.0)
+    monkeypatch.setattr("hebrew_asr.training.watch.LOCK_SECONDS", 0.0)
     held = take_lock(tmp_path)
     assert held and take_lock(tmp_path) is None
     held.close()

@@ -5,16 +5,13 @@ import functools
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from attention import ONE_CALL
-from run_log import RunLog
-from train_hebrew_asr_enhanced import (
-    DataCollatorSpeechSeq2SeqWithPadding,
-    GradualUnfreezeTrainer,
-    SpeechDataset,
-    freeze_for,
-    load_model,
-    training_arguments,
-)
+from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.model.attention import ONE_CALL
+from hebrew_asr.model.loading import load_to_train
+from hebrew_asr.model.stages import freeze_for
+from hebrew_asr.training.resuming import training_arguments
+from hebrew_asr.training.run_log import RunLog
+from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, GradualUnfreezeTrainer
 
 
 def test_compiled_layers_give_the_same_gradients_in_every_stage(
@@ -25,7 +22,7 @@ def test_compiled_layers_give_the_same_gradients_in_every_stage(
     compile_in_place = functools.partialmethod(torch.nn.Module.compile, backend=counter)
     monkeypatch.setattr(torch.nn.Module, "compile", compile_in_place)
     config.torch_compile, config.use_specaugment = True, False
-    compiled = load_model(config, use_bf16=False)
+    compiled = load_to_train(config, use_bf16=False)
     assert list(compiled.state_dict()) == list(model.state_dict())
     for either in (model, compiled):
         either.config.text_config._attn_implementation_internal = ONE_CALL

@@ -10,19 +10,19 @@ import pyarrow.parquet
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, first_rows
+from conftest import first_rows
 
-import hebrew_corpora
-from hebrew_audio import decode_audio
-from hebrew_corpora import DataConfig, InputError, Mixture, Source, load_rows, load_source, load_train_and_eval
-from run_log import RunLog
-from train_hebrew_asr_enhanced import (
-    DataCollatorSpeechSeq2SeqWithPadding,
-    GradualUnfreezeTrainer,
-    SpeechDataset,
-    main,
-    training_arguments,
-)
+from hebrew_asr.data import rows as hebrew_corpora
+from hebrew_asr.data.audio import decode_audio
+from hebrew_asr.data.mixture import Mixture
+from hebrew_asr.data.rows import load_rows
+from hebrew_asr.data.selection import load_train_and_eval
+from hebrew_asr.data.sources import DataConfig, Source, load_source
+from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.errors import InputError
+from hebrew_asr.training.resuming import training_arguments
+from hebrew_asr.training.run_log import RunLog
+from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, GradualUnfreezeTrainer, main
 
 
 def wav(path, seconds=1.0, rate=16_000, channels=1):
@@ -122,9 +122,9 @@ def test_a_row_without_audio_is_dropped(tmp_path):
 
 def test_the_cache_does_not_outlive_the_code(tmp_path, monkeypatch):
     folder = parquet(tmp_path / "data", [{"audio": wav(tmp_path / "a.wav"), "transcript": "שלום"}])
-    module = tmp_path / "hebrew_corpora.py"
-    shutil.copy(ROOT / "hebrew_corpora.py", module)
-    monkeypatch.setattr(hebrew_corpora, "__file__", str(module))
+    module = tmp_path / "rows.py"
+    shutil.copy(hebrew_corpora.__file__, module)
+    monkeypatch.setattr(hebrew_corpora, "CODE", (module, *hebrew_corpora.CODE[1:]))
     assert load_rows([Source(str(folder))], DataConfig(), for_training=True).column("text") == ["שלום"]
     monkeypatch.setattr(hebrew_corpora, "normalize_target", lambda text, _: f"שונה {text}")
     module.write_text(module.read_text() + "\n# changed\n")

@@ -12,8 +12,10 @@ import soundfile
 from chromium import look
 from conftest import first_rows
 
-from corpus_report import bidi_parts, one_line, playable, summarize, table, write_page, write_report
-from hebrew_corpora import DataConfig, Source, load_train_and_eval
+from hebrew_asr.data.report import playable, summarize, table, write_page, write_report
+from hebrew_asr.data.selection import load_train_and_eval
+from hebrew_asr.data.sources import DataConfig, Source
+from hebrew_asr.text.html import bidi_parts, one_line
 
 HOSTILE = "<script>alert(1)</script> שלום <img src=x onerror=alert(1)> \"' & עולם"
 MIXED = "קניתי iPhone 15 Pro, ואז C++ (ב-2024)."

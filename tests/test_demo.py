@@ -17,11 +17,13 @@ import transformers
 from conftest import DEMO
 from test_main_command import command
 
-from hebrew_audio import open_audio
-from hebrew_corpora import DataConfig, Source, load_rows
-from hebrew_scoring import leaderboard_normalize
-from hebrew_text import TIMESTAMP
-from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, SpeechDataset
+from hebrew_asr.data.audio import open_audio
+from hebrew_asr.data.rows import load_rows
+from hebrew_asr.data.sources import DataConfig, Source
+from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.text.scoring import leaderboard_normalize
+from hebrew_asr.text.targets import TIMESTAMP
+from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding
 from train_round2_gradual import demo
 
 

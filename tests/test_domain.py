@@ -8,10 +8,12 @@ from conftest import DEMO, first_rows
 from test_languages import sentences
 from test_main_command import command
 
-import evaluate_hebrew_asr as evaluation
-import train_domain
-from hebrew_corpora import InputError, Source
-from train_domain import demo, domain, recipe
+from hebrew_asr.data.sources import Source
+from hebrew_asr.errors import InputError
+from hebrew_asr.evaluation import measuring
+from hebrew_asr.evaluation import sets as sets_module
+from scripts import train_domain
+from scripts.train_domain import demo, domain, recipe
 from train_round2_gradual import round2
 
 
@@ -37,7 +39,7 @@ def test_the_recipe_replays_the_general_mix_by_its_shares_at_low_rates():
 
 def test_the_gates_are_the_general_set_english_and_silence():
     config, arguments = recipe(["--demo"])
-    sets = [evaluation.read_set(text, {}) for text in arguments[1 : arguments.index("--max_wer_rise")]]
+    sets = [sets_module.read_set(text, {}) for text in arguments[1 : arguments.index("--max_wer_rise")]]
     assert [(one.name, one.language, one.guarded) for one in sets] == [
         ("domain-1", "Hebrew", False),
         ("heldout", "Hebrew", True),
@@ -55,13 +57,13 @@ def test_the_gates_are_the_general_set_english_and_silence():
 
 def test_a_hebrew_set_is_a_gate_only_where_it_is_guarded():
     def gates(guarded: bool) -> list[dict]:
-        one = evaluation.EvaluationSet("heldout", Source("x"), guarded=guarded)
+        one = sets_module.EvaluationSet("heldout", Source("x"), guarded=guarded)
         results = [
             {"model": model, "set": "heldout", "reason": None, "wer": {"value": wer}}
             | {"language_accuracy": 100.0, "none_accuracy": None}
             for model, wer in (("after", 30.0), ("before", 20.0))
         ]
-        return evaluation.forgetting_gates(results, ["after", "before"], [one], 5.0)
+        return measuring.forgetting_gates(results, ["after", "before"], [one], 5.0)
 
     assert gates(False) == []
     assert [gate["passed"] for gate in gates(True)] == [False, True]
@@ -97,7 +99,7 @@ def test_the_exit_status_says_whether_something_was_forgotten(tmp_path, rate, mo
     if rate < 1:
         train_domain.command(options)
     else:
-        done = command("train_domain.py", *options, processes=1, timeout=600)
+        done = command("scripts/train_domain.py", *options, processes=1, timeout=600)
         text = done.stdout + done.stderr
         assert done.returncode == 1 and "forgotten: english: WER" in text and "did not pass the gate" in text, text
     results = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())

@@ -16,14 +16,15 @@ from conftest import DEMO
 from safetensors.torch import load_file
 from test_main_command import command
 
-import checkpoints
 import train_hebrew_asr_enhanced as training
 import train_round2_gradual as round2
 from benchmarks import effects, effects_report
 from benchmarks.effects import BY_NAME, VARIANTS, Options, Run
 from benchmarks.effects_report import change
-from hebrew_corpora import InputError
-from label_loss import IGNORED_LABEL
+from hebrew_asr.checkpoints import store
+from hebrew_asr.errors import InputError
+from hebrew_asr.model import stages as stages_module
+from hebrew_asr.model.loss import IGNORED_LABEL
 
 SEEDS, UTTERANCES = 5, 340
 
@@ -163,7 +164,7 @@ def test_stages_are_what_the_variants_names_say():
     assert list(one[0].learning_rates.values()) == pytest.approx([1e-4] * 3)
     assert list(one[1].learning_rates.values()) == pytest.approx([(1e-4 * 3e-5 * 3e-5 * 1e-4) ** 0.25] * 4)
     free = effects.nothing_frozen(stages, layers)
-    assert [set(stage.learning_rates) for stage in free] == [set(training.COMPONENTS)] * 2
+    assert [set(stage.learning_rates) for stage in free] == [set(stages_module.COMPONENTS)] * 2
     assert free[0].learning_rates["audio_top"] == 3e-5 and free[0].learning_rates["llm_top"] == 5e-5
     assert {(stage.audio_top_layers, stage.llm_top_layers) for stage in free} == {layers}
     (b,), (a,) = effects.only_first(stages, layers), effects.only_last(stages, layers)
@@ -218,7 +219,7 @@ def test_bf16_weights_are_numbers_of_bf16_after_every_step(options):
         config = effects.settings(options, run)
         config.save_steps = 1
         training.main(config)
-    last, first = checkpoints.names(run.folder(options) / "run" / "checkpoints")
+    last, first = store.names(run.folder(options) / "run" / "checkpoints")
     for file in (folder / name for folder in (first, last) for name in ("model.safetensors", "optimizer.safetensors")):
         tensors = load_file(file)
         assert tensors and all((t == t.bfloat16()).all() for t in tensors.values()), file
@@ -236,7 +237,7 @@ SHORT = ("--rows", 40, "--test_sentences", 12, "--max_steps", 3, "--generation_m
 def test_the_last_checkpoints_are_averaged(tmp_path):
     for step in (1, 2, 3):
         tensors = {"model.safetensors": {"w": torch.full((2,), float(step) ** 2)}}
-        checkpoints.write(tmp_path / "run" / "checkpoints", step, tensors, {}, {"wer": None})
+        store.write(tmp_path / "run" / "checkpoints", step, tensors, {}, {"wer": None})
     effects.write_last(tmp_path, 2)
     assert load_file(tmp_path / "last" / "model.safetensors")["w"].tolist() == [6.5, 6.5]
     effects.write_last(tmp_path, 1)

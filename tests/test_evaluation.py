@@ -21,11 +21,23 @@ from safetensors.torch import load_file, save_file
 from test_corpora import parquet
 
 import evaluate_hebrew_asr as evaluation
-from evaluate_hebrew_asr import EvaluationSet, parse
-from hebrew_audio import decode_audio
-from hebrew_corpora import InputError, Source
-from hebrew_scoring import leaderboard_normalize
-from transcription import Decoding, batches_of, cut_at_pauses, load_speech_model, plan, read_transcripts
+from evaluate_hebrew_asr import parse
+from hebrew_asr.data.audio import decode_audio
+from hebrew_asr.data.sources import Source
+from hebrew_asr.errors import InputError
+from hebrew_asr.evaluation import measuring
+from hebrew_asr.evaluation import sets as sets_module
+from hebrew_asr.evaluation.sets import EvaluationSet
+from hebrew_asr.evaluation.transcription import (
+    Decoding,
+    Transcript,
+    batches_of,
+    cut_at_pauses,
+    load_speech_model,
+    plan,
+    read_transcripts,
+)
+from hebrew_asr.text.scoring import leaderboard_normalize
 
 BASE = str(DEMO / "base")
 
@@ -219,7 +231,7 @@ def test_long_recordings_are_cut_at_pauses_and_scored_whole(tmp_path, heldout):
 
 def test_batches_are_sorted_within_their_budget_and_hold_everything_once(tmp_path, heldout):
     config = settings(tmp_path, heldout)
-    rows = evaluation.load_set(config.sets[0], config)
+    rows = sets_module.load_set(config.sets[0], config)
     pieces = plan(rows, 30.0, workers=0)
     batches = batches_of(pieces, batch_seconds=6.0)
     assert sorted(p for batch in batches for p in batch) == sorted(pieces) and len(pieces) == 11
@@ -357,20 +369,18 @@ def test_settings_that_cannot_be(arguments, message):
 def test_a_model_that_names_no_language_any_more_fails_the_gate():
     """`language None`, or no tag at all, is a wrong answer; a figure that is gone is no pass."""
     one = EvaluationSet("english", Source("x"), "English")
-    named = [
-        evaluation.record("a cat", evaluation.Transcript("a cat", language, False)) for language in ("English", "")
-    ]
+    named = [measuring.record("a cat", Transcript("a cat", language, False)) for language in ("English", "")]
     for record in named:
         record["seconds"], record["recording"] = 1.0, "r"
     results = [
-        {"model": model, "set": "english", "reason": None} | evaluation.summarize(records, one)
+        {"model": model, "set": "english", "reason": None} | measuring.summarize(records, one)
         for model, records in (("tuned", [named[1]] * 10), ("base", [named[0]] * 10))
     ]
     assert [r["language_accuracy"] for r in results] == [0.0, 100.0]
-    gates = evaluation.forgetting_gates(results, ["tuned", "base"], [one], limit=5.0)
+    gates = measuring.forgetting_gates(results, ["tuned", "base"], [one], limit=5.0)
     assert [gate["passed"] for gate in gates] == [True, False]
     results[0]["language_accuracy"] = None
-    assert [g["passed"] for g in evaluation.forgetting_gates(results, ["tuned", "base"], [one], 5.0)] == [True, False]
+    assert [g["passed"] for g in measuring.forgetting_gates(results, ["tuned", "base"], [one], 5.0)] == [True, False]
 
 
 def test_audio_that_changed_is_transcribed_again(tmp_path, heldout):

@@ -13,9 +13,9 @@ import pyarrow
 import pytest
 from chromium import look
 
-import evaluation_page
-from evaluation_page import difference, markdown_table, rate_plots, rates_in_bins, read_columns, write_page
-from hebrew_text import INVISIBLE
+from hebrew_asr.evaluation import page as evaluation_page
+from hebrew_asr.evaluation.page import difference, markdown_table, rate_plots, rates_in_bins, read_columns, write_page
+from hebrew_asr.text.targets import INVISIBLE
 
 HOSTILE = (
     '<script>alert(1)</script> </script></style><img src=x onerror=alert(1)> "\' onmouseover="alert(1) & {{ 7*7 }}'

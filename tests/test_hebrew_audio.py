@@ -10,8 +10,11 @@ import soundfile
 import soxr
 import torch
 
-import hebrew_audio as ha
-from hebrew_audio import SAMPLE_RATE, WaveformAugmentation, augment, check_waveform, decode_audio, fingerprint
+from hebrew_asr.data import audio as ha
+from hebrew_asr.data import fingerprints as fingerprints_module
+from hebrew_asr.data.audio import SAMPLE_RATE, check_waveform, decode_audio
+from hebrew_asr.data.augmentation import WaveformAugmentation, augment
+from hebrew_asr.data.fingerprints import fingerprint
 
 DEMO = Path(__file__).parent.parent / "demo"
 WAV, FLAC = {"format": "WAV"}, {"format": "FLAC"}
@@ -38,7 +41,7 @@ def demo_audio(part, step=1):
 
 
 def index_of(fingerprints):
-    index = ha.FingerprintIndex()
+    index = fingerprints_module.FingerprintIndex()
     [index.add(key, words) for key, words in enumerate(fingerprints)]
     return index
 
@@ -204,8 +207,8 @@ def test_different_clips_do_not_match(fingerprints):
     index = index_of(fingerprints)
     for key, words in enumerate(fingerprints):
         assert [match for match, _ in index.matches(words)] in ([key], [])  # none: too short to tell
-    others = [ha.fingerprint_distance(fingerprints[i], fingerprints[i + 1]) for i in range(40)]
-    assert min(others) > 0.3 and ha.fingerprint_distance(fingerprints[5], fingerprints[5][6:]) == 0
+    others = [fingerprints_module.fingerprint_distance(fingerprints[i], fingerprints[i + 1]) for i in range(40)]
+    assert min(others) > 0.3 and fingerprints_module.fingerprint_distance(fingerprints[5], fingerprints[5][6:]) == 0
 
 
 def test_a_clip_inside_a_recording_is_found_both_ways(speech, fingerprints):

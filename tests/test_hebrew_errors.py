@@ -5,8 +5,8 @@ import random
 import jiwer
 import pytest
 
-from hebrew_errors import CLASSES, LISTED, class_shares, read_errors, read_number, spellings_of
-from hebrew_scoring import leaderboard_normalize
+from hebrew_asr.text.error_classes import CLASSES, LISTED, class_shares, read_errors, read_number, spellings_of
+from hebrew_asr.text.scoring import leaderboard_normalize
 
 CASES = {
     "spelling": """

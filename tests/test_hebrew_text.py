@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from hebrew_scoring import leaderboard_normalize
-from hebrew_text import (
+from hebrew_asr.text.scoring import leaderboard_normalize
+from hebrew_asr.text.targets import (
     SPOKEN,
     Segment,
     TextRules,

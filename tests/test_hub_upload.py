@@ -16,10 +16,10 @@ import torch
 from conftest import ROOT, TOKEN
 from hub_server import HubServer
 
-import checkpoints
-import hub_upload
-from hebrew_corpora import InputError
-from hub_upload import CheckpointUploader, check_upload, fetch_checkpoints, upload
+from hebrew_asr.checkpoints import hub as hub_upload
+from hebrew_asr.checkpoints import store
+from hebrew_asr.checkpoints.hub import CheckpointUploader, check_upload, fetch_checkpoints, upload
+from hebrew_asr.errors import InputError
 
 REPO = "OzLabs/asr"
 BRANCH = "checkpoints-run"
@@ -37,18 +37,18 @@ class Config:
 def run(tmp_path) -> Path:
     """The folder of a run."""
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    checkpoints.write_status(tmp_path / "run", "running")
+    store.write_status(tmp_path / "run", "running")
     return tmp_path / "run"
 
 
-def save(run: Path, step: int, wer: float | None = None) -> checkpoints.Checkpoint:
+def save(run: Path, step: int, wer: float | None = None) -> store.Checkpoint:
     """A checkpoint with a file large enough to be cut in the middle."""
     tensors = {
         "model.safetensors": {"w": torch.randn(300_000, generator=torch.Generator().manual_seed(step))},
         "optimizer.safetensors": {"w/exp_avg": torch.full((1000,), float(step))},
     }
     documents = {"state.json": json.dumps({"step": step}).encode(), "config.json": b"{}"}
-    return checkpoints.write(run / "checkpoints", step, tensors, documents, {"wer": wer})
+    return store.write(run / "checkpoints", step, tensors, documents, {"wer": wer})
 
 
 class Lines(list):
@@ -75,7 +75,7 @@ def files_on(hub: HubServer, branch: str = BRANCH) -> dict[str, bytes]:
     return {path: content for path, content in hub.repos[REPO][branch].items() if path != ".gitattributes"}
 
 
-def files_in(*found: checkpoints.Checkpoint) -> dict[str, bytes]:
+def files_in(*found: store.Checkpoint) -> dict[str, bytes]:
     return {f"{c.folder.name}/{path.name}": path.read_bytes() for c in found for path in c.folder.iterdir()}
 
 
@@ -88,7 +88,7 @@ def test_the_newest_and_the_best_checkpoint_are_on_the_hub_and_its_history_holds
     saved = {}
     for step, wer in ((2, 40.0), (4, 30.0), (6, None), (8, 35.0)):
         saved[step] = save(run, step, wer)
-        checkpoints.prune(run / "checkpoints", 1, print, uploader.in_use)
+        store.prune(run / "checkpoints", 1, print, uploader.in_use)
         uploader.wake()
         assert uploader.drain(20)
     assert files_on(hub) == files_in(saved[4], saved[8])
@@ -100,7 +100,7 @@ def test_the_newest_and_the_best_checkpoint_are_on_the_hub_and_its_history_holds
     assert all(content in contents for content in hub.storage.values()), "nothing else is stored"
     assert uploader.say[-1].startswith("checkpoint step-00000008 is on the Hub: 1.2 MB in ")
     assert uploader.numbers(9) == {"hub/uploaded_step": 8, "hub/lag_steps": 1, "hub/failures": 0}
-    status = checkpoints.read_status(run)
+    status = store.read_status(run)
     assert status["state"] == "running" and status["hub"]["checkpoint"] == "step-00000008"
     assert (status["hub"]["lag_steps"], status["hub"]["failures"], status["hub"]["problem"]) == (0, 0, None)
 
@@ -133,10 +133,10 @@ def test_a_checkpoint_that_is_being_uploaded_is_not_pruned(hub, run):
     uploader.wake()
     wait_for(lambda: uploader.in_use)
     save(run, 4)
-    checkpoints.prune(run / "checkpoints", 1, print, uploader.in_use)
+    store.prune(run / "checkpoints", 1, print, uploader.in_use)
     assert first.folder.exists()
     assert uploader.drain(20) and uploader.failures == 0
-    checkpoints.prune(run / "checkpoints", 1, print, uploader.in_use)
+    store.prune(run / "checkpoints", 1, print, uploader.in_use)
     assert not first.folder.exists() and uploader.uploaded == "step-00000004"
 
 
@@ -146,7 +146,7 @@ def test_a_checkpoint_that_goes_away_while_it_is_uploaded_does_no_harm(hub, run)
     hub.fail("PUT", "/storage/", delay_s=0.5)
     uploader.wake()
     wait_for(lambda: hub.faults[0].times == 0)
-    checkpoints.set_aside_after(run / "checkpoints", 0)
+    store.set_aside_after(run / "checkpoints", 0)
     last = save(run, 1)
     assert uploader.drain(20)
     assert files_on(hub) == files_in(last)
@@ -196,8 +196,8 @@ def test_a_checkpoint_is_on_the_hub_after_another_attempt(hub, run, name):
         return
     assert uploader.failures >= 1
     assert [line for line in uploader.say if "training goes on, the next attempt is in" in line]
-    assert checkpoints.read_status(run)["hub"]["failures"] == uploader.failures
-    assert checkpoints.read_status(run)["hub"]["problem"] is None
+    assert store.read_status(run)["hub"]["failures"] == uploader.failures
+    assert store.read_status(run)["hub"]["problem"] is None
 
 
 def put_requests(hub: HubServer) -> int:
@@ -264,13 +264,13 @@ def test_a_network_that_is_gone_for_long_is_said_once_and_made_up_for(hub, run, 
     fault = hub.fail("*", "", hang_up=True, times=10**6)
     for step in (2, 4, 6):
         save(run, step)
-        checkpoints.prune(run / "checkpoints", 1, print, uploader.in_use)
+        store.prune(run / "checkpoints", 1, print, uploader.in_use)
         uploader.wake()
         wait_for(lambda before=uploader.failures: uploader.failures > before)
     assert len(uploader.say) == 1 and uploader.numbers(7)["hub/lag_steps"] == 7
-    assert checkpoints.read_status(run)["hub"]["problem"] == uploader.problem is not None
+    assert store.read_status(run)["hub"]["problem"] == uploader.problem is not None
     fault.times = 0
-    last = checkpoints.newest_valid(run / "checkpoints", print)
+    last = store.newest_valid(run / "checkpoints", print)
     assert uploader.drain(20) and files_on(hub) == files_in(last)
 
 
@@ -471,7 +471,7 @@ def test_the_newest_checkpoint_comes_back_from_the_hub_with_the_best_one(gone, r
 def test_a_newer_checkpoint_in_the_folder_is_kept_to(gone, run):
     save(run, 8)
     fetch_checkpoints(Config(), run, Lines())
-    assert [folder.name for folder in checkpoints.names(run / "checkpoints")] == ["step-00000008"]
+    assert [folder.name for folder in store.names(run / "checkpoints")] == ["step-00000008"]
 
 
 DOWNLOAD_FAULTS = {

@@ -8,7 +8,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from intervals import (
+from hebrew_asr.text.intervals import (
     MIN_RECORDINGS,
     compare,
     error_rate_interval,

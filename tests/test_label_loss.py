@@ -5,9 +5,12 @@ import torch
 import transformers
 from conftest import DEMO
 
-import label_loss
-from label_loss import IGNORED_LABEL, ChunkedNats, label_nats
-from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, SpeechDataset, freeze_for, load_model
+from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.model import loss
+from hebrew_asr.model.loading import load_to_train
+from hebrew_asr.model.loss import IGNORED_LABEL, ChunkedNats, label_nats
+from hebrew_asr.model.stages import freeze_for
+from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def logits_and_labels():
 
 @pytest.mark.parametrize("positions_at_once", [1, 5, 37, 100])
 def test_chunks_give_the_loss_and_gradients_of_all_logits_at_once(monkeypatch, positions_at_once):
-    monkeypatch.setattr(label_loss, "LOGITS_AT_ONCE", positions_at_once * 50)
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", positions_at_once * 50)
     hidden, weight, targets = logits_and_labels()
     each = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
     expected = torch.autograd.grad(each.sum() / 3, (hidden, weight))
@@ -44,7 +47,7 @@ def test_a_frozen_vocabulary_gets_no_gradient():
 
 
 def test_the_logits_of_all_positions_never_exist(model, batch, monkeypatch):
-    monkeypatch.setattr(label_loss, "LOGITS_AT_ONCE", 4 * 168)
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 4 * 168)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -62,7 +65,7 @@ def test_the_logits_of_all_positions_never_exist(model, batch, monkeypatch):
 
 def test_bf16_autocast_loses_no_more_than_it_does_in_transformers(batch):
     stock = transformers.Qwen3ASRForConditionalGeneration
-    exact, plain, ours = (kind.from_pretrained(DEMO / "base") for kind in (stock, stock, label_loss.SpeechModel))
+    exact, plain, ours = (kind.from_pretrained(DEMO / "base") for kind in (stock, stock, loss.SpeechModel))
     exact(**batch).loss.backward()
     with torch.autocast("cpu", torch.bfloat16):
         plain_loss, our_loss = plain(**batch).loss, ours(**batch).loss
@@ -92,7 +95,7 @@ def test_nats_come_row_by_row(model, batch):
 @pytest.mark.parametrize("number", [0, 1])
 def test_checkpointing_runs_what_trains_twice_and_a_frozen_encoder_once(config, model, batch, number):
     config.gradient_checkpointing = True
-    checkpointed = load_model(config, use_bf16=False)
+    checkpointed = load_to_train(config, use_bf16=False)
     runs: dict[str, int] = {}
     for either in (model, checkpointed):
         freeze_for(either, config.stages[number])

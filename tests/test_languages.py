@@ -9,13 +9,18 @@ import pytest
 from conftest import DEMO, first_rows
 from test_corpora import parquet, wav
 
-from checkpoints import differences
-from corpus_stream import EndlessPieces, load_streams_and_eval
-from hebrew_audio import decode_audio
-from hebrew_corpora import DataConfig, InputError, Source, load_rows, load_train_and_eval, split
-from hebrew_scoring import leaderboard_normalize
-from prepare_corpora import prepare
-from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, SpeechDataset, TrainingConfig, parse_config
+from hebrew_asr.checkpoints.store import differences
+from hebrew_asr.command_line import parse_config
+from hebrew_asr.data.audio import decode_audio
+from hebrew_asr.data.prepare import prepare
+from hebrew_asr.data.rows import load_rows
+from hebrew_asr.data.selection import load_train_and_eval, split
+from hebrew_asr.data.sources import DataConfig, Source
+from hebrew_asr.data.stream import EndlessPieces, load_streams_and_eval
+from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.errors import InputError
+from hebrew_asr.text.scoring import leaderboard_normalize
+from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, TrainingConfig
 
 ENGLISH = Source(str(DEMO / "replay" / "english"), language="English")
 NO_SPEECH = Source(str(DEMO / "replay" / "nonspeech"), language="None")

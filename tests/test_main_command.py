@@ -19,10 +19,13 @@ import transformers
 from conftest import DEMO, ROOT
 from hub_server import HubServer
 
-import checkpoints
-from hebrew_audio import decode_audio
-from hebrew_corpora import InputError, Source
-from train_hebrew_asr_enhanced import Stage, TrainingConfig, main, parse_config
+from hebrew_asr.checkpoints import store
+from hebrew_asr.command_line import parse_config
+from hebrew_asr.data.audio import decode_audio
+from hebrew_asr.data.sources import Source
+from hebrew_asr.errors import InputError
+from hebrew_asr.model.stages import Stage
+from train_hebrew_asr_enhanced import TrainingConfig, main
 from train_round2_gradual import demo, recipe, round2
 
 TOKEN = "hf_write_token_that_must_not_leak"
@@ -176,10 +179,10 @@ def test_the_checkpoints_are_on_the_hub_and_the_model_is_tagged(uploaded):
     run, done, hub, _ = uploaded
     repo = hub.repos["OzLabs/Qwen3-ASR-Hebrew-Round2"]
     assert repo.private and repo["run"] == repo["main"]
-    newest = checkpoints.names(run / "checkpoints")[0]
+    newest = store.names(run / "checkpoints")[0]
     for path in newest.iterdir():
         assert repo["checkpoints-run"][f"{newest.name}/{path.name}"] == path.read_bytes()
-    status = checkpoints.read_status(run)
+    status = store.read_status(run)
     assert (status["state"], status["hub"]["checkpoint"]) == ("finished", newest.name)
     assert "/commit/" in status["uploaded"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -211,7 +214,7 @@ def test_a_failed_upload_keeps_the_model_and_ends_with_an_error(tmp_path, corpus
     assert done.returncode == 1
     assert re.search(r"error: the upload to OzLabs/asr failed: .*, or: uv run hf upload OzLabs/asr", done.stderr)
     assert (tmp_path / "run" / "final_model" / "model.safetensors").exists()
-    assert checkpoints.read_status(tmp_path / "run")["uploaded"] is None
+    assert store.read_status(tmp_path / "run")["uploaded"] is None
     assert "Traceback" not in done.stderr
 
 

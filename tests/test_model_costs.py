@@ -5,8 +5,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model_costs import flops, work_of
-from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, SpeechDataset, freeze_for
+from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.model.costs import flops, work_of
+from hebrew_asr.model.stages import freeze_for
+from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding
 
 PARTS = ("audio_tower", "multi_modal_projector", "language_model")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_resume import HERE, assert_same, settings, two_processes  # noqa: F401 - `settings` is a fixture
 
-import checkpoints
+from hebrew_asr.checkpoints import store
 from train_hebrew_asr_enhanced import TrainingConfig
 
 pytestmark = pytest.mark.slow
@@ -74,7 +74,7 @@ def test_a_signal_to_one_agent_saves_a_checkpoint_from_which_the_same_command_go
     config = settings(tmp_path / "run", save_steps=100)
     stopped = two_agents(config, 8, "TERM-to-the-agent", static=True)
     assert all(status != 0 for status, _ in stopped), stopped
-    status = checkpoints.read_status(tmp_path / "run")
+    status = store.read_status(tmp_path / "run")
     assert status["state"] == "preempted" and status["checkpoint"] == "step-00000009", stopped
     done = two_agents(config, -1, "TERM", static=True)
     assert [status for status, _ in done] == [0, 0], done

@@ -6,16 +6,13 @@ import pytest
 import torch
 import transformers
 
-from hebrew_audio import AudioError
-from run_log import RunLog
-from train_hebrew_asr_enhanced import (
-    GradualUnfreezeTrainer,
-    SpeechDataset,
-    collate_evaluation,
-    load_model,
-    training_arguments,
-    trains_in,
-)
+from hebrew_asr.data.audio import AudioError
+from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.model.loading import load_to_train
+from hebrew_asr.model.stages import trains_in
+from hebrew_asr.training.resuming import training_arguments
+from hebrew_asr.training.run_log import RunLog
+from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, collate_evaluation
 
 
 @pytest.fixture
@@ -114,11 +111,11 @@ def evaluation_batch(trainer):
 
 
 def mixed(config):
-    return load_model(config, use_bf16=True)
+    return load_to_train(config, use_bf16=True)
 
 
 def all_bf16(config):
-    return load_model(config, use_bf16=False).to(torch.bfloat16)
+    return load_to_train(config, use_bf16=False).to(torch.bfloat16)
 
 
 def test_a_mixed_model_has_fp32_where_it_ever_trains_and_bf16_elsewhere(config):
@@ -157,7 +154,7 @@ def test_prediction_step_agrees_with_fp32(config, model, make_trainer, processor
 
 def test_prediction_step_transcribes_as_the_model_alone_does(config, model, make_trainer, processor, eval_rows):
     """Against stock generation of one clip at a time: batching and left padding change nothing."""
-    from hebrew_audio import decode_audio
+    from hebrew_asr.data.audio import decode_audio
 
     trainer = make_trainer(model.eval())
     order = eval_rows.seconds.argsort()[:4]
@@ -233,7 +230,7 @@ def test_the_model_kept_is_the_best_and_the_one_reported(config, monkeypatch, tm
 
 
 def test_gradients_that_are_not_finite_are_never_applied(config, model, make_trainer):
-    from resuming import BadSteps
+    from hebrew_asr.training.resuming import BadSteps
 
     trainer = make_trainer(model)
     with torch.no_grad():
@@ -275,7 +272,7 @@ def test_an_untrained_model_is_told_to_be_guessing(config, model, make_trainer, 
 
 
 def test_the_final_model_is_written_in_one_type_and_tied(config, model, processor, tmp_path):
-    from train_hebrew_asr_enhanced import save_for_use
+    from hebrew_asr.checkpoints.final import save_for_use
 
     save_for_use(model, processor, tmp_path / "final_model", torch.bfloat16)
     again = transformers.Qwen3ASRForConditionalGeneration.from_pretrained(tmp_path / "final_model", dtype="auto")

@@ -12,16 +12,11 @@ import torch
 from safetensors.torch import load_file
 from train_and_keep import keep_after_training
 
-from batching import UtteranceTokens, useful_tokens
-from hebrew_corpora import Mixture
-from train_hebrew_asr_enhanced import (
-    DataCollatorSpeechSeq2SeqWithPadding,
-    GlobalBatchSampler,
-    GradualUnfreezeTrainer,
-    SpeechDataset,
-    TrainingConfig,
-    main,
-)
+from hebrew_asr.data.mixture import Mixture
+from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.model.packing import useful_tokens
+from hebrew_asr.training.batches import GlobalBatchSampler, UtteranceTokens
+from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, GradualUnfreezeTrainer, TrainingConfig, main
 
 HERE = Path(__file__).parent
 SPEEDS = {

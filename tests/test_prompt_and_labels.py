@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from hebrew_audio import SAMPLE_RATE, decode_audio
-from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, SpeechDataset, audio_token_count
+from hebrew_asr.data.audio import SAMPLE_RATE, decode_audio
+from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.model.packing import audio_token_count
+from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding
 
 
 @pytest.fixture

@@ -14,12 +14,14 @@ import torch
 from conftest import DEMO, first_rows
 from test_corpora import parquet, wav
 
-import pseudo_label
-import transcription
-from hebrew_audio import audio_header, decode_audio
-from hebrew_corpora import DataConfig, InputError, Source, load_rows
-from pseudo_label import Labelling, confidence, distance, fate
-from transcription import Decoding, Transcript, load_speech_model
+from hebrew_asr.data.audio import audio_header, decode_audio
+from hebrew_asr.data.rows import load_rows
+from hebrew_asr.data.sources import DataConfig, Source
+from hebrew_asr.errors import InputError
+from hebrew_asr.evaluation import transcription
+from hebrew_asr.evaluation.transcription import Decoding, Transcript, load_speech_model
+from scripts import pseudo_label
+from scripts.pseudo_label import Labelling, confidence, distance, fate
 
 
 @pytest.fixture(scope="module")

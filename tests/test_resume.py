@@ -20,11 +20,12 @@ import wandb
 from conftest import DEMO, TOKEN, first_rows, small_config
 from hub_server import HubServer
 
-import checkpoints
-from hebrew_corpora import InputError, Source
-from resuming import CheckpointEvents
-from run_log import RunLog
-from run_watch import STOP_SIGNALS
+from hebrew_asr.checkpoints import store
+from hebrew_asr.data.sources import Source
+from hebrew_asr.errors import InputError
+from hebrew_asr.training.resuming import CheckpointEvents
+from hebrew_asr.training.run_log import RunLog
+from hebrew_asr.training.watch import STOP_SIGNALS
 from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig, main
 
 HERE = Path(__file__).parent
@@ -100,7 +101,7 @@ def rows(run: Path) -> list[dict]:
 
 
 def newest(run: Path) -> Path:
-    return checkpoints.names(run / "checkpoints")[0]
+    return store.names(run / "checkpoints")[0]
 
 
 def assert_same(run: Path, reference: Path) -> None:
@@ -132,11 +133,11 @@ def test_a_checkpoint_loads_as_a_model(whole):
     folder = checkpoint(whole, 7)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["step"], manifest["processes"], manifest["stage"]) == (7, 1, "A")
-    assert manifest["fingerprint"] == checkpoints.fingerprint(TrainingConfig(**manifest["settings"]).meaning())
+    assert manifest["fingerprint"] == store.fingerprint(TrainingConfig(**manifest["settings"]).meaning())
     assert manifest["files"].keys() | {"manifest.json"} == {path.name for path in folder.iterdir()}
     model = transformers.Qwen3ASRForConditionalGeneration.from_pretrained(folder)
     transformers.AutoProcessor.from_pretrained(folder)
-    saved = dict(checkpoints.verify(folder).tensors("model.safetensors"))
+    saved = dict(store.verify(folder).tensors("model.safetensors"))
     assert all(torch.equal(parameter, saved[name]) for name, parameter in model.named_parameters())
 
 
@@ -163,12 +164,12 @@ def test_the_same_command_goes_on_and_a_finished_run_does_nothing(whole, setting
     interrupt(monkeypatch, 8, fail)
     with pytest.raises(RuntimeError):
         main(config)
-    assert checkpoints.read_status(tmp_path / "run")["why"] == "the machine is gone"
+    assert store.read_status(tmp_path / "run")["why"] == "the machine is gone"
     assert rows(tmp_path / "run")[-1]["step"] == 8, "two steps are logged that the checkpoint does not have"
     main(dataclasses.replace(config, batch_size=config.batch_size, num_logged_predictions=1))
     assert "resumed at step 6 of 12, stage A, epoch 1.00" in capsys.readouterr().out
     assert_same(tmp_path / "run", whole)
-    status = checkpoints.read_status(tmp_path / "run")
+    status = store.read_status(tmp_path / "run")
     assert status["state"] == "finished" and status["step"] == 12
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     main(config)
@@ -181,11 +182,11 @@ def test_a_signal_saves_once_and_ends_with_a_status(whole, settings, tmp_path, m
     config = settings(tmp_path / "run", save_steps=100)
     interrupt(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert stopped(config) == 128 + signal.SIGTERM
-    status = checkpoints.read_status(tmp_path / "run")
+    status = store.read_status(tmp_path / "run")
     assert (status["state"], status["why"]) == ("preempted", "SIGTERM")
     assert status["step"] == 3 and status["checkpoint"] == "step-00000003"
     assert "stopped at step 3 (SIGTERM), checkpoint step-00000003" in capsys.readouterr().out
-    assert [path.name for path in checkpoints.names(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
+    assert [path.name for path in store.names(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
     main(config)
     assert_same(tmp_path / "run", whole)
 
@@ -230,7 +231,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_its_utterances_named(wh
     config.stages = config.stages[:1]
     main(config)
     two, three = (
-        dict(checkpoints.verify(checkpoint(tmp_path / "run", step)).tensors("model.safetensors")) for step in (2, 3)
+        dict(store.verify(checkpoint(tmp_path / "run", step)).tensors("model.safetensors")) for step in (2, 3)
     )
     assert all(torch.equal(two[name], three[name]) for name in two)
     lines = (tmp_path / "run" / "skipped-steps.txt").read_text().splitlines()
@@ -255,7 +256,7 @@ def test_a_run_whose_steps_stay_broken_gives_up(settings, tmp_path, monkeypatch)
     broken_steps(monkeypatch, lambda trainer, step: step > 3)
     with pytest.raises(InputError, match=r"going back 2 times did not help.*skipped-steps\.txt"):
         main(settings(tmp_path / "run", save_steps=1))
-    assert checkpoints.read_status(tmp_path / "run")["state"] == "failed"
+    assert store.read_status(tmp_path / "run")["state"] == "failed"
 
 
 def kill_a_worker() -> None:
@@ -300,13 +301,13 @@ def test_a_run_whose_folder_is_gone_goes_on_from_the_hub_in_the_same_bits(
     config = uploading(settings(run, save_steps=3, save_total_limit=1))
     interrupt(monkeypatch, 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert stopped(config) == 128 + signal.SIGTERM
-    status = checkpoints.read_status(run)
+    status = store.read_status(run)
     assert (status["state"], status["on_hub"], status["hub"]["lag_steps"]) == ("preempted", True, 0)
     assert "checkpoint step-00000009 is on the Hub" in capsys.readouterr().out.splitlines()
     shutil.rmtree(run)
     with pytest.raises(InputError, match="holds step-00000009 of the run run"):
         main(config)
-    assert not checkpoints.names(run / "checkpoints")
+    assert not store.names(run / "checkpoints")
     main(dataclasses.replace(config, resume="hub"))
     out = capsys.readouterr().out
     assert "checkpoint step-00000009 from OzLabs/asr: " in out and "resumed at step 9 of 12, stage A" in out
@@ -323,19 +324,19 @@ def test_a_run_that_loses_the_network_goes_on_and_is_uploaded_by_the_same_comman
 ):
     run = tmp_path / "run"
     config = uploading(settings(run, save_steps=3))
-    monkeypatch.setattr("hub_upload.FINAL_ATTEMPTS", 2)
+    monkeypatch.setattr("hebrew_asr.checkpoints.hub.FINAL_ATTEMPTS", 2)
     interrupt(monkeypatch, 4, lambda: hub.fail("*", "", hang_up=True, times=10**9))
     with pytest.raises(InputError, match=r"the upload to OzLabs/asr failed: .*\. Is there a network"):
         main(config)
     assert_same(run, whole)
-    status = checkpoints.read_status(run)
+    status = store.read_status(run)
     assert (status["state"], status["uploaded"]) == ("finished", None)
     assert status["hub"]["failures"] > 0 and status["hub"]["problem"]
     assert capsys.readouterr().out.count("training goes on, the next attempt") == 1
     hub.faults.clear()
     main(config)
     assert "is finished" in (out := capsys.readouterr().out) and "uploaded: " in out
-    assert "/commit/" in checkpoints.read_status(run)["uploaded"]
+    assert "/commit/" in store.read_status(run)["uploaded"]
 
 
 def test_a_hub_that_does_not_answer_does_not_hold_up_a_run_that_must_stop(settings, hub, tmp_path, monkeypatch, capsys):
@@ -349,7 +350,7 @@ def test_a_hub_that_does_not_answer_does_not_hold_up_a_run_that_must_stop(settin
     started = time.monotonic()
     assert stopped(config) == 128 + signal.SIGTERM
     assert time.monotonic() - started < 60
-    assert checkpoints.read_status(tmp_path / "run")["on_hub"] is False
+    assert store.read_status(tmp_path / "run")["on_hub"] is False
     assert "checkpoint step-00000003 is not on the Hub, which has none" in capsys.readouterr().out
 
 
@@ -377,10 +378,10 @@ def test_a_checkpoint_of_other_data_or_settings_is_refused(whole, settings, tmp_
 
 def test_a_checkpoint_of_another_model_size_is_refused(whole, settings, tmp_path):
     shutil.copytree(checkpoint(whole, 2), tmp_path / "step-00000002")
-    found = checkpoints.verify(checkpoint(whole, 2))
+    found = store.verify(checkpoint(whole, 2))
     weights = dict(found.tensors("model.safetensors"))
     weights["model.multi_modal_projector.linear_1.weight"] = torch.zeros(2, 3)
-    other = checkpoints.write(tmp_path / "other", 2, {"model.safetensors": weights}, {}, found.facts)
+    other = store.write(tmp_path / "other", 2, {"model.safetensors": weights}, {}, found.facts)
     with pytest.raises(InputError, match=r"is not of .*base: .*linear_1\.weight\.0: 2 → "):
         main(settings(tmp_path / "run", resume=str(other.folder)))
 
@@ -421,7 +422,7 @@ def test_a_run_of_two_processes_whose_folder_is_gone_goes_on_from_the_hub_in_the
         env = hub.env(home=tmp_path / "home", token=TOKEN)
         done = two_processes(config, 8, "TERM", env)
         assert done.returncode == 1 and "checkpoint step-00000009 is on the Hub" in done.stdout, done.stdout
-        assert checkpoints.read_status(tmp_path / "run")["on_hub"] is True
+        assert store.read_status(tmp_path / "run")["on_hub"] is True
         shutil.rmtree(tmp_path / "run")
         done = two_processes(dataclasses.replace(config, resume="hub"), -1, "TERM", env)
         assert done.returncode == 0 and done.stdout.count("resumed at step 9 of 12, stage A") == 1, done.stderr
@@ -436,7 +437,7 @@ def test_a_preempted_run_of_two_processes_ends_in_the_same_bits(settings, tmp_pa
     assert run("whole", -1, "TERM").returncode == 0
     done = run("broken", 8, "TERM")
     assert done.returncode == 1 and "stopped at step 9 (SIGTERM)" in done.stdout, done.stderr
-    assert checkpoints.read_status(tmp_path / "broken")["state"] == "preempted"
+    assert store.read_status(tmp_path / "broken")["state"] == "preempted"
     done = run("broken", -1, "TERM")
     assert done.returncode == 0 and "resumed at step 9 of 12, stage A" in done.stdout, done.stderr
     assert_same(tmp_path / "broken", tmp_path / "whole")
@@ -457,9 +458,9 @@ def test_another_number_of_processes_goes_on_with_the_same_steps_in_the_same_ord
     begun = of("resumed", resume=str(checkpoint(tmp_path / "whole", 3)))
     done = two_processes(begun, 8, "TERM")
     assert "resumed at step 3 of 12" in done.stdout and "stopped at step 9 (SIGTERM)" in done.stdout, done.stderr
-    assert checkpoints.verify(newest(tmp_path / "resumed")).facts["processes"] == 2
+    assert store.verify(newest(tmp_path / "resumed")).facts["processes"] == 2
     main(dataclasses.replace(begun, resume="auto"))
-    assert checkpoints.verify(newest(tmp_path / "resumed")).facts["processes"] == 1
+    assert store.verify(newest(tmp_path / "resumed")).facts["processes"] == 1
     expected = losses(tmp_path / "whole")
     assert len(expected) == LAST and losses(tmp_path / "resumed") == pytest.approx(expected, rel=1e-5)
     assert min(abs(a - b) for a, b in itertools.pairwise(expected)) > 1e-3, "other utterances would be seen"

@@ -21,18 +21,19 @@ import transformers
 from conftest import DEMO, first_rows, small_config
 from test_resume import own_signals  # noqa: F401 - a fixture
 
-import audit_corpus
-import average_checkpoints
-import checkpoints
-import policy_losses
-import pseudo_label
-import rewards
-from batching import pack_samples
-from hebrew_corpora import InputError, Source
-from label_loss import token_log_probs
-from model_card import settings_of, write_model_card
-from rewards import EARNED, RewardWeights, reward_parts, total_reward
-from rollouts import (
+from hebrew_asr.checkpoints import store
+from hebrew_asr.checkpoints.model_card import settings_of, write_model_card
+from hebrew_asr.data.selection import chosen_by_difficulty
+from hebrew_asr.data.sources import Source
+from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.errors import InputError
+from hebrew_asr.model.loss import token_log_probs
+from hebrew_asr.model.packing import pack_samples
+from hebrew_asr.model.stages import Stage
+from hebrew_asr.rl import losses as policy_losses
+from hebrew_asr.rl import rewards
+from hebrew_asr.rl.rewards import EARNED, RewardWeights, reward_parts, total_reward
+from hebrew_asr.rl.rollouts import (
     GenerateSampler,
     Group,
     InverseSampling,
@@ -44,10 +45,11 @@ from rollouts import (
     prompt_of,
     read_output,
 )
-from run_watch import Watch
-from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, SpeechDataset, Stage
-from train_round3_gspo import GspoConfig, GspoTrainer, check_start, chosen_by_difficulty, demo, recipe, train_round3
-from vllm_rollouts import VllmSampler
+from hebrew_asr.rl.vllm_sampler import VllmSampler
+from hebrew_asr.training.watch import Watch
+from scripts import audit_corpus, average_checkpoints, pseudo_label
+from scripts.train_round3_gspo import GspoConfig, GspoTrainer, check_start, demo, recipe, train_round3
+from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding
 
 HERE = Path(__file__).parent
 
@@ -185,7 +187,7 @@ def test_advantages_are_normalised_in_the_group_and_a_group_without_variance_has
 
 @pytest.mark.parametrize("positions_at_once", [1, 5, 100])
 def test_log_p_of_tokens_in_chunks_is_that_of_all_logits_and_so_is_its_gradient(monkeypatch, positions_at_once):
-    monkeypatch.setattr("label_loss.LOGITS_AT_ONCE", positions_at_once * 50)
+    monkeypatch.setattr("hebrew_asr.model.loss.LOGITS_AT_ONCE", positions_at_once * 50)
     torch.manual_seed(0)
     hidden = torch.randn(13, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
@@ -304,10 +306,10 @@ def utterances(config, processor, train_rows):
 
 @pytest.fixture
 def tuned(config):
-    from train_hebrew_asr_enhanced import load_model
+    from hebrew_asr.model.loading import load_to_train
 
     config.model_name_or_path = str(DEMO / "tuned")
-    return load_model(config, use_bf16=False).eval()
+    return load_to_train(config, use_bf16=False).eval()
 
 
 def test_what_is_drawn_does_not_depend_on_the_batch_and_has_the_log_p_of_the_trainers_forward(
@@ -551,7 +553,7 @@ def test_utterances_are_chosen_by_the_audits_rank(config, train_rows, tmp_path):
         demo(), difficulty_scores=str(tmp_path / "audit.parquet"), difficulty_range=(0.5, 0.9),
         train_sources=config.train_sources,
     )  # fmt: skip
-    kept = chosen_by_difficulty(train_rows, chosen)
+    kept = chosen_by_difficulty(train_rows, chosen.train_sources, chosen.difficulty_scores, chosen.difficulty_range)
     ranks = [1 + train_rows.column("digest").index(name) for name in kept.column("digest")]
     assert ranks == [rank for rank in range(1, count) if 0.5 <= 1 - (rank - 1) / (count - 2) <= 0.9]
     assert sum(drop.utterances for drop in kept.dropped) + len(kept) == len(train_rows) + sum(
@@ -657,7 +659,7 @@ def test_a_signal_during_a_rollout_saves_the_steps_before_it(whole, settings, tm
         status = end.code
     gc.collect()  # the frames of the run, with its lock
     assert status == 128 + 15
-    assert [c.name for c in checkpoints.names(tmp_path / "run" / "checkpoints")] == ["step-00000004"]
+    assert [c.name for c in store.names(tmp_path / "run" / "checkpoints")] == ["step-00000004"]
     monkeypatch.undo()
     train_round3(config)
     mine, other = (run / "checkpoints" / "step-00000012" / "model.safetensors" for run in (tmp_path / "run", whole))
@@ -672,7 +674,7 @@ def test_the_other_objectives_train_too(settings, tmp_path, objective):
 
 
 def test_nonspeech_is_heard_without_text_and_the_same_each_time(config, processor, train_rows):
-    from train_round3_gspo import RolloutDataset
+    from hebrew_asr.rl.data import RolloutDataset
 
     config = dataclasses.replace(demo(), nonspeech_share=0.5, seed=3)
     dataset = RolloutDataset(train_rows, processor, config, training=True)
@@ -691,7 +693,7 @@ def test_two_processes_train_what_one_trains(settings, tmp_path):
         file = tmp_path / f"{name}.json"
         file.write_text(json.dumps(dataclasses.asdict(config)))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command += [str(HERE.parent / "train_round3_gspo.py"), "--config", str(file)]
+        command += [str(HERE.parent / "scripts/train_round3_gspo.py"), "--config", str(file)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return rows(tmp_path / name / "run")

@@ -13,8 +13,8 @@ import torch
 import torch.distributed
 from accelerate import skip_first_batches
 
-import run_watch
-from run_watch import Watch
+from hebrew_asr.training import watch as run_watch
+from hebrew_asr.training.watch import Watch
 
 
 def child(body) -> int:

@@ -7,7 +7,7 @@ import hebrew
 import jiwer
 import pytest
 
-from hebrew_scoring import ErrorCounts, count_utterance, leaderboard_normalize, repeats, score
+from hebrew_asr.text.scoring import ErrorCounts, count_utterance, leaderboard_normalize, repeats, score
 
 REMOVED = "\u061c\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff\"'"
 

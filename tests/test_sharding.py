@@ -16,9 +16,11 @@ import transformers
 from conftest import small_config
 from safetensors.torch import load_file
 
-import checkpoints
-from hebrew_corpora import load_rows
-from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, SpeechDataset, generate, main
+from hebrew_asr.checkpoints import store
+from hebrew_asr.data.rows import load_rows
+from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.model.generation import generate
+from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, main
 
 HERE = Path(__file__).parent
 NUMBERS = ("train/loss", "train/grad_norm", "eval/loss", "eval/wer", "eval/cer", "final/loss", "final/wer")
@@ -73,8 +75,8 @@ def logged(runs: Path, name: str) -> list[dict]:
 
 def last(runs: Path, name: str) -> dict[str, torch.Tensor]:
     """Weights and moments of the last checkpoint."""
-    folder = checkpoints.names(runs / name / "checkpoints")[0]
-    checkpoints.verify(folder)
+    folder = store.names(runs / name / "checkpoints")[0]
+    store.verify(folder)
     return load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
 
 

@@ -7,20 +7,11 @@ import pytest
 import torch
 import transformers
 
-from hebrew_corpora import InputError
-from run_log import RunLog
-from train_hebrew_asr_enhanced import (
-    COMPONENTS,
-    GradualUnfreezeTrainer,
-    Stage,
-    TrainingConfig,
-    check_stages,
-    component_of,
-    freeze_for,
-    schedule_factor,
-    training_arguments,
-    trains_in,
-)
+from hebrew_asr.errors import InputError
+from hebrew_asr.model.stages import COMPONENTS, Stage, check_stages, component_of, freeze_for, trains_in
+from hebrew_asr.training.resuming import training_arguments
+from hebrew_asr.training.run_log import RunLog
+from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig, schedule_factor
 from train_round2_gradual import round2
 
 

@@ -16,9 +16,11 @@ import pytest
 from conftest import DEMO, ROOT
 from test_corpora import parquet, wav
 
-from corpus_stream import SpeechStream, StreamReader, load_streams_and_eval
-from hebrew_corpora import DataConfig, InputError, Source, load_rows
-from run_watch import Batches
+from hebrew_asr.data.rows import load_rows
+from hebrew_asr.data.sources import DataConfig, Source
+from hebrew_asr.data.stream import SpeechStream, StreamReader, load_streams_and_eval
+from hebrew_asr.errors import InputError
+from hebrew_asr.training.watch import Batches
 from train_hebrew_asr_enhanced import GradualUnfreezeTrainer
 
 

@@ -13,18 +13,15 @@ import torch
 from conftest import small_config
 from test_training_plan import Peak
 
-from batching import useful_tokens
-from hebrew_corpora import InputError
-from label_loss import IGNORED_LABEL
-from token_budget import Utterances, largest_budget, run_micro_batches, search
-from train_hebrew_asr_enhanced import (
-    DataCollatorSpeechSeq2SeqWithPadding,
-    SpeechDataset,
-    freeze_for,
-    load_model,
-    main,
-    parse_config,
-)
+from hebrew_asr.command_line import parse_config
+from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.errors import InputError
+from hebrew_asr.model.loading import load_to_train
+from hebrew_asr.model.loss import IGNORED_LABEL
+from hebrew_asr.model.packing import useful_tokens
+from hebrew_asr.model.stages import freeze_for
+from hebrew_asr.training.token_budget import Utterances, largest_budget, run_micro_batches, search
+from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, main
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -116,11 +113,11 @@ def test_a_step_of_training_at_the_budget_found_stays_within_the_memory(config, 
     """In both stages, with AdamW's moments and the gradients of a micro-batch before; half as much again does not."""
     collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
     config.max_audio_length_seconds, config.target_effective_batch = 4.0, 64
-    model = load_model(config, use_bf16=False)
+    model = load_to_train(config, use_bf16=False)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     limit = 4 * weights + 40_000_000
     with SmallDevice(list(model.parameters()), limit):
-        budget, most = search(config, model, collator, freeze_for, CPU, use_bf16=False, processes=1)
+        budget, most = search(config, model, collator, CPU, use_bf16=False, processes=1)
     assert budget < most // 2
 
     dataset = SpeechDataset(train_rows, processor, config, training=True)
@@ -132,7 +129,7 @@ def test_a_step_of_training_at_the_budget_found_stays_within_the_memory(config, 
         sizes = np.cumsum([len(prompts[0] + targets[0]) for prompts, targets in parts])
         utterances = [clip for clip, size in zip(clips, sizes, strict=True) if size <= tokens]
         assert len(utterances) < len(clips), "the corpus fills it"
-        return peak_of_training(load_model(config, use_bf16=False), collator.packed(utterances), config.stages)
+        return peak_of_training(load_to_train(config, use_bf16=False), collator.packed(utterances), config.stages)
 
     assert peak(budget) <= limit < peak(3 * budget // 2)
 
@@ -140,7 +137,7 @@ def test_a_step_of_training_at_the_budget_found_stays_within_the_memory(config, 
 def test_what_stands_beside_a_micro_batch_is_what_stands_in_training(config, processor):
     """In the last stage; with several processes also the buckets of DistributedDataParallel."""
     batch = Utterances(DataCollatorSpeechSeq2SeqWithPadding(processor, config), config).filling(1500)
-    model = load_model(config, use_bf16=False)
+    model = load_to_train(config, use_bf16=False)
     freeze_for(model, config.stages[-1])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found = []

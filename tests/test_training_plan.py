@@ -14,14 +14,17 @@ from conftest import DEMO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import training_plan
-from batching import audio_token_count, pack
-from hebrew_corpora import InputError, load_rows
-from label_loss import SpeechModel, label_nats
-from model_costs import PEAK_FLOPS, flops, work_of
-from train_hebrew_asr_enhanced import Stage, freeze_for, main, parse_config, trains_in
+from hebrew_asr.command_line import parse_config
+from hebrew_asr.data.rows import load_rows
+from hebrew_asr.errors import InputError
+from hebrew_asr.model.costs import PEAK_FLOPS, flops, work_of
+from hebrew_asr.model.loss import SpeechModel, label_nats
+from hebrew_asr.model.packing import audio_token_count, pack
+from hebrew_asr.model.stages import Stage, freeze_for, trains_in
+from hebrew_asr.training import plan as training_plan
+from hebrew_asr.training.plan import Weights, activations, make_plan, passing, standing
+from train_hebrew_asr_enhanced import main
 from train_round2_gradual import round2
-from training_plan import Weights, activations, make_plan, passing, standing
 
 STAGES = [
     Stage("B", 1, {"projector": 1e-4, "llm_top": 1e-4, "lm_head": 1e-4}, 2, 2),
@@ -143,7 +146,7 @@ class Peak(TorchDispatchMode):
 def test_the_peak_of_a_micro_batch_is_what_the_plan_says(size, vocabulary, checkpointing, monkeypatch):
     """In each stage after the first step, with gradients and moments there; what stands is exact."""
     model = small_model(size, vocabulary)
-    monkeypatch.setattr("label_loss.LOGITS_AT_ONCE", 40 * vocabulary)
+    monkeypatch.setattr("hebrew_asr.model.loss.LOGITS_AT_ONCE", 40 * vocabulary)
     monkeypatch.setattr(training_plan, "LOGITS_AT_ONCE", 40 * vocabulary)
     if checkpointing:
         checkpoint(model)

@@ -15,7 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from safetensors.torch import save_file
 
-from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig, freeze_for, launch, main, parse_config
+from hebrew_asr.command_line import parse_config
+from hebrew_asr.model.stages import freeze_for
+from hebrew_asr.processes import launch
+from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig, main
 
 
 def enter_stage_without_rewrap(self, stage):

@@ -17,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from accelerate.state import AcceleratorState, PartialState
 from torch.distributed.tensor import DTensor
 
-from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig, launch, main, parse_config
+from hebrew_asr.command_line import parse_config
+from hebrew_asr.processes import launch
+from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig, main
 
 train, clip = GradualUnfreezeTrainer.train, GradualUnfreezeTrainer._clip_grad_norm
 broken: list[int] = []  # steps of the run at hand

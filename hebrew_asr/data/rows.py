@@ -1,0 +1,342 @@
+"""Corpora of Hebrew speech: from a Hub id or a folder to pieces of audio, each with exactly the text spoken in it.
+
+At the start only texts and audio headers are read. What decoding alone can show (silence, clipping, truncation) is
+found by the workers that decode, or beforehand by prepare_corpora.py. Imports nothing of the training scripts.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+
+from hebrew_asr.data import audio as hebrew_audio
+from hebrew_asr.data import sources
+from hebrew_asr.data.audio import AudioError, audio_header, check_waveform, decode_audio
+from hebrew_asr.data.sources import DataConfig, Source, content_of, load_source, text_column
+from hebrew_asr.errors import InputError
+from hebrew_asr.files import digest
+from hebrew_asr.text import targets
+from hebrew_asr.text.targets import (
+    SPOKEN,
+    TextRules,
+    clean_previous,
+    cut_into_pieces,
+    has_hebrew,
+    normalize_target,
+    read_segments,
+)
+
+CODE = (__file__, sources.__file__, hebrew_audio.__file__, targets.__file__)  # what an index depends on
+INDEX = datasets.Features(
+    {
+        "row": datasets.Value("int64"),  # in its source
+        "start": datasets.Value("float64"),  # seconds, where the piece begins in the row's audio
+        "end": datasets.Value("float64"),  # seconds; null: the audio's end
+        "seconds": datasets.Value("float64"),
+        "text": datasets.Value("string"),  # the target
+        "reference": datasets.Value("string"),  # the transcript as it stands, without timestamps: for scoring
+        "previous": datasets.Value("string"),  # the text before it, written like a target
+        "recording": datasets.Value("string"),  # what a split must not divide
+        "digest": datasets.Value("string"),  # of the audio's bytes, or its path, and where in it the piece begins
+        "words": datasets.Value("string"),  # digest of the words alone, to find the same sentence elsewhere
+        "word_count": datasets.Value("int32"),
+        "language": datasets.Value("string"),  # as its source has it; null: the run's
+        "dropped": datasets.Value("string"),  # why it cannot be used, or ""
+    }
+)
+BROKEN = {  # reasons that count for max_broken_share
+    "zero bytes of audio",
+    "unreadable audio",
+    "no samples of audio",
+    "no such audio file",
+    "damaged audio",
+    "timestamps go backwards",
+    "text outside of the segments",
+    "unknown token in the text",
+    "text is not a string",
+    "truncated",  # these two only where the audio was listened to, see prepare_corpora.py
+    "not finite",
+}
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """What decides how a row is read; part of the key of the cache."""
+
+    column: str | None  # None: the transcript is not known
+    text_rules: TextRules
+    for_training: bool
+    shortest: float  # seconds
+    longest: float  # seconds
+    slowest: float  # characters a second
+    fastest: float  # characters a second
+    min_quality: float | None
+    require_hebrew: bool
+    language: str | None
+
+    @property
+    def has_speech(self) -> bool:
+        return self.language != "None"
+
+
+def row_settings(source: Source, columns: list[str], config: DataConfig, for_training: bool) -> RowSettings:
+    return RowSettings(
+        column=text_column(source, columns),
+        text_rules=config.text_rules,
+        for_training=for_training,
+        shortest=config.min_audio_length_seconds,
+        longest=config.max_audio_length_seconds if for_training else float("inf"),
+        slowest=config.min_characters_per_second,
+        fastest=config.max_characters_per_second,
+        min_quality=config.min_quality_score if for_training else None,
+        require_hebrew=config.require_hebrew and source.language in (None, "Hebrew"),
+        language=source.language,
+    )
+
+
+def describe_rows(rows: dict[str, list], numbers: list[int], settings: RowSettings) -> dict[str, list]:
+    """Columns of INDEX for a batch of rows: one or more pieces each, and what is dropped of them with its reason."""
+    described = []
+    for i, number in enumerate(numbers):
+        row = {name: values[i] for name, values in rows.items()}
+        described += [{"row": number} | piece for piece in describe_row(row, settings)]
+    return {name: [piece.get(name) for piece in described] for name in INDEX}
+
+
+OFFICIAL_PREFIX = re.compile(r"^language [A-Za-z]+<asr_text>")  # of the targets in the official script's JSONL
+
+
+def describe_row(row: dict[str, Any], settings: RowSettings) -> list[dict[str, Any]]:
+    """Reads one row's text and audio header; evaluation audio is decoded once too, so that it cannot fail later."""
+    known = {"start": 0.0, "text": "", "previous": "", "seconds": 0.0, "dropped": "", "language": settings.language}
+    audio = row["audio"] or {"bytes": None, "path": None}
+    transcript = "" if settings.column is None else row[settings.column]
+    metadata = read_metadata(row.get("metadata"))
+    known["recording"] = str(metadata.get("entry_id") or audio["path"] or "")
+    content = content_of(audio)
+    try:
+        seconds, _, _ = audio_header(audio)
+        known["seconds"] = seconds
+        if not settings.for_training and (problem := check_waveform(decode_audio(audio), seconds)) in BROKEN:
+            raise AudioError(problem)
+        if not settings.has_speech:
+            transcript = transcript or ""
+        if not isinstance(transcript, str):
+            raise ValueError("empty text" if transcript is None else "text is not a string")
+        transcript = OFFICIAL_PREFIX.sub("", transcript)
+        pieces, gaps = cut_into_pieces(read_segments(transcript), seconds, settings.longest)
+    except ValueError as error:  # AudioError is one
+        return [known | {"dropped": str(error)}]
+    quality = metadata.get("quality_score")
+    is_poor = settings.min_quality is not None and isinstance(quality, int | float) and quality < settings.min_quality
+    described = [known | {"start": g.start, "seconds": g.end - g.start, "dropped": g.reason} for g in gaps]
+    previous = row.get("prev_transcript")
+    previous = clean_previous(previous, settings.text_rules) if isinstance(previous, str) else ""
+    for piece in pieces:
+        text = normalize_target(piece.text, settings.text_rules)
+        words = [spoken for word in text.split() if (spoken := "".join(SPOKEN.findall(word)).lower())]
+        length = (seconds if piece.end is None else piece.end) - piece.start
+        dropped = "quality score too low" if is_poor else why_unusable(text, length, settings)
+        described.append(
+            known
+            | {"start": piece.start, "end": piece.end, "seconds": length, "text": text, "previous": previous}
+            | {"reference": piece.text, "dropped": dropped}
+            | {"digest": f"{content} {piece.start:.2f}", "words": digest(" ".join(words).encode())}
+            | {"word_count": len(words)}
+        )
+        previous = text
+    return described
+
+
+def read_metadata(metadata: Any) -> dict[str, Any]:
+    """A row's metadata, which some corpora write as JSON; {} where it is neither that nor a struct."""
+    if isinstance(metadata, str):
+        with contextlib.suppress(ValueError):
+            metadata = json.loads(metadata)
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def why_unusable(text: str, seconds: float, settings: RowSettings) -> str:
+    has_text = SPOKEN.search(text) is not None
+    if settings.has_speech and not has_text and (settings.for_training or settings.column is not None):
+        return "empty text"
+    if not settings.for_training:
+        return ""
+    if has_text and not settings.has_speech:
+        return "text where nobody speaks"
+    if settings.require_hebrew and not has_hebrew(text):
+        return "no Hebrew in the text"
+    if seconds < settings.shortest or seconds <= 0:
+        return f"shorter than {settings.shortest:g} s"
+    if seconds > settings.longest + targets.PAST_THE_END:
+        return f"longer than {settings.longest:g} s"
+    if settings.has_speech and not settings.slowest <= len(text) / seconds <= settings.fastest:
+        return f"not {settings.slowest:g}–{settings.fastest:g} characters a second"
+    return ""
+
+
+def why_unheard(waveform: np.ndarray, seconds: float, language: str | None) -> str | None:
+    """`check_waveform`, for which silence is no problem where nobody speaks."""
+    problem = check_waveform(waveform, seconds)
+    return None if (problem, language) == ("silent", "None") else problem
+
+
+def described(rows: datasets.Dataset, source: Source, settings: RowSettings, workers: int) -> datasets.Dataset:
+    """`describe_rows` of a source, cached on disk by its rows, the settings and the text of these modules.
+
+    `datasets` would key the cache by the function's name, and give back the texts of an older version of it.
+    """
+    code = [Path(file).read_text(encoding="utf-8") for file in CODE]
+    return rows.map(
+        describe_rows,
+        batched=True,
+        batch_size=64,
+        with_indices=True,
+        fn_kwargs={"settings": settings},
+        remove_columns=rows.column_names,
+        features=INDEX,
+        num_proc=workers if len(rows) > 10_000 else None,
+        new_fingerprint=datasets.fingerprint.Hasher.hash([rows._fingerprint, repr(settings), code]),
+        desc=f"reading {source.path}",
+    )
+
+
+@dataclass
+class Dropped:
+    """Pieces of one source left out for one reason."""
+
+    source: str  # as `str(source)` has it
+    reason: str
+    utterances: int
+    hours: float
+    examples: list[str]  # recordings of the first few; of what leaks, of all
+
+
+class SpeechRows:
+    """Pieces of several sources that are used, by number, and what was dropped of the sources.
+
+    The columns stay in the memory-mapped files of `datasets`; only which rows of them are used is held here.
+    """
+
+    def __init__(
+        self,
+        sources: list[datasets.Dataset],
+        index: pyarrow.Table,
+        used: np.ndarray,
+        dropped: list[Dropped],
+        seconds: np.ndarray | None = None,
+    ):
+        self.sources, self.index, self.used, self.dropped = sources, index, used, dropped
+        self.notes: list[str] = []  # for the report's reader
+        self.seconds = index["seconds"].to_numpy()[used] if seconds is None else seconds  # (pieces,)
+        self.source_numbers = index["source"].to_numpy()[used]  # (pieces,)
+
+    def __len__(self) -> int:
+        return len(self.used)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """One piece: the columns of INDEX, and `audio` with its compressed bytes."""
+        (piece,) = self.index.slice(int(self.used[number]), 1).to_pylist()
+        piece["seconds"] = float(self.seconds[number])
+        return piece | {"audio": self.sources[piece["source"]][piece["row"]]["audio"]}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[number] for number in range(len(self)))
+
+    def arrow(self, name: str) -> pyarrow.ChunkedArray:
+        return self.index[name].take(pyarrow.array(self.used))
+
+    def column(self, name: str) -> list[Any]:
+        return self.arrow(name).to_pylist()
+
+    def keep(self, mask: np.ndarray) -> "SpeechRows":
+        kept = SpeechRows(self.sources, self.index, self.used[mask], self.dropped, self.seconds[mask])
+        kept.notes = self.notes
+        return kept
+
+    @property
+    def hours(self) -> float:
+        return float(self.seconds.sum()) / 3600
+
+
+def load_rows(sources: list[Source], config: DataConfig, for_training: bool) -> SpeechRows:
+    """Loads sources; raises InputError when one cannot be read, nothing of it is left, or too much of it is broken."""
+    loaded, tables, dropped = [], [], []
+    for number, source in enumerate(sources):
+        rows = load_source(source)
+        settings = row_settings(source, rows.column_names, config, for_training)
+        wanted = {"audio", settings.column, "metadata", "prev_transcript"}
+        rows = rows.select_columns([name for name in rows.column_names if name in wanted])
+        table = described(rows, source, settings, config.preprocessing_num_workers).with_format("arrow")[:]
+        found = list(tally(table, str(source)).values())
+        if sum(drop.utterances for drop in found) == len(table):
+            raise InputError(f"{source}: none of its {len(rows)} rows can be used: {counts(found)}")
+        check_broken(source, found, len(rows), config.max_broken_share)
+        loaded.append(rows.select_columns(["audio"]))
+        tables.append(table.append_column("source", pyarrow.array(np.full(len(table), number, np.int32))))
+        dropped += found
+    index = pyarrow.concat_tables(tables)
+    used = np.flatnonzero(pyarrow.compute.equal(index["dropped"], "").to_numpy())
+    rows = SpeechRows(loaded, index, used, dropped)
+    return without_duplicates(rows, sources) if for_training and config.drop_duplicates else rows
+
+
+def total_dropped(rows: SpeechRows, source: Source) -> int:
+    return sum(drop.utterances for drop in rows.dropped if drop.source == str(source))
+
+
+def counts(dropped: list[Dropped]) -> dict[str, int]:
+    return {drop.reason: drop.utterances for drop in dropped}
+
+
+def check_broken(source: Source, dropped: list[Dropped], rows: int, share: float) -> None:
+    """Raises InputError, with names, when more than `share` of a source's rows are broken."""
+    broken = [drop for drop in dropped if drop.source == str(source) and drop.reason in BROKEN]
+    if sum(drop.utterances for drop in broken) > share * rows:
+        names = [name for drop in broken for name in drop.examples]
+        raise InputError(
+            f"{source}: {sum(drop.utterances for drop in broken)} of its {rows} rows are broken, more than"
+            f" max_broken_share ({share:g}): {counts(broken)}, among them {', '.join(names[:5])}"
+        )
+
+
+def tally(table: pyarrow.Table, source: str) -> dict[str, Dropped]:
+    """The dropped pieces of a described source, by reason."""
+    found: dict[str, Dropped] = {}
+    lost = table.filter(pyarrow.compute.not_equal(table["dropped"], "")).select(["dropped", "seconds", "recording"])
+    for piece in lost.to_pylist():
+        drop = found.setdefault(piece["dropped"], Dropped(source, piece["dropped"], 0, 0.0, []))
+        drop.utterances += 1
+        drop.hours += piece["seconds"] / 3600
+        if len(drop.examples) < 5:
+            drop.examples.append(piece["recording"])
+    return found
+
+
+def drop(
+    rows: SpeechRows, sources: list[Source], is_dropped: np.ndarray, reason: str, named: int | None = 5
+) -> SpeechRows:
+    """Leaves pieces out, counted by source under `reason`, the recordings of the first `named` (None: all) listed."""
+    for number, source in enumerate(sources):
+        mine = is_dropped & (rows.source_numbers == number)
+        if mine.any():
+            lost = rows.keep(mine)
+            names = SpeechRows(rows.sources, rows.index, lost.used[:named], []).column("recording")
+            rows.dropped.append(Dropped(str(source), reason, len(lost), lost.hours, names))
+    return rows.keep(~is_dropped) if is_dropped.any() else rows
+
+
+def without_duplicates(rows: SpeechRows, sources: list[Source]) -> SpeechRows:
+    digests = rows.arrow("digest").combine_chunks().dictionary_encode().indices.to_numpy()
+    is_first = np.zeros(len(rows), bool)
+    is_first[np.unique(digests, return_index=True)[1]] = True
+    return drop(rows, sources, ~is_first, "duplicate audio")

@@ -1,0 +1,223 @@
+"""Which rows train and which are held out."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+
+from hebrew_asr.data.audio import SOUND_VERSION, AudioError, decode_audio
+from hebrew_asr.data.rows import SpeechRows, check_broken, drop, load_rows, total_dropped
+from hebrew_asr.data.sources import DataConfig, Source
+from hebrew_asr.errors import InputError
+from hebrew_asr.files import DIGEST, digest
+from hebrew_asr.text import targets
+
+PREPARED = pyarrow.schema(
+    {
+        "name": pyarrow.string(),  # of a piece of audio, see `piece_names`
+        "seconds": pyarrow.float64(),  # as decoded
+        "problem": pyarrow.string(),  # why it cannot be used, or ""
+        "fingerprint": pyarrow.binary(),  # of its sound, one uint32 every 16 ms
+    }
+)
+LEAKED = pyarrow.schema(
+    {
+        "name": pyarrow.string(),  # of a piece of training audio
+        "recording": pyarrow.string(),  # of the evaluation utterance that sounds alike
+        "bit_error_rate": pyarrow.float64(),
+    }
+)
+HEARD = f"heard-{SOUND_VERSION}-*.parquet"
+
+
+def prepared_folder(source: Source, config: DataConfig) -> Path:
+    """Where prepare_corpora.py keeps what it heard of a source: heard-….parquet, leaks-<evaluation set>/….parquet."""
+    local = Path(source.path).resolve()
+    if config.prepared_dir is None and local.exists():  # beside a file it is hidden, or it would be data of its folder
+        return local.with_name(f"{local.name}.prepared" if local.is_dir() else f".{local.name}.prepared")
+    name = local.name if local.exists() else source.path.replace("/", "--")
+    return Path(config.prepared_dir or Path(datasets.config.HF_DATASETS_CACHE) / "prepared") / f"{name}.prepared"
+
+
+def piece_names(rows: SpeechRows) -> pyarrow.ChunkedArray:
+    """A name for each piece of audio: the digest of its content and its start, and its end; no row or source."""
+    ends = pyarrow.compute.round(rows.arrow("end"), 2).cast(pyarrow.string())
+    return pyarrow.compute.binary_join_element_wise(rows.arrow("digest"), ends.fill_null("end"), " ")
+
+
+def evaluation_key(heldout: SpeechRows) -> str:
+    return digest("".join(sorted(heldout.column("digest"))).encode())
+
+
+def read_parts(folders: list[Path], pattern: str, columns: pyarrow.Schema) -> pyarrow.Table:
+    files = [file for folder in folders for file in sorted(folder.glob(pattern))]
+    tables = [pyarrow.parquet.read_table(file, columns=columns.names) for file in files]
+    return pyarrow.concat_tables([columns.empty_table(), *tables])
+
+
+def with_prepared(train: SpeechRows, config: DataConfig) -> SpeechRows:
+    """Uses what `--prepare` heard: exact durations, and what only decoding shows is dropped and counted.
+
+    Pieces that were not listened to yet stay as their headers describe them.
+    """
+    folders = list(dict.fromkeys(prepared_folder(source, config) for source in config.train_sources))
+    heard = read_parts(folders, HEARD, pyarrow.schema([PREPARED.field(i) for i in range(3)]))
+    if not len(heard):
+        return train
+    places = pyarrow.compute.index_in(piece_names(train), heard["name"].combine_chunks())
+    is_heard = pyarrow.compute.is_valid(places).to_numpy()
+    places = places.fill_null(0).to_numpy()
+    seconds = np.where(is_heard, heard["seconds"].to_numpy()[places], train.seconds)
+    problems = np.where(is_heard, heard["problem"].to_numpy(zero_copy_only=False)[places], "")
+    has_speech = np.array([source.has_speech for source in config.train_sources])[train.source_numbers]
+    problems = np.where(~has_speech & (problems == "silent"), "", problems)
+    sizes = np.bincount(train.source_numbers, minlength=len(config.train_sources)).tolist()
+    sizes = [size + total_dropped(train, source) for size, source in zip(sizes, config.train_sources, strict=True)]
+    train = SpeechRows(train.sources, train.index, train.used, train.dropped, seconds)
+    train.notes.append(f"listened to before: {is_heard.mean():.1%} of the training utterances (--prepare)")
+    characters = pyarrow.compute.utf8_length(train.arrow("text")).to_numpy()
+    rate = characters / np.maximum(seconds, 1e-9)
+    slowest, fastest = config.min_characters_per_second, config.max_characters_per_second
+    reasons = {
+        f"shorter than {config.min_audio_length_seconds:g} s": seconds < config.min_audio_length_seconds,
+        f"longer than {config.max_audio_length_seconds:g} s": seconds
+        > config.max_audio_length_seconds + targets.PAST_THE_END,
+        f"not {slowest:g}–{fastest:g} characters a second": has_speech & ((rate < slowest) | (rate > fastest)),
+    }
+    for reason, is_so in reasons.items():
+        problems = np.where(is_heard & is_so & (problems == ""), reason, problems)
+    for reason in sorted(set(problems.tolist()) - {""}):
+        mask = problems == reason
+        train, problems = drop(train, config.train_sources, mask, reason), problems[~mask]
+    for source, size in zip(config.train_sources, sizes, strict=True):
+        check_broken(source, train.dropped, size, config.max_broken_share)
+    return train
+
+
+def without_leaks(train: SpeechRows, heldout: SpeechRows, config: DataConfig) -> SpeechRows:
+    """Removes training pieces with the words of an evaluation utterance, with its very bytes, or with its sound.
+
+    The sound is compared by `--prepare`, so that it is found under another codec, rate or level.
+    """
+    contents = [pyarrow.compute.utf8_slice_codeunits(rows.arrow("digest"), 0, DIGEST) for rows in (train, heldout)]
+    by_audio = pyarrow.compute.is_in(contents[0], contents[1].combine_chunks()).to_numpy()
+    train = drop(train, config.train_sources, by_audio, "audio of an evaluation set", named=None)
+    folders = list(dict.fromkeys(prepared_folder(source, config) for source in config.train_sources))
+    compared = f"leaks-{evaluation_key(heldout)}"
+    if leaks := sorted(read_parts(folders, f"{compared}/*.parquet", LEAKED)["name"].to_pylist()):
+        by_sound = pyarrow.compute.is_in(piece_names(train), pyarrow.array(leaks)).to_numpy()
+        train = drop(train, config.train_sources, by_sound, "sound of an evaluation set", named=None)
+    parts = [part for folder in folders for part in folder.glob(HEARD)]
+    if any(not (part.parent / compared / part.name).exists() for part in parts):
+        train.notes.append("not all of it was compared by sound with this evaluation set: run --prepare again")
+    is_long = pyarrow.compute.greater_equal(heldout.arrow("word_count"), config.leak_min_words)
+    sentences = heldout.arrow("words").filter(is_long).combine_chunks()
+    by_text = pyarrow.compute.is_in(train.arrow("words"), sentences).to_numpy()
+    return drop(train, config.train_sources, by_text, "text of an evaluation set", named=None)
+
+
+def worst(scores: pyarrow.Table, share: float) -> pyarrow.Table:
+    """The utterances of an audit whose rank is within `share` of all that have one."""
+    limit = round(share * (len(scores) - scores["rank"].null_count))
+    return scores.filter(pyarrow.compute.less_equal(scores["rank"], limit))
+
+
+def without_worst(train: SpeechRows, config: DataConfig) -> SpeechRows:
+    """Drops what the audit ranks worst; a transcript that was corrected since has other words, and stays."""
+    try:
+        scores = pyarrow.parquet.read_table(config.audit_scores, columns=["digest", "words", "rank"])
+    except (OSError, KeyError, pyarrow.ArrowException) as error:
+        raise InputError(f"{config.audit_scores} is no table of audit_corpus.py: {error}") from error
+
+    def names(column: Callable[[str], pyarrow.ChunkedArray]) -> pyarrow.ChunkedArray:
+        return pyarrow.compute.binary_join_element_wise(column("digest"), column("words"), " ")
+
+    mine = names(train.arrow)
+    if not pyarrow.compute.any(pyarrow.compute.is_in(mine, names(scores.column).combine_chunks())).as_py():
+        raise InputError(f"{config.audit_scores}: none of its utterances is in train_sources")
+    is_bad = pyarrow.compute.is_in(mine, names(worst(scores, config.drop_worst_share).column).combine_chunks())
+    reason = f"among the audit's worst {config.drop_worst_share:.0%}"
+    return drop(train, config.train_sources, is_bad.to_numpy(), reason)
+
+
+def split(config: DataConfig, seed: int) -> tuple[SpeechRows, SpeechRows]:
+    """Training and evaluation rows, as texts and headers describe them; leaks are still in."""
+    train = load_rows(config.train_sources, config, for_training=True)
+    if config.eval_sources:
+        heldout = load_rows(config.eval_sources, config, for_training=False)
+    else:
+        is_own = pyarrow.compute.is_null(train.arrow("language"))  # an error rate is of one language
+        recordings = sorted(train.arrow("recording").filter(is_own).unique().to_pylist())
+        if len(recordings) < 2:
+            raise InputError(
+                f"eval_sources is empty, and the training data in the run's language has {len(recordings)} recordings:"
+                " name an evaluation set"
+            )
+        count = max(1, round(config.eval_fraction * len(recordings)))
+        chosen = set(np.random.default_rng(seed).choice(recordings, count, replace=False).tolist())
+        is_heldout = pyarrow.compute.is_in(train.arrow("recording"), pyarrow.array(sorted(chosen)))
+        is_heldout = pyarrow.compute.and_(is_heldout, is_own).to_numpy()
+        heldout = SpeechRows(train.sources, train.index, train.used[is_heldout], [])
+        train = drop(train, config.train_sources, is_heldout, "held out for evaluation")
+    return train, heldout
+
+
+def load_train_and_eval(config: DataConfig, seed: int) -> tuple[SpeechRows, SpeechRows]:
+    train, heldout = split(config, seed)
+    train = without_leaks(with_prepared(train, config), heldout, config)
+    if config.audit_scores:
+        train = without_worst(train, config)
+    heldout = without_too_many(heldout, config)
+    if not config.eval_sources:
+        heldout = drop(heldout, config.train_sources, ~np.array([decodes(row) for row in heldout]), "does not decode")
+    used = set(np.unique(train.source_numbers).tolist())
+    if lost := [source.path for number, source in enumerate(config.train_sources) if number not in used]:
+        raise InputError(f"nothing is left to train on of {', '.join(lost)}, after the split and the removal of leaks")
+    return train, heldout
+
+
+def without_too_many(heldout: SpeechRows, config: DataConfig) -> SpeechRows:
+    """At most `max_eval_utterances`, spread over the set."""
+    if not config.max_eval_utterances or len(heldout) <= config.max_eval_utterances:
+        return heldout
+    is_left_out = np.ones(len(heldout), bool)
+    is_left_out[np.linspace(0, len(heldout) - 1, config.max_eval_utterances).astype(int)] = False
+    reason = f"more than max_eval_utterances ({config.max_eval_utterances})"
+    return drop(heldout, config.eval_sources or config.train_sources, is_left_out, reason)
+
+
+def decodes(piece: dict[str, Any]) -> bool:
+    try:
+        return len(decode_audio(piece["audio"], piece["start"], piece["end"])) > 0
+    except AudioError:
+        return False
+
+
+def chosen_by_difficulty(
+    train: SpeechRows, sources: list[Source], scores_file: str, quantiles: tuple[float, float]
+) -> SpeechRows:
+    """Keeps the utterances between two quantiles of the audit's ranking (1: most likely a wrong transcript)."""
+    try:
+        scores = pyarrow.parquet.read_table(scores_file, columns=["digest", "words", "rank"])
+    except (OSError, KeyError, pyarrow.ArrowException) as error:
+        raise InputError(f"{scores_file} is no table of audit_corpus.py: {error}") from error
+    scores = scores.filter(pyarrow.compute.is_valid(scores["rank"]))
+    names = [
+        pyarrow.compute.binary_join_element_wise(column("digest"), column("words"), " ").combine_chunks()
+        for column in (train.arrow, scores.column)
+    ]
+    places = pyarrow.compute.index_in(names[0], names[1])
+    is_known = pyarrow.compute.is_valid(places).to_numpy(zero_copy_only=False)
+    ranks = scores["rank"].to_numpy()[places.fill_null(0).to_numpy()] if len(scores) else np.zeros(len(train))
+    low, high = quantiles
+    quantile = 1 - (ranks - 1) / max(1, len(scores) - 1)
+    is_kept = is_known & (low <= quantile) & (quantile <= high)
+    if not is_kept.any():
+        raise InputError(f"{scores_file}: none of its utterances in difficulty_range is in train_sources")
+    train = drop(train, sources, ~is_kept & is_known, f"not in difficulty_range {low:g}–{high:g}")
+    return drop(train, sources, ~is_known[is_kept | ~is_known], "not audited")

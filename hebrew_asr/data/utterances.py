@@ -1,0 +1,89 @@
+"""One utterance: from a row to log-mel features and text."""
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import transformers
+from transformers import Qwen3ASRProcessor
+
+from hebrew_asr.data.audio import SAMPLE_RATE, AudioError, decode_audio
+from hebrew_asr.data.augmentation import WaveformAugmentation, augment
+from hebrew_asr.data.rows import SpeechRows, why_unheard
+
+
+class UtteranceSettings(Protocol):
+    """The settings that an utterance's audio and text depend on."""
+
+    seed: int
+    language: str
+    prev_context_prob: float
+    use_waveform_augmentation: bool
+    waveform_augmentation: WaveformAugmentation
+
+
+def has_context(seed: int, epoch: int, number: int, probability: float) -> bool:
+    """Whether an utterance is given with the text before it."""
+    return np.random.default_rng([seed, epoch, number, 1]).random() < probability
+
+
+def log_mel(feature_extractor: transformers.Qwen3ASRFeatureExtractor, waveform: np.ndarray) -> np.ndarray:
+    """Features (mel, frames) of one waveform (samples,) at 16 kHz, without padding."""
+    extracted = feature_extractor(
+        waveform, sampling_rate=SAMPLE_RATE, padding=True, return_attention_mask=True, return_tensors="np"
+    )
+    return extracted["input_features"][0, :, : int(extracted["attention_mask"].sum())]
+
+
+class SpeechDataset(torch.utils.data.Dataset):
+    """Utterances with log-mel features, addressed by (epoch, number): what is drawn for one depends on nothing else.
+
+    Features are taken of each clip alone: in a batch the extractor gives most clips one more valid frame.
+    """
+
+    def __init__(
+        self, rows: SpeechRows | None, processor: Qwen3ASRProcessor, config: UtteranceSettings, training: bool
+    ):
+        self.rows, self.config, self.training = rows, config, training
+        self.feature_extractor = processor.feature_extractor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
+        """One utterance, or, in training, `dropped` with the reason why it cannot be heard."""
+        epoch, number = draw
+        return self.utterance(self.rows[number], epoch, number)
+
+    def utterance(self, row: dict[str, Any], epoch: int, number: int) -> dict[str, Any]:
+        try:
+            waveform = self.waveform(row, epoch, number)
+        except AudioError as error:
+            if not self.training:
+                raise
+            return {"dropped": f"{error}: {row['recording']} (utterance {number}, {row['text']!r})"}
+        given = self.training and has_context(self.config.seed, epoch, number, self.config.prev_context_prob)
+        return {
+            "features": log_mel(self.feature_extractor, waveform),
+            "text": row["text"],
+            "context": row["previous"] if given else "",
+            "language": row["language"] or self.config.language,
+            "epoch": int(epoch),
+            "index": int(number),
+        }
+
+    def waveform(self, row: dict[str, Any], epoch: int, number: int) -> np.ndarray:
+        """Decodes one utterance; in training also checks and augments it. Raises AudioError."""
+        waveform = decode_audio(row["audio"], row["start"], row["end"])
+        if not self.training:
+            return waveform
+        if problem := why_unheard(waveform, row["seconds"], row["language"]):
+            raise AudioError(problem)
+        if self.config.use_waveform_augmentation:
+            random = np.random.default_rng([self.config.seed, epoch, number, 2])
+            waveform = augment(waveform, self.config.waveform_augmentation, random)
+        return waveform
+
+    def __getitems__(self, micro_batches: list[list[tuple[int, int]]]) -> list[list[dict[str, Any]]]:
+        """One step's share of one process, as torch's loader asks for it: a list of micro-batches."""
+        return [[self[draw] for draw in micro_batch] for micro_batch in micro_batches]

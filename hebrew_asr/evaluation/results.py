@@ -1,0 +1,254 @@
+"""Results of an evaluation: files, card, report."""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from hebrew_asr.data.audio import AudioError, decode_audio
+from hebrew_asr.data.rows import SpeechRows
+from hebrew_asr.data.sources import Source
+from hebrew_asr.errors import InputError
+from hebrew_asr.evaluation.measuring import compare_models, forgetting_gates, measure, record, summarize
+from hebrew_asr.evaluation.page import markdown_table, write_page
+from hebrew_asr.evaluation.sets import EvaluationConfig, EvaluationSet, describe_set
+from hebrew_asr.evaluation.transcription import Transcript, read_transcripts
+from hebrew_asr.text import error_classes
+from hebrew_asr.text.scoring import ErrorCounts, leaderboard_normalize
+
+# ------------------------------------------------------------------------------------------------------------- Writing
+UTTERANCE = pyarrow.schema(
+    {
+        **{name: pyarrow.string() for name in ("model", "set", "language", "recording", "reference", "hypothesis")},
+        **{"number": pyarrow.int64(), "seconds": pyarrow.float64(), "snr_db": pyarrow.float64()},
+        **{n: pyarrow.string() for n in ("detected_language", "reference_normalized", "hypothesis_normalized")},
+        **{one.name: pyarrow.int64() for one in dataclasses.fields(ErrorCounts)},
+        **{name: pyarrow.int64() for name in ("raw_words", "raw_errors")},
+        **{name: pyarrow.bool_() for name in ("repetition", "truncated")},
+        **{name: pyarrow.string() for name in ("error_classes", "chunks")},
+    }
+)
+
+
+def write_files(
+    folder: Path, results: dict[str, Any], records: list[dict], audio: Callable[[str, int], np.ndarray | None]
+) -> None:
+    table = pyarrow.Table.from_pylist(records, UTTERANCE)
+    pyarrow.parquet.write_table(table, folder / "utterances.parquet")
+    content = json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False)
+    (folder / "results.json").write_text(content + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(markdown_table(results), encoding="utf-8")
+    write_page(folder / "evaluation.html", results, table, audio)
+
+
+def card_results(results: dict[str, Any], model: str) -> list[huggingface_hub.EvalResult]:
+    """The first model's rates in the Hub's own format for evaluations."""
+    sets = {one["name"]: one for one in results["sets"]}
+    return [
+        huggingface_hub.EvalResult(
+            task_type="automatic-speech-recognition",
+            dataset_type=sets[found["set"]]["path"],
+            dataset_name=found["set"],
+            dataset_config=sets[found["set"]]["config_name"],
+            dataset_split=sets[found["set"]]["split"],
+            metric_type=metric,
+            metric_value=round(found[metric]["value"], 2),
+        )
+        for found in results["results"]
+        if found["model"] == model and found["reason"] is None and found["wer"]
+        for metric in ("wer", "cer")
+    ]
+
+
+def update_card(folder: Path, results: dict[str, Any], model: str) -> None:
+    """Puts the figures into a model card's metadata, and the table at its end, in place of an earlier one."""
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    card.data.eval_results, card.data.model_name = card_results(results, model), model
+    before, _, after = card.text.partition("\n## Evaluation\n")
+    _, next_heading, rest = after.partition("\n## ")
+    table = f"\n\n## Evaluation\n\n{markdown_table(results)}"
+    card.text = before.rstrip("\n") + table + next_heading + rest
+    card.save(folder / "README.md")
+
+
+def lines_of(results: dict[str, Any]) -> list[str]:
+    """What the console shows at the end."""
+    lines = [markdown_table(results)]
+    lines += [
+        f"left out of {found['set']}: {count} × {reason}"
+        for found in results["results"]
+        if found["reason"] is None and found["model"] == results["models"][0]["name"]
+        for reason, count in found["dropped"].items()
+    ]
+    lines += [f"{one['set']}: {one['verdict']}" for one in results["comparisons"]]
+    lines += [f"{'passed' if g['passed'] else 'FAILED'}: {g['name']}, {g['detail']}" for g in results["gates"]]
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------- Main
+def display_names(models: list[str]) -> list[str]:
+    """Short names, each only once: a Hub id as it is, a folder by its name and, where needed, its parents'."""
+    names = []
+    for model in models:
+        parts = Path(model).resolve().parts if Path(model).exists() else (model,)
+        take = 2 if parts[-1] == "final_model" else 1
+        while (name := "/".join(parts[-take:])) in names and take < len(parts):
+            take += 1
+        names.append(name if name not in names else f"{name} ({len(names) + 1})")
+    return names
+
+
+def versions() -> dict[str, str]:
+    packages = "torch transformers datasets jiwer numpy soundfile soxr accelerate".split()
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+def report(
+    config: EvaluationConfig,
+    folder: Path,
+    names: list[str],
+    dtypes: dict[str, str],
+    rows: dict[str, SpeechRows],
+    transcribed: dict[tuple[str, str], Path],
+    reasons: dict[tuple[str | None, str], str],
+) -> None:
+    """Writes the files and raises InputError for what was asked for and not measured, and for failed gates."""
+    found, records = [], {}
+    for name in names:
+        for one in config.sets:
+            reason = reasons.get((None, one.name)) or reasons.get((name, one.name))
+            if reason is None:
+                try:
+                    written = read_transcripts(transcribed[name, one.name], len(rows[one.name]))
+                    result, mine = measure(name, one, rows[one.name], written)
+                    found.append(result)
+                    records[name, one.name] = mine
+                    continue
+                except InputError as error:
+                    reason = str(error)
+            found.append({"model": name, "set": one.name, "reason": reason})
+    decoding = config.decoding
+    how = "greedy" if decoding.num_beams == 1 else f"{decoding.num_beams} beams"
+    how += f", sampled at temperature {decoding.temperature:g}" if decoding.temperature else ""
+    results = {
+        "created": time.strftime("%Y-%m-%d"),
+        "settings": dataclasses.asdict(config) | {"confidence": 0.95},
+        "versions": versions(),
+        "sets": [describe_set(one, rows.get(one.name)) for one in config.sets],
+        "models": [
+            {"name": name, "path": path, "language": decoding.language or "free", "decoding": how}
+            | {"dtype": dtypes.get(name)}
+            for path, name in zip(config.models, names, strict=True)
+        ],
+        "results": found,
+        "comparisons": [c for one in config.sets for c in compare_models(records, names, one.name)],
+        "quoted": config.quoted,
+        "gates": forgetting_gates(found, names, config.sets, config.max_wer_rise),
+        "error_class_rules": error_classes.CLASSES,
+    }
+
+    def audio(name: str, number: int) -> np.ndarray | None:
+        row = rows[name][number]
+        try:
+            return decode_audio(row["audio"], row["start"], row["end"])
+        except AudioError:
+            return None
+
+    write_files(folder, results, [r for mine in records.values() for r in mine], audio)
+    conclude(config, folder, results)
+
+
+def conclude(config: EvaluationConfig, folder: Path, results: dict[str, Any]) -> None:
+    """Says what came out; raises InputError for what did not."""
+    if config.update_card:
+        card = Path(config.models[0]) / "README.md"
+        if not card.exists():
+            raise InputError(f"--update_card: {card} does not exist")
+        update_card(card.parent, results, results["models"][0]["name"])
+    for line in lines_of(results):
+        print(line, flush=True)
+    print(f"written: {folder}/evaluation.html, results.json, utterances.parquet, table.md", flush=True)
+    missing = [f"{r['model']} on {r['set']} ({r['reason']})" for r in results["results"] if r["reason"]]
+    failed = [f"{gate['name']} ({gate['detail']})" for gate in results["gates"] if not gate["passed"]]
+    problems = [f"not measured: {one}" for one in missing] + [f"forgotten: {one}" for one in failed]
+    if problems:
+        raise InputError("; ".join(problems))
+
+
+# ----------------------------------------------------------------------------------------- Transcripts made elsewhere
+def score_files(config: EvaluationConfig) -> None:
+    """Scores JSONL files of pairs; several must have the same references, and are compared."""
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = display_names(config.score)
+    one = EvaluationSet("transcripts", Source(config.score[0]))
+    found, records, references = [], {}, None
+    for path, name in zip(config.score, names, strict=True):
+        pairs = read_pairs(Path(path))
+        if references not in (None, [pair["reference"] for pair in pairs]):
+            raise InputError(f"{path} has other references than {config.score[0]}: they cannot be compared")
+        references = [pair["reference"] for pair in pairs]
+        mine = [
+            record(pair["reference"], Transcript(pair["hypothesis"], pair.get("language"), truncated=None))
+            | {"model": name, "set": one.name, "number": i, "language": one.language, "snr_db": None}
+            | {"recording": str(pair.get("recording") or i), "seconds": pair["seconds"]}
+            for i, pair in enumerate(pairs)
+        ]
+        found.append({"model": name, "set": one.name, "reason": None} | summarize(mine, one))
+        found[-1] |= {"dropped": {}, "audio_seconds_per_second": None, "peak_memory_gb": None}
+        records[name, one.name] = mine
+    known = describe_set(one, None) | {"utterances": len(references)}
+    results = {
+        "created": time.strftime("%Y-%m-%d"),
+        "settings": dataclasses.asdict(config) | {"confidence": 0.95},
+        "versions": versions(),
+        "sets": [known],
+        "models": [
+            {"name": name, "path": path, "language": "free", "decoding": "elsewhere", "dtype": None}
+            for path, name in zip(config.score, names, strict=True)
+        ],
+        "results": found,
+        "comparisons": compare_models(records, names, one.name),
+        "quoted": [],
+        "gates": [],
+        "error_class_rules": error_classes.CLASSES,
+    }
+    write_files(folder, results, [r for mine in records.values() for r in mine], lambda name, number: None)
+    conclude(config, folder, results)
+
+
+def read_pairs(file: Path) -> list[dict[str, Any]]:
+    """Reads pairs; raises InputError that names the line."""
+    pairs = []
+    try:
+        lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            pair = json.loads(line)
+            texts = [pair["reference"], pair["hypothesis"], pair.get("language") or ""]
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError("reference, hypothesis and language must be texts")
+            "".join(texts).encode()  # refuses half a surrogate pair
+            pair["seconds"] = float(pair.get("seconds") or 0)
+            if not math.isfinite(pair["seconds"]):
+                raise ValueError("seconds must be a number")
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f'{file}, line {number}: {error!r}. A line is {{"reference": "…", "hypothesis": "…"}}, and may have'
+                " recording, seconds and language"
+            ) from error
+        pairs.append(pair)
+    if not any(leaderboard_normalize(pair["reference"]) for pair in pairs):
+        raise InputError(f"{file} has no reference with a word in it")
+    return pairs

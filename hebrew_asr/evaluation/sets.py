@@ -1,0 +1,124 @@
+"""Evaluation sets."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from hebrew_asr.data.rows import SpeechRows, load_rows
+from hebrew_asr.data.selection import without_too_many
+from hebrew_asr.data.sources import DataConfig, Source
+from hebrew_asr.errors import InputError
+from hebrew_asr.evaluation.transcription import Decoding
+from hebrew_asr.files import DEMO, digest
+
+PARQUET_COPY = "refs/convert/parquet"  # of the datasets that are scripts
+
+
+@dataclass
+class EvaluationSet:
+    """A dataset to measure on."""
+
+    name: str
+    source: Source
+    language: str = "Hebrew"
+    """As Qwen3-ASR names it; `None`, its name for no speech: nobody speaks, and the right transcript is empty."""
+    guarded: bool = False
+    """A gate although it is in Hebrew: what was to stay as good as it was while something else was learned."""
+
+    @property
+    def has_speech(self) -> bool:
+        return self.language != "None"
+
+
+LEADERBOARD = [
+    EvaluationSet("eval-d1", Source("ivrit-ai/eval-d1", split="test", text_column="text")),
+    EvaluationSet("whatsapp", Source("ivrit-ai/eval-whatsapp", split="test", text_column="text")),
+    EvaluationSet("saspeech", Source("upai-inc/saspeech", split="test", text_column="text")),
+    EvaluationSet("fleurs", Source("google/fleurs", "he_il", PARQUET_COPY, "test", "transcription")),
+    EvaluationSet(
+        "common-voice", Source("mozilla-foundation/common_voice_17_0", "he", PARQUET_COPY, "test", "sentence")
+    ),
+    EvaluationSet("kan", Source("imvladikon/hebrew_speech_kan", split="validation", text_column="sentence")),
+]
+DEMO_SETS = [
+    EvaluationSet("heldout", Source(str(DEMO / "heldout"), split="test")),
+    EvaluationSet("heldout-noisy", Source(str(DEMO / "heldout_noisy"), split="test")),
+    EvaluationSet("english", Source(str(DEMO / "english"), split="test"), language="English"),
+    EvaluationSet("non-speech", Source(str(DEMO / "nonspeech"), split="test"), language="None"),
+]
+SPEC = "description of Round 2: "
+QUOTED = [  # WER in percent, as others report it; nothing here was measured by this command
+    {"name": "Round 1", "wer": 12.3, "source": SPEC + "eval-d1 or its equivalent"},
+    {"name": "Whisper large v3", "wer": 15.0, "source": SPEC + "about 15, set not named"},
+    {"name": "Google Cloud Speech", "wer": 12.0, "source": SPEC + "about 12, set not named"},
+    {"name": "best known, eval-d1", "wer": 5.1, "source": SPEC + "leaderboard of ivrit.ai"},
+    {"name": "best known, WhatsApp", "wer": 7.2, "source": SPEC + "leaderboard of ivrit.ai"},
+    {"name": "best known, Common Voice", "wer": 14.9, "source": SPEC + "leaderboard of ivrit.ai"},
+    {"name": "best known, FLEURS", "wer": 17.4, "source": SPEC + "leaderboard of ivrit.ai"},
+]
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured, and how."""
+
+    models: list[str] = field(default_factory=list)
+    """Folders or Hub ids; the first is the one in question, the others are compared with it."""
+    sets: list[EvaluationSet] = field(default_factory=lambda: list(LEADERBOARD))
+    decoding: Decoding = field(default_factory=Decoding)
+    score: list[str] = field(default_factory=list)
+    """Files of transcripts made elsewhere, in place of models."""
+    max_utterances: int | None = None
+    """Of each set, spread evenly over it; None: all."""
+    max_wer_rise: float | None = 5.0
+    """Points of WER that the model in question may be worse than the first it is compared with, on sets in other
+    languages and guarded ones, and points of share that it may name the language, or answer silence with silence,
+    less often."""
+    quoted: list[dict[str, Any]] = field(default_factory=lambda: list(QUOTED))
+    output_dir: str = "evaluation"
+    num_workers: int = 4
+    update_card: bool = False
+    """Write the figures into the model card of the first model, a local folder."""
+    process_timeout_minutes: int = 600
+
+
+def read_set(text: str, known: dict[str, EvaluationSet]) -> EvaluationSet:
+    if not text.startswith("{"):
+        if text not in known:
+            raise InputError(f"no set {text!r}: there are {', '.join(known)}, or one of your own as JSON")
+        return known[text]
+    try:
+        given = json.loads(text)
+        language = str(given.pop("language", "Hebrew")).capitalize()  # as Qwen3-ASR writes them, null too
+        guarded = bool(given.pop("guarded", False))
+        one = EvaluationSet(given.pop("name"), Source(**given), language, guarded)
+        if not isinstance(one.name, str) or not isinstance(one.source.path, str):
+            raise TypeError("name and path must be texts")
+        return one
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{text} is no set: {error!r}") from error
+
+
+def load_set(one: EvaluationSet, config: EvaluationConfig) -> SpeechRows:
+    settings = DataConfig(
+        eval_sources=[one.source],
+        max_eval_utterances=config.max_utterances,
+        preprocessing_num_workers=max(1, config.num_workers),
+    )
+    rows = load_rows([dataclasses.replace(one.source, language=one.language)], settings, for_training=False)
+    return without_too_many(rows, settings)
+
+
+def describe_set(one: EvaluationSet, rows: SpeechRows | None) -> dict[str, Any]:
+    known = {"name": one.name, "path": one.source.path, "config_name": one.source.config_name}
+    known |= {"split": one.source.split, "language": one.language, "kind": "speech" if one.has_speech else "non-speech"}
+    if rows is None:
+        return known | {"utterances": None, "hours": None, "recordings": None, "fingerprint": None}
+    content = json.dumps([rows.column("digest"), rows.column("reference")]).encode()
+    return known | {
+        "utterances": len(rows),
+        "hours": rows.hours,
+        "recordings": len(set(rows.column("recording"))),
+        "fingerprint": digest(content),
+    }

@@ -1,0 +1,393 @@
+"""Transcribing recordings with a checkpoint: Qwen3-ASR, or any speech model that transformers has a pipeline for.
+
+Recordings longer than a model hears are cut at their quietest moments and the texts joined. What is transcribed is on
+disk at once, and is not transcribed again after an interruption.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import resource
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+
+from hebrew_asr.data import audio, utterances
+from hebrew_asr.data.audio import SAMPLE_RATE, AudioError, decode_audio
+from hebrew_asr.data.rows import SpeechRows
+from hebrew_asr.data.utterances import log_mel
+from hebrew_asr.errors import InputError
+from hebrew_asr.files import digest
+from hebrew_asr.model import generation, packing, prompts
+from hebrew_asr.model.generation import as_it_fits, generate
+from hebrew_asr.model.loading import check_whole, checkpoint_problems, load_model, load_processor
+from hebrew_asr.model.prompts import Prompts
+from hebrew_asr.processes import in_processes
+
+CODE = (__file__, audio.__file__, utterances.__file__, packing.__file__, prompts.__file__, generation.__file__)
+MOST_TOKENS = (64, 12)  # of a transcript: so many, and so many a second; a fast speaker's Hebrew has 8 a second
+MOST_AT_ONCE = 256  # pieces of a batch, however short
+PROGRESS = "{desc}: {percentage:3.0f}% {bar} {n:.0f}/{total:.0f} s of audio, {elapsed} so far, {remaining} left"
+FRAME = 320  # samples in which loudness is measured: 20 ms
+PAUSE_FRAMES = 15  # averaged: the quietest 0.3 s, not the quietest closure of a plosive
+
+
+@dataclass
+class Decoding:
+    """How transcripts are written."""
+
+    language: str | None = None
+    """Given to the model (`Hebrew`); None: it names the language itself, as users call it."""
+    context: str = ""
+    """Hot words or other text for the system turn, where Qwen3-ASR takes context."""
+    num_beams: int = 1
+    max_new_tokens: int | None = None
+    """None: 64, and 12 a second."""
+    longest_seconds: float = 30.0
+    """Longer recordings are cut at pauses."""
+    batch_seconds: float = 240.0
+    """Of audio in a batch, padding included."""
+    dtype: str = "auto"
+    """auto (bfloat16 where the GPU has it), bfloat16 or float32."""
+    temperature: float = 0.0
+    """0: the likeliest token at each step; above: sampled, from all tokens. Only with Qwen3-ASR."""
+    seed: int = 0
+    """Of the samples. The same command samples the same; another `batch_seconds` does not."""
+
+
+class Piece(NamedTuple):
+    """A stretch of a recording, short enough for a model."""
+
+    number: int  # of the recording in its set
+    place: int  # of the piece in the recording
+    start: float  # seconds
+    end: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What a model wrote for a piece, or for a recording."""
+
+    text: str
+    language: str | None
+    """As the model named it, "" where it named none; None for a model that names none, or was given one."""
+    truncated: bool | None
+    """The limit of tokens ended it; None where that cannot be told."""
+
+
+class Transcriber(Protocol):
+    """A model that transcribes; `features` runs in worker processes."""
+
+    dtype: str
+
+    def features(self, waveform: np.ndarray) -> Any: ...
+
+    def transcribe(self, features: list[Any], seconds: list[float]) -> list[Transcript]: ...
+
+
+# --------------------------------------------------------------------------------------------------------------- Models
+def load_speech_model(name: str, decoding: Decoding, device: torch.device) -> Transcriber:
+    """Loads a checkpoint by its kind; raises InputError for one that is not whole or does not transcribe."""
+    bf16 = decoding.dtype == "bfloat16" or (
+        decoding.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    )
+    with checkpoint_problems(name):
+        kind = transformers.AutoConfig.from_pretrained(name).model_type
+        if kind == "qwen3_asr":
+            return QwenModel(name, decoding, device, bf16)
+        if kind not in MODEL_FOR_CTC_MAPPING_NAMES and kind not in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES:
+            raise InputError(f"{name} does not transcribe speech (its model_type is {kind})")
+        return PipelineModel(name, decoding, device, bf16)
+
+
+class QwenModel:
+    """Qwen3-ASR under the prompts that training evaluates with."""
+
+    def __init__(self, name: str, decoding: Decoding, device: torch.device, bf16: bool):
+        self.decoding, self.dtype = decoding, "bfloat16" if bf16 else "float32"
+        self.processor = load_processor(name)
+        self.model = load_model(name, use_bf16=bf16).to(device).eval()
+        self.prompts = Prompts(self.processor)
+        ends = self.model.generation_config.eos_token_id
+        self.ends = {self.prompts.end_of_turn_id, *(ends if isinstance(ends, list) else [ends])}
+
+    def features(self, waveform: np.ndarray) -> np.ndarray:
+        return log_mel(self.processor.feature_extractor, waveform)
+
+    def transcribe(self, features: list[np.ndarray], seconds: list[float]) -> list[Transcript]:
+        """Each piece has its own limit of tokens, so that no transcript depends on what else is in the batch."""
+        few, a_second = MOST_TOKENS
+        limits = [self.decoding.max_new_tokens or few + math.ceil(a_second * s) for s in seconds]
+        prefix = self.prompts.language_prefix(self.decoding.language) if self.decoding.language else []
+        prompts = [self.prompts.prompt(f.shape[1], self.decoding.context) + prefix for f in features]
+        batch = self.prompts.to_generate(features, prompts)
+        with torch.random.fork_rng():  # of the CPU and of all GPUs
+            torch.manual_seed(int(digest(f"{self.decoding.seed}".encode() + features[0].tobytes())[:12], 16))
+            generated = generate(
+                self.model, batch, max(limits), num_beams=self.decoding.num_beams, temperature=self.decoding.temperature
+            )
+        tokens = [row[:limit] for row, limit in zip(generated.tolist(), limits, strict=True)]
+        truncated = [not self.ends.intersection(row) for row in tokens]
+        parsed = self.processor.decode(tokens, return_format="parsed")
+        prefilled = self.decoding.language
+        return [
+            Transcript(output["transcription"] or "", None if prefilled else output["language"] or "", cut)
+            for output, cut in zip(parsed, truncated, strict=True)
+        ]
+
+
+class PipelineModel:
+    """Whisper and others, as transformers' own pipeline runs them."""
+
+    def __init__(self, name: str, decoding: Decoding, device: torch.device, bf16: bool):
+        if decoding.context or decoding.temperature:
+            raise InputError(f"{name}: only Qwen3-ASR takes a context, and is sampled from")
+        self.dtype = "bfloat16" if bf16 else "float32"
+        is_ctc = transformers.AutoConfig.from_pretrained(name).model_type in MODEL_FOR_CTC_MAPPING_NAMES
+        kind = transformers.AutoModelForCTC if is_ctc else transformers.AutoModelForSpeechSeq2Seq
+        model, loaded = kind.from_pretrained(name, dtype=getattr(torch, self.dtype), output_loading_info=True)
+        check_whole(name, loaded)
+        self.pipeline = transformers.pipeline(
+            "automatic-speech-recognition",
+            model=model,
+            tokenizer=transformers.AutoTokenizer.from_pretrained(name),
+            feature_extractor=transformers.AutoFeatureExtractor.from_pretrained(name),
+            device=device,
+        )
+        self.settings: dict[str, Any] = {}
+        if self.pipeline.model.can_generate():
+            self.settings = {"num_beams": decoding.num_beams}
+            if decoding.language and getattr(self.pipeline.model.generation_config, "is_multilingual", False):
+                self.settings |= {"language": decoding.language.lower(), "task": "transcribe"}
+            if decoding.max_new_tokens:
+                self.settings |= {"max_new_tokens": decoding.max_new_tokens}
+
+    def features(self, waveform: np.ndarray) -> np.ndarray:
+        return waveform
+
+    def transcribe(self, features: list[np.ndarray], seconds: list[float]) -> list[Transcript]:
+        given = {"generate_kwargs": self.settings} if self.settings else {}
+        heard = [{"raw": waveform, "sampling_rate": SAMPLE_RATE} for waveform in features]
+        outputs = self.pipeline(heard, batch_size=len(heard), **given)
+        return [Transcript(output["text"].strip(), None, truncated=None) for output in outputs]
+
+
+# --------------------------------------------------------------------------------------------------- Pieces and batches
+def cut_at_pauses(waveform: np.ndarray, longest: float) -> list[tuple[float, float]]:
+    """Divides a waveform (samples,) at 16 kHz into stretches of at most `longest` seconds.
+
+    Each cut is at the quietest moment of the second half of what would still fit. Returns (start, end) in seconds.
+    """
+    frames = len(waveform) // FRAME
+    power = np.square(waveform[: frames * FRAME], dtype=np.float64).reshape(frames, FRAME).mean(axis=1)
+    loudness = np.convolve(power, np.ones(PAUSE_FRAMES) / PAUSE_FRAMES, mode="same")
+    total, most, cuts = len(waveform) / SAMPLE_RATE, int(longest * SAMPLE_RATE / FRAME), [0]
+    while total - cuts[-1] * FRAME / SAMPLE_RATE > longest:
+        first = cuts[-1] + most // 2
+        cuts.append(first + int(np.argmin(loudness[first : cuts[-1] + most])))
+    edges = [cut * FRAME / SAMPLE_RATE for cut in cuts] + [total]
+    return list(itertools.pairwise(edges))
+
+
+def plan(rows: SpeechRows, longest: float, workers: int) -> list[Piece]:
+    """The pieces of a set: whole recordings where they are short enough, and those between pauses of the others."""
+
+    def cut(number: int) -> list[tuple[float, float]]:
+        row = rows[number]
+        return cut_at_pauses(decode_audio(row["audio"], row["start"], row["end"]), longest)
+
+    is_long = rows.seconds > longest
+    starts, ends = rows.column("start"), rows.column("end")
+    pieces = [
+        Piece(number, 0, starts[number], ends[number], float(rows.seconds[number]))
+        for number in np.flatnonzero(~is_long).tolist()
+    ]
+    long = np.flatnonzero(is_long).tolist()
+    for number, stretches in zip(long, in_processes(long, cut, workers), strict=True):
+        start = starts[number]
+        pieces += [Piece(number, i, start + a, start + b, b - a) for i, (a, b) in enumerate(stretches)]
+    return pieces
+
+
+def batches_of(pieces: list[Piece], batch_seconds: float) -> list[list[Piece]]:
+    """Longest first, in batches of at most `batch_seconds` with padding; the same for every number of processes."""
+    batches: list[list[Piece]] = []
+    for piece in sorted(pieces, key=lambda piece: (-piece.seconds, piece.number, piece.place)):
+        fits = batches and (len(batches[-1]) + 1) * batches[-1][0].seconds <= batch_seconds
+        if fits and len(batches[-1]) < MOST_AT_ONCE:
+            batches[-1].append(piece)
+        else:
+            batches.append([piece])
+    return batches
+
+
+def estimated_snr(waveform: np.ndarray) -> float | None:
+    """Power of the loudest tenth of the frames of 20 ms over that of the quietest, in dB; None where it is silent.
+
+    An estimate from one clip: pauses shorter than a frame, and noise that comes and goes, are taken for speech.
+    """
+    frames = len(waveform) // FRAME
+    if frames < 10:
+        return None
+    power = np.square(waveform[: frames * FRAME], dtype=np.float64).reshape(frames, FRAME).mean(axis=1)
+    quiet, loud = np.percentile(power, [10, 90])
+    return 10 * math.log10(loud / max(quiet, 1e-10)) if loud > 1e-10 else None
+
+
+# --------------------------------------------------------------------------------------------------- Transcribing a set
+def key(name: str, dtype: str, decoding: Decoding, rows: SpeechRows) -> str:
+    """Names what transcripts depend on: the weights, the audio, how they are written, and the code between them."""
+    folder = Path(transformers.utils.cached_file(name, "config.json")).parent
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir()) if f.is_file()]
+    files = [file for file in files if file[0] != "README.md"]
+    code = [transformers.__version__, *(Path(file).read_text(encoding="utf-8") for file in CODE)]
+    audio = [rows.column("digest"), rows.column("end")]
+    return digest(json.dumps([str(folder), files, dtype, dataclasses.asdict(decoding), audio, code]).encode())
+
+
+def read_lines(folder: Path) -> Iterator[dict[str, Any]]:
+    """The batches on disk; a line that an interruption tore is left out, and its batch is done again."""
+    for file in sorted(folder.glob("*.jsonl")):
+        for line in file.read_bytes().splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+def transcribe_set(
+    model: Transcriber,
+    rows: SpeechRows,
+    decoding: Decoding,
+    folder: Path,
+    rank: int,
+    processes: int,
+    workers: int,
+    hides_progress: bool,
+) -> None:
+    """Transcribes this process's share of the batches that are not in `folder` yet, and appends them to it.
+
+    A batch that does not fit the device's memory is done in halves; raises OutOfMemoryError where a single piece is too
+    much for it.
+    """
+    pieces = plan(rows, decoding.longest_seconds, workers)
+    batches, counts = batches_of(pieces, decoding.batch_seconds), Counter(p.number for p in pieces)
+    done = {tuple(piece) for line in read_lines(folder) for piece in line["pieces"]}
+    left = [b for b in batches[rank::processes] if not all((p.number, p.place) in done for p in b)]
+
+    def hear(batch: list[Piece]) -> list[tuple[Any, float | None]]:
+        waveforms = [decode_audio(rows[p.number]["audio"], p.start, p.end) for p in batch]
+        return [(model.features(waveform), estimated_snr(waveform)) for waveform in waveforms]
+
+    def written(features: list[Any], seconds: list[float]) -> Iterator[Transcript]:
+        given = {"features": features, "seconds": seconds}
+        for _, transcripts in as_it_fits(lambda part: model.transcribe(**part), given):
+            if transcripts is None:
+                raise torch.OutOfMemoryError(
+                    f"{max(seconds):.0f} s of audio do not fit the memory alone: lower longest_seconds"
+                )
+            yield from transcripts
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    total, hides_progress = sum(p.seconds for batch in left for p in batch), hides_progress or not left
+    began = time.perf_counter()
+    with (
+        (folder / f"{rank}.jsonl").open("a", encoding="utf-8") as file,
+        tqdm(total=total, desc="transcribing", disable=hides_progress, bar_format=PROGRESS) as bar,
+    ):
+        file.write("\n" if file.tell() else "")  # after a torn line
+        for batch, heard in zip(left, in_processes(left, hear, workers), strict=True):
+            transcripts = list(written([features for features, _ in heard], [p.seconds for p in batch]))
+            now = time.perf_counter()
+            line = {
+                "pieces": [(p.number, p.place) for p in batch],
+                "of": [counts[p.number] for p in batch],
+                "transcripts": [dataclasses.astuple(transcript) for transcript in transcripts],
+                "seconds": [p.seconds for p in batch],
+                "snr_db": [snr for _, snr in heard],
+                "took_seconds": now - began,
+                "peak_memory_gb": peak_memory_gb(),
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            began = now
+            bar.update(sum(p.seconds for p in batch))
+
+
+def peak_memory_gb() -> float:
+    """Of the GPU, or of this process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+@dataclass(frozen=True)
+class Transcribed:
+    """A set as a model wrote it."""
+
+    transcripts: list[Transcript]
+    snr_db: list[float | None]
+    audio_seconds_per_second: float
+    """Of one process."""
+    peak_memory_gb: float
+
+
+def read_transcripts(folder: Path, count: int) -> Transcribed:
+    """Joins the pieces of each of `count` recordings; raises InputError when one is missing."""
+    pieces: dict[tuple[int, int], tuple[Transcript, float, float | None]] = {}
+    counts: dict[int, int] = {}  # pieces of each recording
+    took = heard = peak = 0.0
+    for line in read_lines(folder):
+        found = [Transcript(*transcript) for transcript in line["transcripts"]]
+        places = list(map(tuple, line["pieces"]))
+        counts |= {number: of for (number, _), of in zip(places, line["of"], strict=True)}
+        pieces |= dict(zip(places, zip(found, line["seconds"], line["snr_db"], strict=True), strict=True))
+        took, heard = took + line["took_seconds"], heard + sum(line["seconds"])
+        peak = max(peak, line["peak_memory_gb"])
+    by_recording: dict[int, list] = {}
+    for (number, _), piece in sorted(pieces.items()):
+        by_recording.setdefault(number, []).append(piece)
+    if missing := sum(len(by_recording.get(number, [])) != counts.get(number) for number in range(count)):
+        raise InputError(f"{missing} transcripts are not in {folder}: is it on a file system that all machines share?")
+    recordings = [by_recording[number] for number in range(count)]
+    snrs = [[snr for *_, snr in mine if snr is not None] for mine in recordings]
+    return Transcribed(
+        transcripts=[joined(mine) for mine in recordings],
+        snr_db=[float(np.median(mine)) if mine else None for mine in snrs],
+        audio_seconds_per_second=heard / took if took else 0.0,
+        peak_memory_gb=peak,
+    )
+
+
+def joined(pieces: list[tuple[Transcript, float, float | None]]) -> Transcript:
+    """One transcript of a recording's pieces; its language is the one most of the audio was heard as."""
+    seconds: Counter[str | None] = Counter()
+    for transcript, length, _ in pieces:
+        seconds[transcript.language] += length
+    text = " ".join(transcript.text for transcript, *_ in pieces if transcript.text)
+    known = [transcript.truncated for transcript, *_ in pieces if transcript.truncated is not None]
+    truncated = any(known) if known else None
+    return Transcript(text, seconds.most_common(1)[0][0], truncated)
+
+
+@contextlib.contextmanager
+def transcription_problems():
+    """Turns what one set can fail by, after it was loaded, into one message."""
+    try:
+        yield
+    except (AudioError, ValueError, torch.OutOfMemoryError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"transcribing failed: {lines[-1]}") from error

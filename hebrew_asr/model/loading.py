@@ -1,0 +1,105 @@
+"""Loading a checkpoint and its processor."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import Qwen3ASRProcessor
+
+from hebrew_asr.errors import InputError
+from hebrew_asr.model.attention import set_attention
+from hebrew_asr.model.loss import SpeechModel
+from hebrew_asr.model.stages import Stage, check_stages, ever_trained
+
+
+def load_processor(name: str) -> Qwen3ASRProcessor:
+    """The processor of a checkpoint (a folder or a Hub id)."""
+    with checkpoint_problems(name):
+        return transformers.AutoProcessor.from_pretrained(name)
+
+
+def load_model(
+    name: str,
+    use_bf16: bool,
+    stages: Sequence[Stage] = (),
+    attention: str = "auto",
+    gradient_checkpointing: bool = False,
+    torch_compile: bool = False,
+) -> SpeechModel:
+    """Loads a checkpoint: fp32 for every parameter that some stage trains, bf16 for the others under bf16.
+
+    AdamW on bf16 weights loses most updates to rounding at these rates, so trained weights are never bf16.
+
+    Args:
+        name: a folder or a Hub id.
+        stages: what will train; none where the model only transcribes.
+        attention: as `set_attention` takes it.
+    """
+    with checkpoint_problems(name):
+        model_config = transformers.AutoConfig.from_pretrained(name)
+        if model_config.model_type != "qwen3_asr" or "thinker_config" in model_config.to_dict():
+            raise InputError(
+                f"{name} is not a Qwen3-ASR checkpoint in transformers' layout"
+                f" (model_type {model_config.model_type}): use Qwen/Qwen3-ASR-1.7B-hf or Qwen/Qwen3-ASR-0.6B-hf"
+            )
+        model, loaded = SpeechModel.from_pretrained(
+            name,
+            dtype=torch.bfloat16 if use_bf16 else torch.float32,
+            output_loading_info=True,
+        )
+        check_whole(name, loaded)
+    set_attention(model, attention, use_bf16)
+    check_stages(model, stages)
+    for parameter in ever_trained(model, stages).values():
+        parameter.data = parameter.data.float()
+    if gradient_checkpointing:
+        # The hooks would put a gradient on the output of the encoder's first convolution, and so run a frozen encoder
+        # backwards. Without them autograd begins at the first layer that trains.
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()
+    if torch_compile:
+        for layer in model.model.language_model.layers:
+            layer.compile(dynamic=True)  # in place: names of parameters stay what they are
+    return model
+
+
+class ModelSettings(Protocol):
+    """The settings that a model in training depends on."""
+
+    model_name_or_path: str
+    stages: list[Stage]
+    attention: str
+    gradient_checkpointing: bool
+    torch_compile: bool
+
+
+def load_to_train(config: ModelSettings, use_bf16: bool) -> SpeechModel:
+    """Loads the checkpoint that a run starts from."""
+    return load_model(
+        config.model_name_or_path,
+        use_bf16,
+        config.stages,
+        config.attention,
+        config.gradient_checkpointing,
+        config.torch_compile,
+    )
+
+
+def check_whole(name: str, loaded: dict[str, Any]) -> None:
+    """Raises InputError for a checkpoint of which weights are missing: they would be random."""
+    if lost := sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]])):
+        raise InputError(
+            f"{name} cannot be loaded: {len(lost)} of its weights are missing or of another size, {lost[0]}"
+        )
+
+
+@contextlib.contextmanager
+def checkpoint_problems(name: str):
+    """Turns what transformers raises for a checkpoint that is not there or not whole into one message."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"{name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error

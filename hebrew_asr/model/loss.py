@@ -1,0 +1,163 @@
+"""Qwen3-ASR's loss, computed where there are labels only, and never with all of its logits at once.
+
+With a vocabulary of 151,936 the logits of one micro-batch are larger than all else in a step. Most positions are audio
+or prompt and have no label; of the others, a few hundred are projected at a time.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from transformers import Qwen3ASRForConditionalGeneration
+from transformers.models.qwen3_asr.modeling_qwen3_asr import Qwen3ASRCausalLMOutputWithPast
+
+from hebrew_asr.model.attention import WINDOW_TOKENS, packed
+
+IGNORED_LABEL = -100  # marks positions without a label
+LOGITS_AT_ONCE = 2**26  # 268 MB in fp32: 441 positions of the real vocabulary
+
+
+class ChunkedNats(torch.autograd.Function):
+    """Nats of each target and their sum. The gradient is made on the way forward, while a chunk's logits are there.
+
+    So each chunk is projected once, and the gradient of the vocabulary's matrix is added up in one place.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor):
+        """hidden (positions, width), weight (vocabulary, width), targets (positions,)."""
+        wants_hidden, wants_weight, _ = ctx.needs_input_grad
+        device, dtype = hidden.device.type, weight.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        nats = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight) if wants_weight else None
+        with torch.autocast(device, enabled=False):
+            matrix = weight.to(dtype)
+            at_once = max(1, LOGITS_AT_ONCE // len(weight))
+            for places in (slice(begin, begin + at_once) for begin in range(0, len(targets), at_once)):
+                part, aims = hidden[places].to(dtype), targets[places, None]
+                log_p = (part @ matrix.T).float().log_softmax(dim=1)
+                nats[places] = -log_p.gather(1, aims)[:, 0]
+                if not (wants_hidden or wants_weight):
+                    continue
+                grad_logits = log_p.exp_().scatter_add_(1, aims, -torch.ones_like(aims, dtype=log_p.dtype)).to(dtype)
+                if wants_hidden:
+                    grad_hidden[places] = (grad_logits @ matrix).to(hidden.dtype)
+                if wants_weight and dtype == weight.dtype:
+                    torch.addmm(grad_weight, grad_logits.T, part, out=grad_weight)
+                elif wants_weight:
+                    grad_weight += grad_logits.T @ part
+        ctx.gradients = grad_hidden, grad_weight
+        ctx.mark_non_differentiable(nats)
+        return nats.sum(), nats
+
+    @staticmethod
+    def backward(ctx, grad_sum: torch.Tensor, _):
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: they are used once
+        return *(None if gradient is None else gradient.mul_(grad_sum) for gradient in gradients), None
+
+
+def label_states(
+    model: Qwen3ASRForConditionalGeneration,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    input_features: torch.Tensor,
+    input_features_mask: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    utterance_ends: torch.Tensor | None = None,
+    window_ends: torch.Tensor | None = None,
+    audio_order: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Last hidden states of the positions that predict a label, row by row, and these labels.
+
+    Args:
+        labels: (rows, tokens), IGNORED_LABEL where a token is not to be learnt; each is predicted by the token before.
+        position_ids: for rows that hold several utterances: 0 where one begins; attention stays inside of each.
+        utterance_ends: of them, where utterances begin and end, one row after the other; padding is one more.
+        window_ends: for features of several clips in a row: where the encoder's windows begin and end, in audio tokens.
+        audio_order: which audio token stands at each placeholder, where clips stand there more than once.
+    """
+    inner = model.model
+    windows = {} if window_ends is None else {"cu_seqlens": window_ends, "max_seqlen": WINDOW_TOKENS}
+    text = {"attention_mask": attention_mask, "position_ids": position_ids}
+    if utterance_ends is not None:
+        text |= packed(inner.language_model.config, utterance_ends, longest=input_ids.shape[1])
+    audio = inner.get_audio_features(input_features, input_features_mask, return_dict=True, **windows).pooler_output
+    if audio_order is not None:
+        audio = audio[audio_order]
+    embedded = inner.get_input_embeddings()(input_ids)
+    is_audio = (input_ids == model.config.audio_token_id) & (labels == IGNORED_LABEL)  # a sample may hold the token too
+    hidden = inner.language_model(
+        inputs_embeds=embedded.masked_scatter(is_audio.unsqueeze(-1), audio.to(embedded.dtype)),
+        use_cache=False,
+        **text,
+    ).last_hidden_state
+    next_labels = labels[:, 1:]
+    has_label = next_labels != IGNORED_LABEL
+    return hidden[:, :-1][has_label], next_labels[has_label]
+
+
+def label_nats(
+    model: Qwen3ASRForConditionalGeneration, **batch: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of −log p over all labels, and −log p of each of them, row by row; arguments as of `label_states`."""
+    hidden, targets = label_states(model, **batch)
+    weight = model.lm_head.weight
+    if not torch.is_grad_enabled():  # a Function is told of inputs that require a gradient even then
+        hidden, weight = hidden.detach(), weight.detach()
+    return ChunkedNats.apply(hidden, weight, targets)
+
+
+def token_log_probs(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p of each target, through which gradients flow, and the entropy in nats of what it was chosen from.
+
+    Logits are divided by the temperature. Those of a chunk are made again in the backward pass: the gradient that
+    comes from outside is not known on the way forward.
+    """
+
+    def of_chunk(part: torch.Tensor, aims: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        exact = torch.promote_types(part.dtype, torch.float32)
+        with torch.autocast(part.device.type, enabled=False):  # bf16 logits are off by as much as GSPO's clip is wide
+            logits = torch.nn.functional.linear(part.to(exact), weight.to(exact))
+            log_p = (logits / temperature).log_softmax(dim=1)
+        entropy = -(log_p.detach().exp() * log_p.detach()).sum(dim=1)
+        return log_p.gather(1, aims[:, None])[:, 0], entropy
+
+    at_once = max(1, LOGITS_AT_ONCE // len(weight))
+    chunks = [
+        torch.utils.checkpoint.checkpoint(
+            of_chunk,
+            hidden[begin : begin + at_once],
+            targets[begin : begin + at_once],
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for begin in range(0, max(1, len(targets)), at_once)
+    ]
+    log_p, entropy = zip(*chunks, strict=True)
+    return torch.cat(log_p), torch.cat(entropy)
+
+
+class SpeechModel(Qwen3ASRForConditionalGeneration):
+    """Qwen3ASRForConditionalGeneration that, given labels, returns their loss and no logits.
+
+    Given a temperature too, it returns each label's log p and entropy (`token_log_probs`) instead of the loss. It is a
+    model's forward so that DistributedDataParallel sees it, which reduces gradients of what its forward ran.
+    """
+
+    @functools.wraps(Qwen3ASRForConditionalGeneration.forward)
+    def forward(self, *args: Any, labels: torch.Tensor | None = None, **inputs: Any) -> Qwen3ASRCausalLMOutputWithPast:
+        if labels is None:
+            return super().forward(*args, **inputs)
+        if (temperature := inputs.pop("temperature", None)) is not None:
+            hidden, targets = label_states(self, labels=labels, **inputs)
+            return token_log_probs(hidden, self.lm_head.weight, targets, temperature)
+        items = inputs.pop("num_items_in_batch", None)
+        total, nats = label_nats(self, labels=labels, **inputs)
+        return Qwen3ASRCausalLMOutputWithPast(loss=total / (len(nats) if items is None else items))

@@ -1,0 +1,89 @@
+"""An utterance as tokens: the base model's chat template around the audio, and the target after it."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Qwen3ASRProcessor
+
+from hebrew_asr.model.packing import FRAMES_PER_CHUNK, audio_token_count
+
+MEL_BINS = 128
+AUDIO_TOKEN = "<|audio_pad|>"
+END_OF_TURN = "<|im_end|>"
+
+
+class Prompts:
+    """Writes prompts and targets.
+
+    The prompt is the base model's chat template; the target `language Hebrew<asr_text>…<|im_end|>` follows it (where
+    nobody speaks, `language None<asr_text><|im_end|>`). What is supervised is decided by position: everything after
+    the prompt, up to and with <|im_end|> (which is also the padding token, so that a mask by token id would never teach
+    the model to stop).
+    """
+
+    def __init__(self, processor: Qwen3ASRProcessor):
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.audio_token_id: int = self.tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
+        self.end_of_turn_id: int = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
+
+    def tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - the prompts live as long as the process
+    def language_prefix(self, language: str) -> list[int]:
+        return self.tokens(f"language {language}<asr_text>")
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019
+    def around_audio(self, context: str) -> tuple[list[int], list[int]]:
+        """The chat template before and after the audio; `context` fills the system turn."""
+        turns = [{"role": "user", "content": [{"type": "audio", "audio": ""}]}]
+        if context:
+            turns.insert(0, {"role": "system", "content": [{"type": "text", "text": context}]})
+        text = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        before, after = text.split(AUDIO_TOKEN)
+        return self.tokens(before), self.tokens(after)
+
+    def prompt(self, frames: int, context: str) -> list[int]:
+        """The prompt for a clip of `frames` mel frames, with a placeholder for each of its audio tokens."""
+        before, after = self.around_audio(context)
+        return before + [self.audio_token_id] * audio_token_count(frames) + after
+
+    def sequences(self, utterances: list[dict[str, Any]], frames: list[int]) -> tuple[list[list[int]], list[list[int]]]:
+        """Prompt and target of each utterance; for none, the prompt of a second of silence and no target."""
+        contexts = [u["context"] for u in utterances] or [""]
+        prompts = [self.prompt(count, context) for count, context in zip(frames, contexts, strict=True)]
+        targets = [
+            self.language_prefix(u["language"]) + self.tokens(u["text"]) + [self.end_of_turn_id] for u in utterances
+        ]
+        return prompts, targets or [[]]
+
+    def to_generate(self, clips: list[np.ndarray], prompts: list[list[int]]) -> dict[str, torch.Tensor]:
+        """The tensors that `generation.generate` reads: features, and prompts padded on the left."""
+        features, mask = padded(clips)
+        return {
+            "input_features": features,
+            "input_features_mask": mask,
+            "prompt_input_ids": pad(prompts, self.end_of_turn_id, left=True),
+            "prompt_attention_mask": pad([[1] * len(p) for p in prompts], 0, left=True),
+        }
+
+
+def padded(clips: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (mel, frames) of clips as (batch, mel, time), padded to a multiple of 100 frames, and their mask."""
+    frames = torch.tensor([clip.shape[1] for clip in clips])
+    width = math.ceil(int(frames.max()) / FRAMES_PER_CHUNK) * FRAMES_PER_CHUNK
+    features = torch.zeros(len(clips), MEL_BINS, width)
+    for row, clip in zip(features, clips, strict=True):
+        row[:, : clip.shape[1]] = torch.from_numpy(clip)
+    return features, (torch.arange(width) < frames[:, None]).long()
+
+
+def pad(rows: list[list[int]], value: int, left: bool = False) -> torch.Tensor:
+    """Rows of tokens as (batch, tokens)."""
+    width = max(map(len, rows))
+    padding = [[value] * (width - len(row)) for row in rows]
+    return torch.tensor([p + row if left else row + p for row, p in zip(rows, padding, strict=True)])

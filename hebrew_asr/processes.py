@@ -1,0 +1,97 @@
+"""Processes of a run: start together, agree on an error, leave together."""
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import accelerate
+import datasets
+import torch
+import torch.distributed
+import transformers
+from accelerate.utils import gather_object
+
+from hebrew_asr.errors import InputError
+
+
+class Task(torch.utils.data.Dataset):
+    """A function of one item, for torch's loader to run in processes."""
+
+    def __init__(self, items: list[Any], function: Callable[[Any], Any]):
+        self.items, self.function = items, function
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int) -> Any:
+        return self.function(self.items[number])
+
+
+def in_processes(items: list[Any], function: Callable[[Any], Any], workers: int) -> Iterator[Any]:
+    """The results in order."""
+    workers = min(workers, len(items) - 1)  # the loader's processes share what this one has loaded
+    task = Task(items, function)
+    return iter(torch.utils.data.DataLoader(task, None, collate_fn=lambda one: one, num_workers=max(0, workers)))
+
+
+@contextlib.contextmanager
+def together():
+    """Runs its block on every rank; an InputError on any of them becomes the same InputError on all."""
+    problem = None
+    try:
+        yield
+    except InputError as error:
+        problem = str(error)
+    if first := next(filter(None, gather_object([problem])), None):
+        raise InputError(first)
+
+
+def load_in_turn(state: accelerate.PartialState, load: Callable[[], Any]) -> Any:
+    """The first process of each machine reads and caches, the others find the cache; InputError on all or on none."""
+    data, problem = None, None
+    with state.local_main_process_first():
+        try:
+            data = load()
+        except InputError as error:
+            problem = error  # raised below: this block must be left by every rank
+    with together():
+        if problem:
+            raise problem
+    return data
+
+
+def quiet_libraries(is_main: bool) -> None:
+    """Warnings of the libraries from the first process only, their progress bars from none."""
+    transformers.logging.set_verbosity_warning() if is_main else transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not is_main:
+        datasets.disable_progress_bars()
+
+
+def launch(command: Callable[[list[str]], None]) -> None:
+    """Runs a command with its command line's arguments; an InputError is one message and exit status 1.
+
+    Every rank meets an InputError at the same place, and they leave together. What else fails may fail on one rank
+    alone: that one shows its traceback and ends at once, since on NCCL an orderly end would wait for the others.
+    """
+    try:
+        command(sys.argv[1:])
+    except InputError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        leave_process_group()
+        sys.exit(1)
+    except Exception:
+        if not torch.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)
+
+
+def leave_process_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

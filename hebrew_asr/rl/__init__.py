@@ -1,0 +1,4 @@
+"""Reinforcement learning on the error rate: rollouts, rewards, losses.
+
+Imports all rooms but training and evaluation.
+"""

@@ -1,0 +1,507 @@
+"""Going on where a run stopped: its folder, what of the trainer a checkpoint holds, signals, and steps that fail.
+
+Imports nothing of the training script: its trainer is a ResumableTrainer, its settings are passed in.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+import transformers
+from accelerate import skip_first_batches
+from transformers import Trainer, TrainerCallback
+
+from hebrew_asr.checkpoints import store
+from hebrew_asr.checkpoints.hub import CheckpointUploader
+from hebrew_asr.checkpoints.store import Checkpoint
+from hebrew_asr.checkpoints.tensors import ADAM, AVERAGE, WEIGHTS, load_weights, weights_of
+from hebrew_asr.errors import InputError
+from hebrew_asr.model.costs import Work
+from hebrew_asr.model.sharding import gather_for_others, sharded_like, whole
+from hebrew_asr.training.run_folder import changes, find_checkpoint, first_line, note_failure
+from hebrew_asr.training.run_log import RunLog
+from hebrew_asr.training.settings import Settings
+from hebrew_asr.training.speed import Window
+from hebrew_asr.training.watch import LAUNCHER_ENDED, Batches, Watch, checksum, stop_name
+
+SECONDS_TO_LEAVE = 2.0  # of the grace time, when the last checkpoint is still being uploaded
+TIMES_TO_GO_BACK = 2  # to a checkpoint, before a run without finite gradients is given up
+
+
+class Stopped(Exception):
+    """A process was asked to stop, and all have agreed to."""
+
+
+class BadSteps(InputError):
+    """Too many steps in a row without a finite gradient."""
+
+
+class ResumableTrainer(Trainer):
+    """Trainer that saves complete checkpoints, goes on from one in the same bits, and stops when a signal asks it to.
+
+    RNG states are not in a checkpoint, since every step and every utterance seeds its own. The subclass has config,
+    run_log, processor, sampler (an iterable over the steps of its `epoch`), total_steps, stage, stage_ends,
+    moving_average (or None) and learning_rate, and says how to enter a stage and how to shuffle anew.
+
+    What it relies on in Trainer 5.23: `_init_training_state` returns the epochs and steps that are done, `_run_epoch`
+    skips those steps in the sampler, and `_tr_loss` and `_globalstep_last_logged` are the window of the next log line.
+    """
+
+    def prepare_checkpoints(self) -> None:
+        """Sets the state that a checkpoint holds; called when the subclass has its own."""
+        self.window, self.last_train_loss = Window(), float("nan")
+        self.dropped_utterances = self.broken_utterances = 0
+        self.best_wer, self.best_step = float("inf"), 0
+        self.evaluated_step, self.saved_step = -1, 0
+        self.evaluation_pending = False  # the evaluation of this step was cut off by a signal
+        self.order, self.bad_steps, self.skipped_steps, self.times_gone_back = 0, 0, 0, 0
+        self.dead_workers, self.newly_dead = 0, 0  # of the loaders of all processes; of this one's, not yet among them
+        self.batches: Batches | None = None
+        self._tr_loss, self._globalstep_last_logged = torch.zeros((), device=self.args.device), 0  # as Trainer does
+        self.resumed: Checkpoint | None = None
+        self.stopped = 0  # the signal that ended the run
+        config, folder = self.config, Path(self.args.output_dir)
+        uploads = config.uploads and config.hub_checkpoints and self.args.process_index == 0
+        self.uploader = CheckpointUploader(
+            config.hf_repo_id if uploads else None, folder, config.hub_save_total_limit, self.run_log.say
+        )
+        self.writer = store.Writer(
+            folder / "checkpoints",
+            config.save_total_limit,
+            self.run_log.say,
+            self.checkpoint_written,
+            lambda: self.uploader.in_use,
+        )
+        self.watch = Watch(
+            self.args.process_index,
+            self.args.world_size,
+            config.preemption_grace_seconds,
+            config.stall_timeout_minutes,
+            functools.partial(note_failure, folder),
+        )
+        self.add_callback(CheckpointEvents(self))
+
+    # For the subclass
+
+    def set_stage(self, stage: Any) -> None:
+        raise NotImplementedError
+
+    def shuffle_anew(self, order: int) -> None:
+        raise NotImplementedError
+
+    def run_facts(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def names_of_step(self, step: int) -> list[str]:
+        raise NotImplementedError
+
+    def stream_state(self) -> Any:
+        raise NotImplementedError
+
+    def restore_stream(self, states: list[Any]) -> None:
+        raise NotImplementedError
+
+    # Saving
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.save_checkpoint()
+
+    def save_checkpoint(self) -> None:
+        """Has this step's checkpoint written by the first process; all of them call it."""
+        step = self.state.global_step
+        if self.saved_step == step:
+            return
+        self.saved_step = step
+        self.check_ranks()
+        mine = self._tr_loss.item(), self.stream_state(), dataclasses.asdict(self.window)
+        losses, streams, windows = zip(*self.watch.gather(mine), strict=True)
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        adam = {
+            f"{names[id(parameter)]}/{key}": tensor
+            for parameter, moments in self.optimizer.state.items()
+            for key, tensor in moments.items()
+        }
+        weights = weights_of(self.model)
+        if self.args.process_index > 0:
+            averages = self.moving_average.weights.values() if self.moving_average else ()
+            gather_for_others([*weights.values(), *adam.values(), *averages])
+            return
+        config = self.config
+        state = {
+            "losses": list(map(finite, losses)),
+            "streams": streams,
+            "last_logged_step": self._globalstep_last_logged,
+            "windows": windows,
+            "dropped_utterances": self.dropped_utterances,
+            "broken_utterances": self.broken_utterances,
+            "dead_workers": self.dead_workers,
+            "last_train_loss": finite(self.last_train_loss),
+            "best_wer": finite(self.best_wer),
+            "best_step": self.best_step,
+            "evaluation_pending": self.evaluation_pending,
+            "order": self.order,
+            "bad_steps": self.bad_steps,
+            "skipped_steps": self.skipped_steps,
+            "tracker": self.run_log.tracker_id,
+        }
+        documents = self.files_for_use | {
+            "state.json": json.dumps(state, allow_nan=False).encode(),
+            "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in self.run_log.rows).encode(),
+        }
+        facts = {
+            "wer": finite(self.last_wer) if self.evaluated_step == step else None,
+            "epoch": self.state.epoch,
+            "stage": self.stage.name,
+            "processes": self.args.world_size,
+            "settings": json.loads(json.dumps(dataclasses.asdict(config))),
+            "fingerprint": store.fingerprint(config.meaning()),
+            "run": self.run_facts(),
+        }
+        tensors = {WEIGHTS: weights, ADAM: adam}
+        if self.moving_average:
+            tensors[AVERAGE] = self.moving_average.weights
+        self.writer.save(step, tensors, documents, facts)
+
+    def checkpoint_written(self, checkpoint: Checkpoint) -> None:
+        """Called in the writer's thread for each checkpoint that is on the disk."""
+        facts = {"step": checkpoint.step, "checkpoint": checkpoint.folder.name, "failed_saves": self.writer.failures}
+        store.update_status(self.run_log.folder, **facts)
+        self.uploader.wake()
+
+    @functools.cached_property
+    def files_for_use(self) -> dict[str, bytes]:
+        """What a folder needs beside the weights to be loaded as a model."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.processor.save_pretrained(folder)
+            self.model.config.save_pretrained(folder)
+            self.model.generation_config.save_pretrained(folder)
+            return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+    # Resuming
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Puts everything back to where it was at a checkpoint; Adam follows when Trainer has built it."""
+        check_checkpoint(checkpoint, self)
+        self.resumed = checkpoint
+        self.state.global_step = self.saved_step = checkpoint.step
+        self.args.eval_on_start = False
+        load_weights(self.model, checkpoint)
+        if self.moving_average:
+            self.moving_average.load(checkpoint.tensors(AVERAGE))
+        self.set_stage(self.config.stage_of_epoch(checkpoint.step // len(self.sampler) + 1))
+        state = checkpoint.document("state.json")
+        for name in ("dropped_utterances", "broken_utterances", "best_step", "dead_workers"):
+            setattr(self, name, state[name])
+        for name in ("evaluation_pending", "bad_steps", "skipped_steps"):
+            setattr(self, name, state[name])
+        self.last_train_loss = float("nan") if state["last_train_loss"] is None else state["last_train_loss"]
+        self.best_wer = float("inf") if state["best_wer"] is None else state["best_wer"]
+        if self.best_step not in map(store.number_of, store.names(self.writer.parent)):
+            self.best_wer, self.best_step = float("inf"), 0
+        self.shuffle_anew(state["order"])
+        self.restore_stream(state["streams"])
+        self.restore_window()
+        if self.evaluation_pending:
+            self.saved_step = 0
+        rows = [json.loads(line) for line in (checkpoint.folder / "metrics.jsonl").read_text().splitlines()]
+        self.run_log.go_back(rows, checkpoint.step)
+        self.run_log.tracker_id = state["tracker"]
+
+    def restore_window(self) -> None:
+        """The losses since the last logged step, which another number of processes shares evenly."""
+        state = self.resumed.document("state.json")
+        losses = [float("nan") if loss is None else loss for loss in state["losses"]]
+        same = len(losses) == self.args.world_size
+        self._tr_loss.fill_(losses[self.args.process_index] if same else sum(losses) / len(losses))
+        self._globalstep_last_logged = state["last_logged_step"]
+        window = state["windows"][self.args.process_index if same else 0]
+        self.window = Window(**window | {"work": Work(**window["work"])})
+
+    def load_adam(self) -> None:
+        """Puts AdamW's moments back, by the names of their parameters."""
+        parameters = dict(self.model.named_parameters())
+        fused = self.optimizer.param_groups[0]["fused"]
+        for name, tensor in self.resumed.tensors(ADAM):
+            parameter, key = parameters[name.rpartition("/")[0]], name.rpartition("/")[2]
+            if key != "step":
+                tensor = sharded_like(tensor, parameter)
+            elif fused:  # where AdamW keeps its step count
+                tensor = tensor.to(parameter.device)
+            self.optimizer.state[parameter][key] = tensor
+
+    def _init_training_state(self, max_steps: int, num_update_steps_per_epoch: int, *args: Any) -> tuple[int, int]:
+        """Trainer's own, then at the checkpoint's step; returns the epochs that are done, and the steps of the next."""
+        super()._init_training_state(max_steps, num_update_steps_per_epoch, *args)
+        if not self.resumed:
+            return 0, 0
+        self.state.global_step = self.resumed.step
+        self.state.epoch = self.resumed.step / num_update_steps_per_epoch
+        return divmod(self.resumed.step, num_update_steps_per_epoch)
+
+    def _prepare_for_training(self, *args: Any) -> tuple[torch.nn.Module, torch.utils.data.DataLoader]:
+        prepared = super()._prepare_for_training(*args)
+        if self.resumed:
+            self.load_adam()
+            self.lr_scheduler.last_epoch = self.resumed.step
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate(group["component"], group["depth"], self.resumed.step)
+        return prepared
+
+    def _run_epoch(self, model: torch.nn.Module, epoch: int, **kwargs: Any) -> None:
+        if self.resumed and epoch == kwargs["epochs_trained"]:
+            self.restore_window()
+            kwargs["resume_from_checkpoint"] = str(self.resumed.folder)  # skips the steps that are done, undecoded
+        super()._run_epoch(model=model, epoch=epoch, **kwargs)
+        self.batches = None  # with its workers
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Trainer's own reads a pickle; here there is nothing to load."""
+
+    # Stopping
+
+    def while_running(self, loader: torch.utils.data.DataLoader) -> Iterator[Any]:
+        """A loader's batches; raises Stopped on all processes between two batches when one of them is asked to stop."""
+        batches = Batches(iter(loader), lambda done: iter(skip_first_batches(loader, done)), self.worker_died)
+        for _ in range(max(self.watch.gather(len(loader)))):
+            self.watch.mark(f"the evaluation after step {self.state.global_step}")
+            if stop := self.watch.agree_to_stop():
+                self.stopped = stop
+                raise Stopped
+            yield from itertools.islice(batches, 1)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluates; where that is cut off, saves a checkpoint that knows it, and stops."""
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except Stopped:
+            if not self.state.global_step:
+                raise
+            self.evaluation_pending = True
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+
+    # Guards
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any) -> tuple[list, torch.Tensor | int | None]:
+        self.loss_before = self._tr_loss.clone()  # of the window, without the step that begins here
+        return super().get_batch_samples(self.steps_of(epoch_iterator), *args)
+
+    def steps_of(self, epoch_iterator: Iterator[Any]) -> Iterator[Any]:
+        """The inputs of one step after the other, whatever becomes of the loader's workers."""
+        if self.batches is None or self.batches.first is not epoch_iterator:
+            begin = self.state.global_step % len(self.sampler)
+            self.batches = Batches(epoch_iterator, lambda done: self.rest_of_epoch(begin + done), self.worker_died)
+        return self.batches
+
+    def rest_of_epoch(self, done: int) -> Iterator[Any]:
+        """The epoch's batches without the first ones, by new workers."""
+        return iter(skip_first_batches(self.get_train_dataloader(), done))
+
+    def worker_died(self, why: str) -> None:
+        """Says, from any process, that a worker of the loader died; the next step counts it."""
+        self.newly_dead += 1
+        line = f"warning: process {self.args.process_index}, after step {self.state.global_step}: {first_line(why)}"
+        print(f"{line}; new workers go on from the batch that is due", file=sys.stderr, flush=True)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
+        norm = whole(super()._get_grad_norm(model, grad_norm=grad_norm))  # else every reading of it is an exchange
+        if math.isfinite(norm):  # the same on every rank: gradients are reduced by now
+            self.bad_steps = 0
+        else:
+            self.skip_step(float(norm))
+        return norm
+
+    def skip_step(self, norm: float) -> None:
+        """Leaves weights, moments and the logged loss as they were, and names the utterances of the step."""
+        step = self.state.global_step + 1
+        self.bad_steps += 1
+        self.skipped_steps += 1
+        for parameter in self.model.parameters():
+            parameter.grad = None  # AdamW leaves such a one alone
+        self._tr_loss.copy_(self.loss_before)
+        self._globalstep_last_logged += 1  # the mean is over the steps that were applied
+        names = [name for share in self.watch.gather(self.names_of_step(step)) for name in share]
+        self.run_log.note_skipped(names, norm, step)
+        if self.bad_steps >= self.config.max_bad_steps:
+            raise BadSteps(
+                f"{self.bad_steps} steps in a row up to step {step} had no finite gradient (its norm is {norm}): broken"
+                " recordings, or too high a learning rate"
+            )
+
+    def go_back(self, problem: BadSteps) -> None:
+        """Returns to the last checkpoint, to go on from there with the utterances in another order, or gives up."""
+        self.writer.wait()
+        found = find_checkpoint(self.writer.parent, self.run_log.say)
+        self.times_gone_back += 1
+        if found is None or self.times_gone_back > TIMES_TO_GO_BACK:
+            why = "there is no checkpoint" if found is None else f"going back {TIMES_TO_GO_BACK} times did not help"
+            raise InputError(f"{problem}; {why}. skipped-steps.txt names their utterances")
+        order = self.order + 1
+        self.unwrap()
+        self.optimizer = None
+        self.resume(found)
+        self.shuffle_anew(order)
+        self.bad_steps = 0
+        self.run_log.say(f"warning: {problem}; back to step {found.step}, with data order {order}")
+
+    def check_ranks(self) -> None:
+        """Compares what trains, bit by bit, over the processes; what is sharded, as each of them gathers it."""
+        mine = checksum(whole(parameter) for parameter in self.model.parameters() if parameter.requires_grad)
+        if differing := self.watch.differing_ranks(mine):
+            raise InputError(
+                f"at step {self.state.global_step} the weights of process {', '.join(map(str, differing))} differ from"
+                " those of process 0: broken hardware, or a gradient that is not reduced. Start again to go on from the"
+                " last checkpoint"
+            )
+
+
+class CheckpointEvents(TrainerCallback):
+    """Seeds each step, and after it has Trainer save by interval, compare the processes, and stop when one must."""
+
+    def __init__(self, trainer: ResumableTrainer):
+        self.trainer, self.config = trainer, trainer.config
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Whatever draws from the global generators (dropout) draws the same in a resumed run."""
+        seed = np.random.SeedSequence([self.config.seed, state.global_step, args.process_index]).generate_state(1)
+        transformers.set_seed(int(seed[0]))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, step = self.trainer, state.global_step
+        trainer.watch.mark(f"step {step}")
+        if trainer.moving_average:
+            trainer.moving_average.update()
+        if step % self.config.check_ranks_steps == 0:
+            trainer.check_ranks()
+        if step % self.config.save_steps == 0 or step in trainer.stage_ends or step == trainer.total_steps:
+            control.should_save = True
+        if stop := trainer.watch.agree_to_stop():
+            trainer.stopped, trainer.evaluation_pending = stop, control.should_evaluate
+            control.should_evaluate = False
+            control.should_save = control.should_training_stop = True
+
+
+def finite(number: float) -> float | None:
+    """A number as JSON can have it."""
+    return number if math.isfinite(number) else None
+
+
+def check_checkpoint(checkpoint: Checkpoint, trainer: ResumableTrainer) -> None:
+    """Raises InputError for a checkpoint of another model, of other settings or of other data."""
+    mine = {name: list(tensor.shape) for name, tensor in weights_of(trainer.model).items()}
+    if differing := store.differences(checkpoint.shapes(WEIGHTS), mine):
+        raise InputError(
+            f"{checkpoint.folder} is not of {trainer.config.model_name_or_path}: {len(differing)} tensors differ,"
+            f" {differing[0]}. Give the model it was trained from, or another --resume"
+        )
+    differing = changes(checkpoint.facts["settings"], trainer.config)
+    differing += store.differences(checkpoint.facts["run"], trainer.run_facts())
+    if differing:
+        raise InputError(f"{checkpoint.folder} is of another run:\n  " + "\n  ".join(differing))
+
+
+def train(trainer: ResumableTrainer) -> None:
+    """Trains to the end; goes back to the last checkpoint when steps keep failing. Raises Stopped on a signal."""
+    if trainer.resumed:
+        trainer.uploader.wake()
+    while True:
+        try:
+            if trainer.evaluation_pending:
+                trainer.create_optimizer()
+                trainer.load_adam()
+                trainer.evaluate()
+                trainer.save_checkpoint()
+            if trainer.state.global_step < trainer.total_steps:
+                trainer.train()
+            if trainer.stopped:
+                raise Stopped
+            return
+        except BadSteps as problem:
+            trainer.go_back(problem)
+
+
+@contextlib.contextmanager
+def ends_early(trainer: ResumableTrainer):
+    """Ends the process with 128 + the signal's number when its block is stopped, once the checkpoint is on the disk."""
+    try:
+        yield
+        return
+    except Stopped:
+        pass
+    run_log, uploader = trainer.run_log, trainer.uploader
+    trainer.writer.wait()
+    seconds = trainer.watch.seconds_left() - SECONDS_TO_LEAVE
+    if run_log.is_main:
+        last = next(iter(store.names(trainer.writer.parent)), None)
+        where = f"checkpoint {last.name}" if last else "no checkpoint yet"
+        step, why = trainer.state.global_step, stop_name(trainer.stopped)
+        facts = {"step": step, "why": why, "checkpoint": last.name if last else None}
+        store.write_status(run_log.folder, "preempted", **facts, **uploader.facts())
+        run_log.say(f"stopped at step {step} ({why}), {where}; the same command goes on from there")
+        if last and uploader.repo_id:
+            is_there = uploader.drain(seconds) and uploader.uploaded == last.name
+            state = "is on the Hub" if is_there else f"is not on the Hub, which has {uploader.uploaded or 'none'}"
+            run_log.say(f"{where} {state}{'' if is_there or not uploader.problem else f' ({uploader.problem})'}")
+            store.update_status(run_log.folder, on_hub=is_there, **uploader.facts())
+    trainer.watch.gather(None)
+    trainer.watch.close()
+    run_log.finish()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    sys.exit(128 + (signal.SIGTERM if trainer.stopped == LAUNCHER_ENDED else trainer.stopped))
+
+
+class StepEvents(TrainerCallback):
+    """Has Trainer log and evaluate by interval, at the end of each stage and at the end; moves the progress bar."""
+
+    def __init__(self, note_step: Callable[[], None], run_log: RunLog, eval_steps: int, ends: set[int]):
+        self.note_step, self.run_log, self.eval_steps, self.ends = note_step, run_log, eval_steps, ends
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run_log.open_progress(state.max_steps, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.note_step()
+        self.run_log.bar.update()
+        if state.global_step in self.ends or state.global_step % self.eval_steps == 0:
+            control.should_evaluate = control.should_log = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run_log.bar.close()
+
+
+def training_arguments(config: Settings, folder: Path, cpu: bool) -> transformers.TrainingArguments:
+    """What Trainer reads; the rest is in TrainingConfig. No token, no upload and no tracker goes through Trainer."""
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=config.num_epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=1,  # one item of the loader is a whole step, see GlobalBatchSampler
+        max_grad_norm=config.max_grad_norm,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_on_start=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=config.seed,
+        use_cpu=cpu,
+        ddp_find_unused_parameters=False,
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process on a machine of many GPUs takes one; Trainer would wrap it in DataParallel
+    return arguments

@@ -1,0 +1,152 @@
+"""The folder of a run: opened, locked, compared with the settings, resumed."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import torch.distributed
+from accelerate.utils import broadcast_object_list
+
+from hebrew_asr.checkpoints import store
+from hebrew_asr.checkpoints.hub import fetch_checkpoints
+from hebrew_asr.checkpoints.store import Checkpoint
+from hebrew_asr.errors import InputError
+from hebrew_asr.files import put
+from hebrew_asr.model.stages import ever_trained
+from hebrew_asr.processes import together
+from hebrew_asr.training.run_log import RunLog
+from hebrew_asr.training.settings import Settings
+from hebrew_asr.training.watch import take_lock
+
+
+def open_run_folder(config: Settings, state: accelerate.PartialState) -> tuple[Path, Any]:
+    """Creates the run's folder, or finds the run in it; returns it on all ranks, with the lock the first one holds.
+
+    Raises InputError for a folder that holds another run, or that another process works in.
+    """
+    name = f"hebrew-asr-{store.fingerprint(config.meaning())}"
+    if config.resume == "never":
+        name += time.strftime("-%Y%m%d-%H%M%S")
+    (folder,) = broadcast_object_list([config.output_dir or f"runs/{name}"])
+    folder, lock = Path(folder), None
+    with together():
+        if state.is_main_process:
+            check_same_run(config, folder)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                if not config.inspect_data and (lock := take_lock(folder)) is None:
+                    raise InputError(f"another process trains in {folder}: wait for it, or choose another --output_dir")
+                put(folder / "config.yaml", json.dumps(dataclasses.asdict(config), indent=2))
+            except OSError as error:
+                raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+    with together():
+        if not (folder / "config.yaml").exists():
+            raise InputError(f"{folder} is not seen by every machine: give an --output_dir on a shared file system")
+    return folder, lock
+
+
+def check_same_run(config: Settings, folder: Path) -> None:
+    """Raises InputError when the folder holds a run that these settings do not continue."""
+    if not (folder / "config.yaml").exists():
+        return
+    if config.resume == "never":
+        raise InputError(f"{folder} holds a run already: choose another --output_dir, or remove the folder")
+    try:
+        differing = changes(json.loads((folder / "config.yaml").read_text()), config)
+    except ValueError as error:
+        raise InputError(f"{folder}/config.yaml cannot be read ({error}): choose another --output_dir") from error
+    if differing:
+        raise InputError(
+            f"{folder} holds a run already, with other settings:\n  "
+            + "\n  ".join(differing)
+            + "\nGive those to go on with it, or choose another --output_dir for a new run"
+        )
+
+
+def changes(old: dict[str, Any], config: Settings) -> list[str]:
+    """The settings that mean another run, a line each; one that was not known then had its default."""
+    defaults, new = type(config)().meaning(), config.meaning()
+    return store.differences({name: old.get(name, defaults[name]) for name in new}, new)
+
+
+def find_checkpoint(place: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest valid checkpoint of a run, as the first process finds it; later ones are set aside."""
+    found = None
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        found = store.newest_valid(place, say)
+        store.set_aside_after(place, found.step if found else -1)
+    (found,) = broadcast_object_list([found])
+    return found
+
+
+def checkpoint_to_resume(config: Settings, folder: Path, run_log: RunLog) -> Checkpoint | None:
+    """The checkpoint that `resume` asks for, or None for a run that begins; InputError for one that cannot be used."""
+    place = folder / "checkpoints"
+    if config.resume == "hub":
+        with together():
+            if run_log.is_main:
+                fetch_checkpoints(config, folder, run_log.say)
+    if config.resume in ("auto", "never", "hub"):
+        there = bool(store.names(place))
+        found = find_checkpoint(place, run_log.say)
+        if there and found is None:
+            run_log.say(f"warning: no checkpoint in {place} is valid: the run begins anew")
+        return found
+    found = None
+    with together():
+        if run_log.is_main:
+            try:
+                found = store.verify(Path(config.resume))
+            except store.InvalidCheckpoint as problem:
+                raise InputError(f"--resume {config.resume} is no valid checkpoint: {problem}") from problem
+            if found.folder.parent.resolve() == place.resolve():
+                store.set_aside_after(place, found.step)
+            else:
+                store.set_aside_after(place, -1)
+                found = store.adopt(found, place)
+    (found,) = broadcast_object_list([found])
+    return found
+
+
+def first_line(error: BaseException | str) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def failures_noted(folder: Path):
+    """Says in status.json why a run failed."""
+    try:
+        yield
+    except Exception as error:
+        note_failure(folder, first_line(error))
+        raise
+
+
+def note_failure(folder: Path, reason: str) -> None:
+    """The first process to fail knows best; the others then fail because it is gone."""
+    if store.read_status(folder)["state"] == "running":
+        last = next(iter(store.names(folder / "checkpoints")), None)
+        store.update_status(folder, state="failed", why=reason, checkpoint=last.name if last else None)
+
+
+def check_disk(folder: Path, model: torch.nn.Module, config: Settings) -> None:
+    """Raises InputError when the disk has no place for the checkpoints that are kept and the final model."""
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    copies = 2 if config.ema_decay is None else 3  # Adam's moments, and the moving average
+    trained = ever_trained(model, config.stages).values()
+    checkpoint = weights + copies * sum(parameter.nbytes for parameter in trained)
+    there = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
+    kept = config.save_total_limit + 2  # the best, and one in the making
+    if config.uploads and config.hub_checkpoints:
+        kept += 1  # one that is being uploaded
+    needed = kept * checkpoint + 2 * weights - there
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(f"{folder}: {free / 1e9:.1f} GB free on its disk, the run needs {needed / 1e9:.1f} GB")

@@ -1,0 +1,110 @@
+"""What a run says of itself: its corpora and its plan before the first step, its verdict and its model card at the end.
+
+Imports nothing of the training script: its trainer and its settings are passed in.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hebrew_asr.checkpoints.model_card import write_model_card
+from hebrew_asr.data.report import write_report
+from hebrew_asr.data.rows import SpeechRows
+from hebrew_asr.data.stream import StreamedSource
+from hebrew_asr.model.sharding import is_sharded
+from hebrew_asr.training.run_log import RunLog, draw_curves, wer_summary
+from hebrew_asr.training.settings import Settings
+
+
+def report_data(
+    folder: Path,
+    train_rows: SpeechRows | list[StreamedSource],
+    eval_rows: SpeechRows,
+    config: Settings,
+    run_log: RunLog,
+) -> None:
+    run_log.say(f"run folder {folder}")
+    if run_log.is_main:
+        for line in write_report(folder, None if config.streaming else train_rows, eval_rows, config):
+            run_log.say(line)
+        for stream in train_rows if config.streaming else []:
+            run_log.say(f"streamed: {stream.source}, {stream.rows.num_shards} shards, read while training")
+
+
+def describe_result(trainer: Any, final: dict[str, float]) -> None:
+    """The model card, the curves, and the verdict's lines."""
+    config, run_log, folder = trainer.config, trainer.run_log, trainer.final_folder
+    write_model_card(
+        folder,
+        model_id=config.hf_repo_id or str(folder),
+        base_model=config.model_name_or_path,
+        train_sources=[source.path for source in config.train_sources],
+        eval_name=", ".join(source.path for source in config.eval_sources) or "held-out recordings",
+        final=final,
+        origin=trainer.final_origin,
+        settings=dataclasses.asdict(config),
+        tags=config.tags,
+    )
+    draw_curves(run_log.rows, trainer.stage_ends, trainer.panels, folder.parent / "curves.png")
+    for line in (
+        *trainer.verdict(),
+        *wer_summary(run_log.rows, trainer.stage_ends, trainer.stage.name),
+    ):
+        run_log.say(line)
+
+
+def facts_of_run(trainer: Any, train_rows: Any, processes: int) -> dict[str, Any]:
+    """What the dashboard should hold beside the settings."""
+    return {
+        "processes": processes,
+        "gpu_count": processes if torch.cuda.is_available() else 0,
+        "gradient_accumulation_steps": trainer.config.gradient_accumulation_steps(processes),
+        "effective_batch_size": trainer.config.target_effective_batch,
+        "steps": trainer.total_steps,
+        "train_utterances": None if trainer.config.streaming else len(train_rows),
+        "train_hours": None if trainer.config.streaming else train_rows.hours,
+        "bf16_autocast": trainer.use_bf16,
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+    }
+
+
+def announce(trainer: Any, eval_rows: SpeechRows, processes: int) -> None:
+    """Says what will run and which stages are cut, before the first step."""
+    config, say = trainer.config, trainer.run_log.say
+    if config.train_sources[0].probability is not None and not config.streaming:
+        for source, count, rows in zip(config.train_sources, trainer.mixture.counts, trainer.mixture.rows, strict=True):
+            share = count / len(trainer.mixture)
+            say(f"mixture: {share:.1%} of an epoch from {source.path}, {count} of its {len(rows)} utterances")
+    budget = config.tokens_per_micro_batch
+    say(
+        f"{trainer.total_steps} steps, {len(trainer.sampler)} an epoch | {config.batch_size} utterances ×"
+        f" {config.gradient_accumulation_steps(processes):g} micro-batches × {processes} processes ="
+        f" {config.target_effective_batch} a step{f', dealt by tokens, at most {budget} at once' if budget else ''} |"
+        f" {'bf16 autocast' if trainer.use_bf16 else 'fp32'} on {trainer.args.device.type}"
+        f"{f' | what trains is sharded over the {processes} processes' if is_sharded(trainer.model) else ''}"
+    )
+    if config.fsdp and processes == 1:
+        say("note: fsdp is on and there is one process: nothing is sharded")
+    audio, text = trainer.model.config.audio_config, trainer.model.config.text_config
+    say(f"attention: encoder {audio._attn_implementation}, language model {text._attn_implementation}")
+    last_epoch = math.ceil(trainer.total_steps / len(trainer.sampler))
+    marked = sum(not {"״", "׳"}.isdisjoint(reference) for reference in eval_rows.column("reference"))
+    if marked and config.text_rules.quote_style == "ascii":
+        say(
+            f"note: {marked} evaluation references have ״ or ׳, which targets write as \" and '"
+            " (text_rules.quote_style): by the leaderboard's rules those words differ"
+        )
+    for stage in config.stages:
+        if last_epoch < stage.last_epoch:
+            begins = config.first_epoch_of(stage)
+            what = "is left out" if last_epoch < begins else f"is cut (it would end with epoch {stage.last_epoch})"
+            say(f"stage {stage.name} {what}: the run ends in epoch {last_epoch}")
+    if trainer.resumed:
+        step, there = trainer.resumed.step, trainer.resumed.folder
+        say(
+            f"resumed at step {step} of {trainer.total_steps}, stage {trainer.stage.name}, epoch"
+            f" {step / len(trainer.sampler):.2f}, from {there}"
+        )

@@ -1,0 +1,1 @@
+"""Further commands, each of which stands alone: none imports another."""

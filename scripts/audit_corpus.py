@@ -1,0 +1,227 @@
+"""Scores every training utterance with a checkpoint, to find the transcripts that are not what is spoken.
+
+    uv run torchrun --nproc_per_node=8 audit_corpus.py --model runs/NAME/final_model --config runs/NAME/config.yaml
+    uv run audit_corpus.py --model CHECKPOINT --demo
+
+Beside `--model` and `--audit_output` it takes every setting of train_round2_gradual.py. The scores go to audit.parquet
+in `--output_dir`, or else beside the checkpoint's folder. A second start goes on where the first one stopped.
+"""
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import accelerate
+import numpy as np
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+import torch
+import transformers
+from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
+
+from hebrew_asr.command_line import parse_config, read_run_settings
+from hebrew_asr.data.rows import SpeechRows, load_rows
+from hebrew_asr.errors import InputError
+from hebrew_asr.model.loading import checkpoint_problems, load_to_train
+from hebrew_asr.model.loss import IGNORED_LABEL, label_nats
+from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
+from hebrew_asr.text.scoring import count_errors, leaderboard_normalize
+from hebrew_asr.training import resuming
+from hebrew_asr.training.run_log import RunLog
+from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig
+from train_round2_gradual import recipe, round2
+
+BATCHES_PER_PART = 50  # of one process; an interruption loses at most so many
+PART = pyarrow.schema(
+    {
+        "number": pyarrow.int64(),  # of the utterance among those that are audited
+        "hypothesis": pyarrow.string(),  # the checkpoint's own transcription
+        "nats_per_token": pyarrow.float64(),  # of the transcript and the mark of its end, given the audio
+        "cer": pyarrow.float64(),  # percent, of the hypothesis against the transcript, normalised as for scoring
+        "skipped": pyarrow.string(),  # why there are no scores, or ""
+    }
+)
+
+
+def ranked(scores: pyarrow.Table) -> pyarrow.Table:
+    """Adds `rank` (1: the transcript most likely to be wrong; null where skipped) and sorts by it.
+
+    By the product of nats per token and CER: a wrong transcript surprises the model, and the model hears something
+    else. Hard audio has the second, a rare spelling the first. CER counts to 100 %, so that a loop is not worse.
+    """
+    nats, cer = scores["nats_per_token"], pyarrow.compute.min_element_wise(scores["cer"], 100.0, skip_nulls=False)
+    scores = scores.append_column("suspicion", pyarrow.compute.multiply(nats, cer))
+    order = {"suspicion": "descending", "nats_per_token": "descending", "number": "ascending"}  # nulls come last
+    ranks = np.arange(1, len(scores) + 1)
+    skipped = ranks > len(scores) - nats.null_count
+    return scores.sort_by(list(order.items())).append_column("rank", pyarrow.array(ranks, mask=skipped))
+
+
+def nats_per_token(
+    trainer: GradualUnfreezeTrainer, batch: dict[str, torch.Tensor], languages: list[str]
+) -> list[float]:
+    """Mean nats of each transcript's tokens, the mark of its end included, the language's name before it not."""
+    inputs = trainer._prepare_inputs({k: tensor for k, tensor in batch.items() if not k.startswith("prompt_")})
+    inputs["input_features"] = inputs["input_features"].to(trainer.model.model.audio_tower.conv2d1.weight.dtype)
+    any_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in trainer.model.parameters())
+    with torch.no_grad(), torch.autocast(trainer.args.device.type, torch.bfloat16, enabled=any_bf16):
+        _, nats = label_nats(trainer.model, **inputs)
+    counts = (inputs["labels"] != IGNORED_LABEL).sum(dim=1).tolist()
+    prefixes = [len(trainer.collator.language_prefix(language)) for language in languages]
+    return [mine[prefix:].mean().item() for mine, prefix in zip(nats.split(counts), prefixes, strict=True)]
+
+
+def character_error_rate(text: str, hypothesis: str) -> float:
+    """Percent, normalised; where nothing is left of the text it is 0 or 100."""
+    text, hypothesis = leaderboard_normalize(text), leaderboard_normalize(hypothesis)
+    return count_errors(text, hypothesis).cer if text else 100.0 * bool(hypothesis)
+
+
+def score(trainer: GradualUnfreezeTrainer, batches: list[list[tuple[int, int]]]) -> Iterator[list[dict]]:
+    """Yields the rows of PART of each batch of (epoch, number)."""
+    loader = trainer._loader(trainer.train_dataset, [[batch] for batch in batches], lambda loaded: loaded[0])
+    for batch, utterances in zip(batches, loader, strict=True):
+        found = {
+            number: {"number": number, "skipped": u.get("dropped", "")}
+            for (_, number), u in zip(batch, utterances, strict=True)
+        }
+        if heard := [u for u in utterances if "dropped" not in u]:
+            inputs = trainer.collator(heard, training=False)
+            _, generated, _ = trainer.prediction_step(trainer.model, inputs, prediction_loss_only=False)
+            hypotheses = trainer.processor.decode(generated, return_format="transcription_only")
+            nats_of_each = nats_per_token(trainer, inputs, [u["language"] for u in heard])
+            for u, nats, hypothesis in zip(heard, nats_of_each, hypotheses, strict=True):
+                cer = character_error_rate(u["text"], hypothesis)
+                found[u["index"]] |= {"hypothesis": hypothesis, "nats_per_token": nats, "cer": cer}
+        yield list(found.values())
+
+
+def key(config: TrainingConfig, rows: SpeechRows) -> str:
+    """Names what the scores depend on: the weights, the utterances and how they are batched and transcribed."""
+    folder = Path(transformers.utils.cached_file(config.model_name_or_path, "config.json")).parent
+    files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*.safetensors"))]
+    names = "language eval_prefill_language generation_max_new_tokens eval_batch_size max_audio_length_seconds".split()
+    content = [files, [getattr(config, name) for name in names], rows.column("digest"), rows.column("text")]
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=12).hexdigest()
+
+
+def write_whole(table: pyarrow.Table, file: Path) -> None:
+    pyarrow.parquet.write_table(table, file.with_suffix(".unfinished"))
+    file.with_suffix(".unfinished").rename(file)
+
+
+def read_parts(folder: Path) -> pyarrow.Table:
+    return pyarrow.concat_tables(
+        [PART.empty_table(), *map(pyarrow.parquet.read_table, sorted(folder.glob("*.parquet")))]
+    )
+
+
+def score_what_is_left(trainer: GradualUnfreezeTrainer, folder: Path) -> int:
+    """Scores this process's share of the batches that no part holds; returns how many utterances were in parts."""
+    done = set(read_parts(folder)["number"].to_pylist())
+    trainer.accelerator.wait_for_everyone()  # every process has read the same parts before one writes another
+    mine = [batch for (batch,) in trainer.get_eval_dataloader(trainer.train_dataset).batch_sampler]
+    left = [batch for batch in mine if batch[0][1] not in done]
+    found: list[dict] = []
+    with tqdm(total=sum(map(len, left)), desc="auditing", disable=trainer.run_log.hides_progress) as bar:
+        for i, rows in enumerate(score(trainer, left), start=1):
+            found += rows
+            bar.update(len(rows))
+            if i % BATCHES_PER_PART == 0 or i == len(left):
+                write_whole(pyarrow.Table.from_pylist(found, PART), folder / f"{found[0]['number']}.parquet")
+                found = []
+    trainer.accelerator.wait_for_everyone()
+    return len(done)
+
+
+def settings(argv: list[str]) -> tuple[TrainingConfig, Path]:
+    """The settings, with the checkpoint in the base model's place, and the file of the scores."""
+    parser = argparse.ArgumentParser("audit_corpus.py", allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="the checkpoint that scores: a folder or a Hub id")
+    parser.add_argument("--audit_output", help="parquet file of the scores; all else is as in train_round2_gradual.py")
+    parser.add_argument("--config", type=Path, help="config.yaml of a run, of Round 2 or 3")
+    given, others = parser.parse_known_args(argv)
+    of_run = given.config and read_run_settings(given.config, round2())
+    config = parse_config(others, of_run) if of_run else recipe(others)
+    config.check_sources()
+    beside = Path(given.model).resolve().parent if Path(given.model).is_dir() else Path("runs")
+    output = Path(given.audit_output or Path(config.output_dir or beside) / "audit.parquet")
+    as_it_is = {"prev_context_prob": 0.0, "use_waveform_augmentation": False}
+    as_it_is |= {"fsdp": False, "torch_compile": False, "ema_decay": None}  # of training
+    return dataclasses.replace(config, model_name_or_path=given.model, **as_it_is), output
+
+
+def main(argv: list[str]) -> None:
+    """Scores, ranks and writes; InputError on every rank when it cannot."""
+    # 1. Processes and settings
+    config, output = settings(argv)
+    cpu = not torch.cuda.is_available()
+    state = accelerate.PartialState(cpu=cpu, timeout=timedelta(minutes=config.process_timeout_minutes))
+    quiet_libraries(state.is_main_process)
+
+    # 2. Model and data: the first process of each machine reads and caches, the others find the cache
+    with together():
+        with checkpoint_problems(config.model_name_or_path):
+            processor = transformers.AutoProcessor.from_pretrained(config.model_name_or_path)
+        use_bf16 = not cpu and torch.cuda.is_bf16_supported(False)
+        model = load_to_train(dataclasses.replace(config, stages=[]), use_bf16)  # no weight is kept for training
+    rows = load_in_turn(state, functools.partial(load_rows, config.train_sources, config, for_training=True))
+
+    # 3. Score
+    (name,) = broadcast_object_list([key(config, rows) if state.is_main_process else ""])
+    parts = output.with_suffix(".parts") / name
+    parts.mkdir(parents=True, exist_ok=True)
+    log, arguments = RunLog(parts, state.process_index), resuming.training_arguments(config, parts, cpu)
+    trainer = GradualUnfreezeTrainer(config, arguments, model, processor, rows, rows, log, use_bf16)
+    log.say(f"to audit: {len(rows)} utterances, {rows.hours:.2f} h")
+    for drop in rows.dropped:
+        log.say(f"  dropped of {drop.source}: {drop.utterances}, {drop.hours:.2f} h: {drop.reason}")
+    done_before = score_what_is_left(trainer, parts)
+
+    # 4. Rank, write, report
+    with together():
+        if state.is_main_process:
+            scores = read_parts(parts)
+            if len(scores) != len(rows):
+                raise InputError(f"{len(rows) - len(scores)} scores are not in {parts}: is it on a shared file system?")
+            scores = with_texts(ranked(scores), rows, [source.path for source in config.train_sources])
+            write_whole(scores, output)
+            for line in report(scores, done_before):
+                log.say(line)
+            log.say(f"scores: {output} (its parts, in {parts.parent}, may be removed)")
+    leave_process_group()
+
+
+def with_texts(scores: pyarrow.Table, rows: SpeechRows, paths: list[str]) -> pyarrow.Table:
+    """Puts what each line is about before its scores."""
+    columns = {name: pyarrow.array(rows.column(name)) for name in "row start digest words recording text".split()}
+    columns = {"source": pyarrow.array([paths[number] for number in rows.column("source")])} | columns
+    results = "hypothesis nats_per_token cer rank skipped".split()
+    return pyarrow.table({n: c.take(scores["number"]) for n, c in columns.items()} | {n: scores[n] for n in results})
+
+
+def report(scores: pyarrow.Table, done_before: int) -> list[str]:
+    """Lines for the console: what was scored, what was skipped and why, and the 20 transcripts to look at first."""
+    skipped = scores.filter(pyarrow.compute.is_null(scores["rank"])).to_pylist()
+    scored = len(scores) - len(skipped)
+    lines = [f"audited: {scored} utterances scored, {len(skipped)} skipped ({done_before} of all at an earlier start)"]
+    lines += [f"  skipped in {row['source']}: {row['skipped']}" for row in skipped]
+    for row in scores.slice(0, min(20, scored)).to_pylist():
+        lines += [
+            f"{row['rank']:3} | {row['nats_per_token']:.2f} nats per token | {row['cer']:.0f} % CER |"
+            f" {row['recording']} from {row['start']:.2f} s | row {row['row']} of {row['source']}",
+            f"    transcript {row['text']}",
+            f"    hypothesis {row['hypothesis']}",
+        ]
+    return lines
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,301 @@
+"""Transcribes audio without transcripts, and makes a training corpus of what a checkpoint agrees with itself on.
+
+    uv run torchrun --nproc_per_node=8 pseudo_label.py --model runs/NAME/final_model --source DATA --output data/more
+
+DATA is a path or Hub id of any form that training reads, or a source as JSON; its transcripts, if any, are not read. An
+utterance is transcribed greedily and `--samples` times at a temperature; its confidence is 1 less the mean distance of
+those transcripts from one another. What is confident enough and passes the filters of training (`--config` takes those
+of a run) is written with the columns of ivrit.ai's training sets, the confidence as `quality_score`: name the folder in
+`train_sources` with a probability. What is dropped is counted in OUTPUT.labels/report.json; every transcript with its
+fate is in labels.parquet beside it. The same command goes on where it was interrupted.
+"""
+
+import argparse
+import dataclasses
+import io
+import itertools
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import soundfile
+import torch
+from accelerate.utils import broadcast_object_list
+
+from hebrew_asr.command_line import read_run_settings
+from hebrew_asr.data.audio import SAMPLE_RATE, check_waveform, decode_audio
+from hebrew_asr.data.rows import RowSettings, SpeechRows, load_rows, row_settings, why_unusable
+from hebrew_asr.data.sources import DataConfig, Source
+from hebrew_asr.errors import InputError
+from hebrew_asr.evaluation import transcription
+from hebrew_asr.evaluation.transcription import (
+    Decoding,
+    Transcript,
+    key,
+    load_speech_model,
+    plan,
+    read_transcripts,
+    transcribe_set,
+)
+from hebrew_asr.files import put
+from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
+from hebrew_asr.text.scoring import count_errors, leaderboard_normalize, repeats
+from hebrew_asr.text.targets import normalize_target
+from train_hebrew_asr_enhanced import TrainingConfig
+
+ROWS_PER_FILE = 2000
+SLICE_SECONDS = 30.0  # metadata.duration in ivrit.ai's sets, whatever the clip's own length
+CORPUS = datasets.Features(
+    {
+        "audio": datasets.Audio(),
+        "transcript": datasets.Value("string"),
+        "metadata": {name: datasets.Value("float64") for name in ("seek", "duration", "quality_score")}
+        | {name: datasets.Value("string") for name in ("source", "entry_id")},
+        "has_prev": datasets.Value("bool"),
+        "has_timestamps": datasets.Value("bool"),
+        "prev_transcript": datasets.Value("string"),
+    }
+)
+
+
+@dataclasses.dataclass
+class Labelling:
+    """What is transcribed, and what is kept of it."""
+
+    model: str
+    source: Source
+    output: Path
+    data: DataConfig
+    language: str = "Hebrew"
+    samples: int = 4
+    temperature: float = 0.7
+    min_confidence: float = 0.8
+    num_workers: int = 4
+    process_timeout_minutes: int = 600
+
+
+# ------------------------------------------------------------------------------------------------------- What is kept
+def distance(a: str, b: str) -> float:
+    """Character edits between two normalised texts over the longer one's length: 0 for equal ones, at most 1."""
+    longer, shorter = sorted((a, b), key=len, reverse=True)
+    if not shorter:
+        return float(bool(longer))
+    return count_errors(longer, shorter).character_edits / len(longer)
+
+
+def confidence(texts: list[str]) -> float:
+    """1 less the mean distance of all pairs."""
+    texts = [leaderboard_normalize(text) for text in texts]
+    return 1 - float(np.mean([distance(a, b) for a, b in itertools.combinations(texts, 2)]))
+
+
+def fate(transcript: Transcript, certainty: float, seconds: float, given: Labelling, settings: RowSettings) -> str:
+    """Why an utterance with this greedy transcript is not trained on, or ""."""
+    text = normalize_target(transcript.text, given.data.text_rules)
+    if transcript.language != given.language:
+        return f"named as {transcript.language or 'no language'}"
+    if transcript.truncated:
+        return "cut off by the limit of tokens"
+    if repeats(text):
+        return "repeats itself"
+    if certainty < given.min_confidence:
+        return f"confidence below {given.min_confidence:g}"
+    return why_unusable(text, seconds, settings)
+
+
+# --------------------------------------------------------------------------------------------------------- The corpus
+def utterances_of(rows: SpeechRows, longest: float, workers: int) -> SpeechRows:
+    """The recordings, those longer than `longest` seconds cut at pauses, each piece a row of its own."""
+    pieces = sorted(plan(rows, longest, workers))
+    index = rows.index.take(pyarrow.array(rows.used[[piece.number for piece in pieces]]))
+    contents = [name.split(" ")[0] for name in index["digest"].to_pylist()]
+    changed = {
+        "start": pyarrow.array([piece.start for piece in pieces], pyarrow.float64()),
+        "end": pyarrow.array([piece.end for piece in pieces], pyarrow.float64()),
+        "seconds": pyarrow.array([piece.seconds for piece in pieces], pyarrow.float64()),
+        "digest": pyarrow.array([f"{c} {p.start:.2f}" for c, p in zip(contents, pieces, strict=True)]),
+    }
+    for name, column in changed.items():
+        index = index.set_column(index.schema.get_field_index(name), name, column)
+    return SpeechRows(rows.sources, index, np.arange(len(index)), rows.dropped)
+
+
+def audio_of(row: dict[str, Any]) -> dict[str, Any]:
+    """A whole recording's bytes as they are; a piece of one as FLAC."""
+    audio = row["audio"]
+    if row["end"] is None and not row["start"]:
+        content = audio["bytes"] or Path(audio["path"]).read_bytes()
+        return {"bytes": content, "path": Path(str(audio["path"])).name}
+    file = io.BytesIO()
+    soundfile.write(file, decode_audio(audio, row["start"], row["end"]), SAMPLE_RATE, format="FLAC")
+    return {"bytes": file.getvalue(), "path": f"{row['recording']}-{row['start']:.2f}.flac"}
+
+
+def corpus_rows(rows: SpeechRows, kept: list[dict[str, Any]], source: Source) -> Iterator[dict[str, Any]]:
+    for label in kept:
+        row = rows[label["number"]]
+        yield {
+            "audio": audio_of(row),
+            "transcript": label["text"],
+            "metadata": {"seek": row["start"], "duration": SLICE_SECONDS, "quality_score": label["confidence"]}
+            | {"source": str(source), "entry_id": row["recording"]},
+            "has_prev": False,
+            "has_timestamps": False,
+            "prev_transcript": "",
+        }
+
+
+def write_corpus(folder: Path, rows: Iterator[dict[str, Any]], count: int) -> None:
+    """Parquet files in a folder that is there once all of them are."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    files = -(-count // ROWS_PER_FILE)
+    for number in range(files):
+        table = pyarrow.Table.from_pylist(list(itertools.islice(rows, ROWS_PER_FILE)), CORPUS.arrow_schema)
+        name = f"train-{number:05}-of-{files:05}.parquet"
+        pyarrow.parquet.write_table(table, unfinished / name, row_group_size=100)
+    unfinished.rename(folder)
+
+
+# --------------------------------------------------------------------------------------------------------------- Main
+def label(rows: SpeechRows, texts: list[list[Transcript]], given: Labelling) -> list[dict[str, Any]]:
+    """A line for each utterance: its greedy transcript, confidence, and why it is dropped, or ""."""
+    settings = dataclasses.replace(
+        row_settings(given.source, [], given.data, for_training=True), min_quality=None, language=given.language
+    )
+    found = []
+    for number, (greedy, *samples) in enumerate(zip(*texts, strict=True)):
+        certainty = confidence([greedy.text, *(sample.text for sample in samples)])
+        seconds = float(rows.seconds[number])
+        row = rows[number]
+        problem = fate(greedy, certainty, seconds, given, settings)
+        if not problem:  # decoded last: most of what is dropped is dropped by its text
+            problem = check_waveform(decode_audio(row["audio"], row["start"], row["end"]), seconds) or ""
+        found.append(
+            {"number": number, "recording": row["recording"], "start": row["start"], "seconds": seconds}
+            | {"text": normalize_target(greedy.text, given.data.text_rules), "confidence": certainty}
+            | {"samples": [sample.text for sample in samples], "dropped": problem}
+        )
+    return found
+
+
+def report_of(labels: list[dict[str, Any]], rows: SpeechRows, given: Labelling) -> dict[str, Any]:
+    hours = Counter({"kept": 0.0})
+    counts = Counter({"kept": 0})
+    for one in labels:
+        counts[one["dropped"] or "kept"] += 1
+        hours[one["dropped"] or "kept"] += one["seconds"] / 3600
+    for drop in rows.dropped:
+        counts[drop.reason] += drop.utterances
+        hours[drop.reason] += drop.hours
+    return {
+        "model": given.model,
+        "source": str(given.source),
+        "samples": given.samples,
+        "temperature": given.temperature,
+        "min_confidence": given.min_confidence,
+        "utterances": dict(counts),
+        "hours": dict(hours),
+        "confidence_percentiles": {
+            str(p): float(np.percentile([one["confidence"] for one in labels], p)) for p in (5, 25, 50, 75, 95)
+        },
+    }
+
+
+def main(given: Labelling) -> None:
+    """Transcribes, chooses and writes; InputError on every rank when it cannot."""
+    # 1. Processes and folder
+    cpu = not torch.cuda.is_available()
+    state = accelerate.PartialState(cpu=cpu, timeout=timedelta(minutes=given.process_timeout_minutes))
+    quiet_libraries(state.is_main_process)
+    if given.output.exists():
+        raise InputError(f"{given.output} exists already: remove it, or choose another --output")
+    beside = given.output.with_name(f"{given.output.name}.labels")
+
+    # 2. Audio, and the model
+    rows = load_in_turn(state, lambda: load_rows([given.source], given.data, for_training=False))
+    rows = utterances_of(rows, given.data.max_audio_length_seconds, given.num_workers)
+    sampled = [Decoding(temperature=given.temperature, seed=number) for number in range(1, given.samples + 1)]
+    with together():
+        model = load_speech_model(given.model, sampled[0], state.device)
+
+    # 3. Transcribe: greedily, then sampled
+    texts: list[list[Transcript]] = []
+    for decoding in (Decoding(), *sampled):
+        model.decoding = decoding
+        (done,) = broadcast_object_list([key(given.model, model.dtype, decoding, rows)])
+        parts = beside / "transcripts" / done
+        parts.mkdir(parents=True, exist_ok=True)
+        state.wait_for_everyone()
+        rank, processes = state.process_index, state.num_processes
+        with together(), transcription.transcription_problems():
+            transcribe_set(model, rows, decoding, parts, rank, processes, given.num_workers, hides_progress=rank > 0)
+        state.wait_for_everyone()
+        texts.append(read_transcripts(parts, len(rows)).transcripts if rank == 0 else [])
+
+    # 4. Choose and write: the first process
+    with together():
+        if state.is_main_process:
+            labels = label(rows, texts, given)
+            kept = [one for one in labels if not one["dropped"]]
+            report = report_of(labels, rows, given)
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(labels), beside / "labels.parquet")
+            put(beside / "report.json", json.dumps(report, ensure_ascii=False, indent=1))
+            for reason, count in report["utterances"].items():
+                print(f"{reason}: {count} utterances, {report['hours'][reason]:.2f} h", flush=True)
+            if not kept:
+                raise InputError(f"nothing is left to train on; {beside}/labels.parquet has the transcripts")
+            write_corpus(given.output, corpus_rows(rows, kept, given.source), len(kept))
+            print(f"corpus: {given.output}; its labels and what was dropped: {beside}", flush=True)
+    leave_process_group()
+
+
+def parse(argv: list[str]) -> Labelling:
+    """Reads the command line; raises InputError."""
+    parser = argparse.ArgumentParser("pseudo_label.py", allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="the checkpoint that transcribes: a folder or a Hub id")
+    parser.add_argument("--source", required=True, help="a path or Hub id, or a source as JSON")
+    parser.add_argument("--output", type=Path, required=True, help="the corpus's folder, which is not there yet")
+    parser.add_argument("--config", type=Path, help="config.yaml of a run, for its text rules and filters")
+    parser.add_argument("--samples", type=int, default=4, help="beside the greedy transcript")
+    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--min_confidence", type=float, default=0.8, help="between 0 and 1")
+    parser.add_argument("--num_workers", type=int, default=4)
+    given = vars(parser.parse_args(argv))
+    least = {"samples": 1, "temperature": 0.01, "min_confidence": 0, "num_workers": 0}
+    for name, low in least.items():
+        if not low <= given[name]:
+            raise InputError(f"{name} must be at least {low}, got {given[name]}")
+    if given["min_confidence"] > 1:
+        raise InputError(f"min_confidence must be at most 1, got {given['min_confidence']}")
+    text = given.pop("source")
+    try:
+        source = Source(**json.loads(text)) if text.startswith("{") else Source(text)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{text} is no source: {error}") from error
+    file, config = given.pop("config"), TrainingConfig()
+    if file is not None:
+        if not file.is_file():
+            raise InputError(f"{file} does not exist")
+        config = read_run_settings(file, config)
+    config.preprocessing_num_workers = max(1, given["num_workers"])
+    return Labelling(
+        source=dataclasses.replace(source, text_column="", language=None),
+        data=config,
+        language=config.language,
+        **given,
+    )
+
+
+if __name__ == "__main__":
+    launch(lambda arguments: main(parse(arguments)))
