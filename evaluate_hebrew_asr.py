@@ -10,17 +10,18 @@ same command goes on where it was interrupted. The exit status is not 0 when som
 more was forgotten than `--max_wer_rise` allows.
 """
 
-import argparse
 import dataclasses
 import json
-import math
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Annotated
 
 import accelerate
 import torch
 from accelerate.utils import broadcast_object_list
 
+from hebrew_asr.command_line import Range, parse_config
 from hebrew_asr.data.rows import SpeechRows
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation.results import display_names, report, score_files
@@ -30,74 +31,64 @@ from hebrew_asr.files import DEMO, digest
 from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
 
 
+@dataclass
+class EvaluationOptions(Decoding):
+    """The command line."""
+
+    # What is measured
+    model: str | None = None
+    """The checkpoint to measure: a folder or a Hub id."""
+    compare: list[str] = field(default_factory=list)
+    """Checkpoints to compare it with."""
+    sets: list[str] = field(default_factory=list)
+    """Of the leaderboard's (eval-d1, whatsapp, saspeech, fleurs, common-voice, kan; left out: all of them), or one of
+    your own as JSON: {"name": "calls", "path": "data/calls"}, with any field of Source, "language" where it is not
+    Hebrew ("None": nobody speaks), and "guarded": true to check it for regressions too."""
+    score: list[str] = field(default_factory=list)
+    """JSONL files of transcripts, a {"reference": …, "hypothesis": …} a line, instead of a model."""
+    output_dir: str | None = None
+    max_utterances: Annotated[int, Range(1)] | None = None
+    """Of each set, for a quick look."""
+    max_wer_rise: Annotated[float, Range(0)] | None = 5.0
+    """Points of WER that the model may be worse than the first it is compared with, on sets in other languages and
+    guarded ones; null: any."""
+    num_workers: Annotated[int, Range(0)] = 4
+    update_card: bool = False
+    """Write the figures into the model's card."""
+
+
+def demo() -> EvaluationOptions:
+    return EvaluationOptions(model=str(DEMO / "tuned"), compare=[str(DEMO / "base")], num_workers=0)
+
+
 def parse(argv: list[str]) -> EvaluationConfig:
     """Reads the command line; raises InputError."""
-    parser = argparse.ArgumentParser("evaluate_hebrew_asr.py", allow_abbrev=False)
-    parser.add_argument("--model", help="the checkpoint to measure: a folder or a Hub id")
-    parser.add_argument("--compare", nargs="+", default=[], help="checkpoints to compare it with")
-    names = ", ".join(one.name for one in LEADERBOARD)
-    parser.add_argument(
-        "--sets",
-        nargs="+",
-        help=f'of {names}; or one of your own, as JSON: {{"name": "calls", "path": "data/calls"}}, with'
-        ' any field of Source, "language" where it is not Hebrew ("None": nobody speaks), and "guarded": true to make'
-        " it a gate",
-    )
-    parser.add_argument("--score", nargs="+", default=[], help="JSONL files of transcripts, instead of a model")
-    parser.add_argument("--demo", action="store_true", help="the demo's checkpoints and sets")
-    parser.add_argument("--output_dir")
-    parser.add_argument("--max_utterances", type=int, help="of each set, for a quick look")
-    parser.add_argument(
-        "--max_wer_rise",
-        type=lambda text: None if text == "none" else float(text),
-        default=5.0,
-        help="points, or none; see EvaluationConfig",
-    )
-    parser.add_argument("--num_workers", type=int, default=4)
-    parser.add_argument("--update_card", action="store_true", help="write the figures into the model's card")
-    for one in dataclasses.fields(Decoding):
-        kinds = {int: int, int | None: int, float: float}
-        parser.add_argument(f"--{one.name}", type=kinds.get(one.type, str), default=one.default)
-    given = parser.parse_args(argv)
-    if bool(given.score) == bool(given.model or given.demo):
+    given = parse_config(argv, EvaluationOptions(), demo, __doc__)
+    is_demo = "--demo" in argv
+    if bool(given.score) == bool(given.model):
         raise InputError("give either --model (or --demo), or --score")
     if given.score and (given.update_card or given.compare or given.sets or given.max_utterances):
         raise InputError("--score takes files alone: leave --compare, --sets, --max_utterances and --update_card out")
-    if given.update_card and (given.max_utterances or not (Path(given.model or "") / "README.md").is_file()):
+    if given.update_card and (given.max_utterances or not (Path(given.model) / "README.md").is_file()):
         raise InputError("--update_card needs a local folder with a README.md as --model, and whole sets")
-    check_numbers(given)
-    known = {one.name: one for one in (DEMO_SETS if given.demo else LEADERBOARD)}
+    known = {one.name: one for one in (DEMO_SETS if is_demo else LEADERBOARD)}
     config = EvaluationConfig(
-        models=[given.model or str(DEMO / "tuned"), *(given.compare or ([str(DEMO / "base")] if given.demo else []))]
-        if not given.score
-        else [],
-        sets=[read_set(name, known) for name in given.sets] if given.sets else list(known.values()),
+        models=[given.model, *given.compare] if given.model else [],
+        sets=[read_set(name, known) for name in given.sets] or list(known.values()),
         decoding=Decoding(**{one.name: getattr(given, one.name) for one in dataclasses.fields(Decoding)}),
         score=given.score,
         max_utterances=given.max_utterances,
         max_wer_rise=given.max_wer_rise,
-        quoted=[] if given.demo or given.score else list(QUOTED),
-        num_workers=0 if given.demo else given.num_workers,
+        quoted=[] if is_demo or given.score else list(QUOTED),
+        num_workers=given.num_workers,
         update_card=given.update_card,
     )
     names = [one.name for one in config.sets]
     if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"two sets have the name {', '.join(twice)}: give each its own")
-    meaning = json.dumps(dataclasses.asdict(config), default=str).encode()
-    config.output_dir = given.output_dir or f"runs/evaluation-{digest(meaning)[:10]}"
+    settings = json.dumps(dataclasses.asdict(config), default=str).encode()
+    config.output_dir = given.output_dir or f"runs/evaluation-{digest(settings)[:10]}"
     return config
-
-
-def check_numbers(given: argparse.Namespace) -> None:
-    """Raises InputError for a number that cannot mean anything."""
-    least = {"longest_seconds": 1, "batch_seconds": 0, "num_beams": 1, "num_workers": 0, "max_new_tokens": 1}
-    least |= {"max_utterances": 1, "max_wer_rise": 0, "temperature": 0}
-    for name, low in least.items():
-        value = getattr(given, name)
-        if value is not None and not (low <= value < math.inf):
-            raise InputError(f"{name} must be a number from {low} up, got {value}")
-    if given.dtype not in ("auto", "bfloat16", "float32"):
-        raise InputError(f"dtype is {given.dtype!r}, must be auto, bfloat16 or float32")
 
 
 def main(config: EvaluationConfig) -> None:

@@ -12,7 +12,6 @@ and final_model/. The same command in the same folder goes on from the last chec
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
@@ -22,37 +21,31 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import accelerate
 import numpy as np
 import torch
 import transformers
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
-from transformers import Qwen3ASRForConditionalGeneration, Qwen3ASRProcessor
+from transformers import Qwen3ASRProcessor
 
 from hebrew_asr.checkpoints import store
-from hebrew_asr.checkpoints.averages import model_of, newest
-from hebrew_asr.checkpoints.final import save_for_use
 from hebrew_asr.checkpoints.hub import CheckpointUploader, check_upload, upload, upload_command
-from hebrew_asr.command_line import parse_config
+from hebrew_asr.command_line import Between, Range, check_ranges, parse_config
 from hebrew_asr.data.augmentation import WaveformAugmentation
-from hebrew_asr.data.mixture import Mixture
 from hebrew_asr.data.prepare import prepare
 from hebrew_asr.data.rows import BROKEN, SpeechRows
-from hebrew_asr.data.selection import load_train_and_eval
-from hebrew_asr.data.sources import DataConfig
-from hebrew_asr.data.stream import SpeechStream, StreamedSource, StreamReader, load_streams_and_eval
 from hebrew_asr.data.utterances import SpeechDataset
 from hebrew_asr.errors import InputError
-from hebrew_asr.model.attention import CHOICES, is_inside_utterances
+from hebrew_asr.model.attention import is_inside_utterances
 from hebrew_asr.model.costs import work_of
-from hebrew_asr.model.generation import TOKENS_PER_SECOND, as_it_fits, generate
+from hebrew_asr.model.generation import generate, new_token_limit
 from hebrew_asr.model.loading import load_processor, load_to_train
 from hebrew_asr.model.loss import IGNORED_LABEL, SpeechModel, label_nats
-from hebrew_asr.model.packing import FRAMES_PER_CHUNK, deal_step, pack, useful_tokens
-from hebrew_asr.model.prompts import MEL_BINS, Prompts, pad, padded
+from hebrew_asr.model.packing import FRAMES_PER_CHUNK, pack
+from hebrew_asr.model.prompts import MEL_BINS, pad, padded
 from hebrew_asr.model.sharding import is_sharded, shard, whole_model
 from hebrew_asr.model.stages import (
     COMPONENTS,
@@ -65,27 +58,27 @@ from hebrew_asr.model.stages import (
     trainable_parameters,
     trains_in,
 )
-from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
-from hebrew_asr.text.scoring import score
-from hebrew_asr.training.batches import GlobalBatchSampler, StreamedEpochs, UtteranceTokens
-from hebrew_asr.training.final_model import evaluate_final
+from hebrew_asr.processes import launch, leave_process_group, quiet_libraries, together
+from hebrew_asr.training.batches import Collator, check_batch, collate_evaluation, evaluation_batches
+from hebrew_asr.training.feed import TrainingData, load_data, open_feed, speech_loader
+from hebrew_asr.training.final_model import evaluate_final, write_final_model
+from hebrew_asr.training.measuring import Output, pool, transcribe_batches
 from hebrew_asr.training.moving_average import MovingAverage
 from hebrew_asr.training.plan import lines_of, make_plan
 from hebrew_asr.training.resuming import ResumableTrainer, StepEvents, ends_early, train, training_arguments
 from hebrew_asr.training.run_folder import check_disk, checkpoint_to_resume, failures_noted, open_run_folder
-from hebrew_asr.training.run_log import PANELS, TRACKERS, RunLog, success_criteria
-from hebrew_asr.training.run_report import announce, describe_result, facts_of_run, report_data
-from hebrew_asr.training.speed import StepClock, Window
+from hebrew_asr.training.run_log import PANELS, RunLog, success_criteria
+from hebrew_asr.training.run_report import announce, describe_result, facts_of_run, report_data, warn_of_a_wrong_start
+from hebrew_asr.training.settings import Settings
+from hebrew_asr.training.speed import StepClock, StepCounts, Window
 from hebrew_asr.training.token_budget import find_token_budget
-from hebrew_asr.training.watch import outlive_stop_signals
 
 SILENCE = np.zeros((MEL_BINS, FRAMES_PER_CHUNK), np.float32)  # a second, for a process without work in a step
 ENOUGH_TO_JUDGE = 1000  # utterances, before a share of broken ones means something
-DOES_NOT_FIT = ("", "", 0.0, 0)  # hypothesis, language, nats, tokens of an utterance that memory does not hold
 
 
 @dataclass
-class TrainingConfig(DataConfig):
+class TrainingConfig(Settings):
     # Model
     model_name_or_path: str = "Qwen/Qwen3-ASR-1.7B-hf"
     """A Qwen3-ASR checkpoint in transformers' own layout (the ids that end in -hf), or a local folder of one."""
@@ -93,28 +86,28 @@ class TrainingConfig(DataConfig):
     """The name the model writes before the transcript: `language Hebrew<asr_text>…`."""
     bf16: bool | None = None
     """bf16 autocast and bf16 frozen weights (what trains is kept in fp32); None: where the GPU has it."""
-    attention: str = "auto"
+    attention: Literal["auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"] = "auto"
     """auto: the fastest there is; sdpa: as transformers does it; varlen: PyTorch's FlashAttention, for packed rows and
     the encoder's windows; flash_attention_2, flash_attention_3: the package's."""
     torch_compile: bool = False
     """torch.compile of the language model's layers while training: it takes minutes at the start and after a switch."""
-    final_dtype: str = "bfloat16"
+    final_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """The one type of the final model's weights on disk."""
 
-    # Data: the sources and filters are fields of DataConfig, in hebrew_corpora.py
+    # Data: the sources and filters are fields of DataConfig, in hebrew_asr/data/sources.py
     dataloader_num_workers: int = 4
     """Processes that decode and extract features, for each rank; 0: the training process itself."""
 
     # SpecAugment (Park et al. 2019, arXiv:1904.08779), on training batches only
     use_specaugment: bool = True
-    time_mask_param: int = 80
+    time_mask_param: Annotated[int, Range(0)] = 80
     """Widest time mask in mel frames of 10 ms."""
-    freq_mask_param: int = 27
+    freq_mask_param: Annotated[int, Range(0, MEL_BINS)] = 27
     """Widest frequency mask in mel bins (of 128)."""
     num_time_masks: int = 2
     num_freq_masks: int = 2
     mask_value: float = 0.0
-    max_time_mask_share: float = 0.2
+    max_time_mask_share: Annotated[float, Range(0, 1)] = 0.2
     """All time masks of an utterance together cover at most this share of its frames."""
 
     # On the waveform, before the features: speed, noise, reverberation, gain; on training utterances only
@@ -130,20 +123,20 @@ class TrainingConfig(DataConfig):
             Stage("A", 5, {"projector": 1e-4, "audio_top": 3e-5, "llm_top": 3e-5, "lm_head": 1e-4}),
         ]
     )
-    lr_scheduler_type: str = "cosine"
-    """cosine, linear, constant_with_warmup or constant, as transformers.get_scheduler has them."""
-    warmup_ratio: float = 0.1
+    lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup", "constant"] = "cosine"
+    """As transformers.get_scheduler has them."""
+    warmup_ratio: Annotated[float, Range(0, 1)] = 0.1
     """Share of the run's steps; 0: warmup_steps is used instead."""
     warmup_steps: int = 500
-    layerwise_lr_decay_rate: float = 1.0
+    layerwise_lr_decay_rate: Annotated[float, Range(0, 1)] = 1.0
     """Each layer of llm_top and audio_top trains this much slower than the one above it; 1.0: all alike."""
 
     # Batch
-    target_effective_batch: int = 64
+    target_effective_batch: Annotated[int, Range(1)] = 64
     """Utterances of one optimizer step, over all processes."""
-    tokens_per_micro_batch: int | None = 3072
+    tokens_per_micro_batch: Annotated[int, Range(1)] | None = 3072
     """Tokens (audio and text) of one forward pass of one process; it governs. None: batch_size does, in padded rows."""
-    batch_size: int = 2
+    batch_size: Annotated[int, Range(1)] = 2
     """Utterances of one forward pass of one process, where tokens_per_micro_batch is None."""
     gradient_checkpointing: bool = False
     """Less memory for a third more time: what trains runs forward a second time in the backward pass."""
@@ -153,43 +146,43 @@ class TrainingConfig(DataConfig):
     # Optimizer: AdamW
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    ema_decay: float | None = None
+    ema_decay: Annotated[float, Between(0, 1)] | None = None
     """Keep an exponential moving average of what trains (0.999 spans about 1,000 steps; fp32, beside the weights), and
     make it the final model where its WER is lower than the best checkpoint's. It is evaluated at the end only."""
 
     # Evaluation
-    eval_steps: int = 500
+    eval_steps: Annotated[int, Range(1)] = 500
     """Also before the first step, at the end of each stage, and at the end."""
-    eval_batch_size: int = 8
+    eval_batch_size: Annotated[int, Range(1)] = 8
     """Utterances as long as max_audio_length_seconds; of longer ones fewer are taken at once, of shorter ones more."""
     eval_prefill_language: bool = False
     """Give the model `language Hebrew<asr_text>` instead of letting it name the language itself."""
-    generation_max_new_tokens: int = 256
-    """For recordings of over half a minute the limit grows with their length."""
+    generation_max_new_tokens: Annotated[int, Range(1)] | None = None
+    """Tokens of a transcript at most; None: 64, and 12 for each second (a fast speaker's Hebrew has 8 a second)."""
     num_logged_predictions: int = 5
 
     # Tracking
-    tracker: str = "wandb"
+    tracker: Literal["wandb", "trackio", "none"] = "wandb"
     """wandb, trackio (a local dashboard, no account), or none; metrics.jsonl is written in any case."""
     wandb_project: str = field(default_factory=lambda: os.environ.get("WANDB_PROJECT", "qwen3-asr-hebrew"))
     wandb_run_name: str | None = field(default_factory=lambda: os.environ.get("WANDB_RUN_NAME"))
-    logging_steps: int = 10
+    logging_steps: Annotated[int, Range(1)] = 10
 
     # Checkpoints
     resume: str = "auto"
     """auto: go on where the run in the folder stopped; never: a new run; hub: also from what was uploaded, where the
     folder has nothing as new; or the folder of a checkpoint."""
-    save_steps: int = 500
+    save_steps: Annotated[int, Range(1)] = 500
     """Steps from one checkpoint to the next. Also when the WER is the lowest so far, and at the end of each stage."""
-    save_total_limit: int = 2
+    save_total_limit: Annotated[int, Range(1)] = 2
     """So many of the newest checkpoints are kept, and the one of the lowest WER."""
     preemption_grace_seconds: float = 25
     """From a signal to stop to the end of the processes, with a checkpoint or without; torchrun itself gives 30."""
     stall_timeout_minutes: float = 10
     """A process that does not get on for so long while training ends the run."""
-    max_bad_steps: int = 3
+    max_bad_steps: Annotated[int, Range(1)] = 3
     """Steps in a row without a finite gradient after which the run goes back to the last checkpoint."""
-    check_ranks_steps: int = 100
+    check_ranks_steps: Annotated[int, Range(1)] = 100
     """Steps from one comparison of the processes' weights to the next."""
 
     # What the run is held to at its end
@@ -213,17 +206,6 @@ class TrainingConfig(DataConfig):
     """Only read the corpora and write their report (corpus.html, .md, .json) into the run's folder."""
     prepare: bool = False
     """Only listen to the corpora (prepare_corpora.py) and write their report; later starts use what was heard."""
-    plan: bool = False
-    """Only print what the run will need (training_plan.py): memory, hours, cost. Needs no GPU and downloads nothing."""
-    plan_device: str = "A100-40GB"
-    """A100-40GB, A100-80GB, H100, H200, L40S or 4090."""
-    plan_devices: int = 8
-    plan_hours_of_audio: float | None = None
-    """Of an epoch; None: from the corpora where they are local, else 350."""
-    plan_mean_seconds: float = 6.0
-    """Of an utterance, where the corpora are not read."""
-    plan_price_per_hour: float | None = None
-    """Of one device; None: no cost is printed."""
     find_token_budget: bool = False
     """Only try, on the GPUs given, how large tokens_per_micro_batch may be (token_budget.py), and print it."""
     output_dir: str | None = None
@@ -251,7 +233,7 @@ class TrainingConfig(DataConfig):
         }
         return [tag for tag, is_on in on.items() if is_on]
 
-    def meaning(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """The settings that decide what the run computes, as they are in JSON."""
         settings = json.loads(json.dumps(dataclasses.asdict(self)))
         return {name: value for name, value in settings.items() if name not in MAY_CHANGE}
@@ -285,30 +267,8 @@ class TrainingConfig(DataConfig):
                 raise InputError(f"stage {stage.name}: unknown component {sorted(unknown)}, known: {list(COMPONENTS)}")
             if not stage.learning_rates or not all(rate > 0 for rate in stage.learning_rates.values()):
                 raise InputError(f"stage {stage.name} trains nothing: give at least one component a rate above 0")
-        self._check_batch(processes)
-        choices = {
-            "tracker": TRACKERS,
-            "attention": CHOICES,
-            "final_dtype": ("bfloat16", "float32"),
-            "lr_scheduler_type": ("cosine", "linear", "constant", "constant_with_warmup"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(known)}")
-        ranges = dict.fromkeys(
-            (
-                *("eval_steps", "eval_batch_size", "logging_steps", "generation_max_new_tokens"),
-                *("save_steps", "save_total_limit", "max_bad_steps", "check_ranks_steps"),
-            ),
-            (1, math.inf),
-        )
-        ranges |= {"freq_mask_param": (0, MEL_BINS), "time_mask_param": (0, math.inf), "max_time_mask_share": (0, 1)}
-        ranges |= {"warmup_ratio": (0, 1), "eval_fraction": (0, 1), "layerwise_lr_decay_rate": (0, 1)}
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise InputError(f"ema_decay must lie between 0 and 1, got {self.ema_decay}; null keeps no average")
-        for name, (low, high) in ranges.items():
-            if not low <= getattr(self, name) <= high:
-                raise InputError(f"{name} must lie between {low} and {high}, got {getattr(self, name)}")
+        check_ranges(self)
+        check_batch(self, processes)
         if self.hub_checkpoints and not 1 <= self.hub_save_total_limit <= self.save_total_limit:
             raise InputError(
                 f"hub_save_total_limit must lie between 1 and save_total_limit ({self.save_total_limit}), what is kept"
@@ -318,34 +278,12 @@ class TrainingConfig(DataConfig):
         if self.uploads and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.hf_repo_id):
             raise InputError(f"hf_repo_id must be owner/name, got {self.hf_repo_id!r} (from HF_REPO_ID?)")
 
-    def _check_batch(self, processes: int) -> None:
-        if self.batch_size < 1 or self.target_effective_batch < 1:
-            raise InputError("batch_size and target_effective_batch must be at least 1")
-        if self.streaming and self.target_effective_batch % processes:
-            raise InputError(
-                f"streaming needs a target_effective_batch ({self.target_effective_batch}) that is a multiple of the"
-                f" number of processes ({processes})"
-            )
-        if self.tokens_per_micro_batch is not None and self.tokens_per_micro_batch < 1:
-            raise InputError("tokens_per_micro_batch must be at least 1, or None")
-        target, at_once = self.target_effective_batch, self.batch_size * processes
-        if self.tokens_per_micro_batch is not None or target % at_once == 0:
-            return
-        sizes = [size for size in range(1, target + 1) if target % (size * processes) == 0]
-        nearest_sizes = sorted(sorted(sizes, key=lambda size: abs(size - self.batch_size))[:2])
-        targets = sorted({max(1, target // at_once) * at_once, (target // at_once + 1) * at_once})
-        raise InputError(
-            f"target_effective_batch ({target}) is not a multiple of batch_size × processes"
-            f" ({self.batch_size} × {processes} = {at_once}). Nearest that divide: batch_size"
-            f" {' or '.join(map(str, nearest_sizes)) or '(none)'}, or target_effective_batch"
-            f" {' or '.join(map(str, targets))}"
-        )
-
 
 MAY_CHANGE = {  # settings that a resumed run may have otherwise than before
     *("bf16", "attention", "torch_compile", "final_dtype", "batch_size"),
     *("dataloader_num_workers", "preprocessing_num_workers"),
-    *("eval_steps", "eval_batch_size", "num_logged_predictions", "logging_steps", "target_loss", "target_wer"),
+    *("eval_steps", "eval_batch_size", "generation_max_new_tokens", "num_logged_predictions", "logging_steps"),
+    *("target_loss", "target_wer"),
     *("tracker", "wandb_project", "wandb_run_name", "hf_repo_id", "skip_hf_upload", "hf_private"),
     *("hub_checkpoints", "hub_save_total_limit"),
     *("resume", "save_steps", "save_total_limit", "preemption_grace_seconds", "stall_timeout_minutes"),
@@ -356,7 +294,7 @@ MAY_CHANGE = {  # settings that a resumed run may have otherwise than before
 }
 
 
-class DataCollatorSpeechSeq2SeqWithPadding(Prompts):
+class DataCollatorSpeechSeq2SeqWithPadding(Collator):
     """Turns utterances into the tensors of one forward pass, masked by SpecAugment while training."""
 
     def __init__(self, processor: Qwen3ASRProcessor, config: TrainingConfig):
@@ -455,7 +393,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         args: transformers.TrainingArguments,
         model: SpeechModel,
         processor: Qwen3ASRProcessor,
-        train_rows: SpeechRows | list[StreamedSource],
+        data: TrainingData,
         eval_rows: SpeechRows,
         run_log: RunLog,
         use_bf16: bool,
@@ -468,22 +406,12 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         freeze_for(model, self.stage)
         if config.fsdp and args.world_size > 1:
             shard(model, ever_trained(model, config.stages).keys(), args.device)
+        self.feed = open_feed(data, processor, self.collator, config, args.process_index, args.world_size)
         super().__init__(
-            model=model,
-            args=args,
-            train_dataset=None if config.streaming else SpeechDataset(train_rows, processor, config, training=True),
-            eval_dataset=SpeechDataset(eval_rows, processor, config, training=False),
+            model=model, args=args, eval_dataset=SpeechDataset(eval_rows, processor, config, training=False)
         )
-        if config.streaming:
-            self.sampler = StreamedEpochs(config.steps_per_epoch)
-            self.stream = self.open_stream(train_rows)
-        else:
-            self.mixture = Mixture(train_rows, config.train_sources, config.seed)
-            around = len(self.collator.prompt(0, "")) + len(self.collator.language_prefix(config.language)) + 1
-            tokens = UtteranceTokens(train_rows, around, self.collator.tokens, config)
-            self.sampler = GlobalBatchSampler(self.mixture, tokens, config, args.process_index, args.world_size)
-        self.total_steps = config.max_steps or config.num_epochs * len(self.sampler)
-        ends = {stage.last_epoch * len(self.sampler): stage.name for stage in config.stages}
+        self.total_steps = config.max_steps or config.num_epochs * len(self.feed)
+        ends = {stage.last_epoch * len(self.feed): stage.name for stage in config.stages}
         self.stage_ends = {step: name for step, name in ends.items() if step < self.total_steps}
         self.clock = StepClock(args.device)
         self.add_callback(StepEvents(self.note_step, run_log, config.eval_steps, {*self.stage_ends, self.total_steps}))
@@ -496,66 +424,25 @@ class GradualUnfreezeTrainer(ResumableTrainer):
     # Data
 
     @staticmethod
-    def load_data(
-        config: TrainingConfig, state: accelerate.PartialState
-    ) -> tuple[SpeechRows | list[StreamedSource], SpeechRows]:
-        load = load_streams_and_eval if config.streaming else load_train_and_eval
-        return load_in_turn(state, functools.partial(load, config, config.seed))
+    def load_data(config: TrainingConfig, state: accelerate.PartialState) -> tuple[TrainingData, SpeechRows]:
+        return load_data(config, state)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """One item is this process's share of one optimizer step: a list of micro-batches. Already sharded by rank."""
-        if self.config.streaming:
-            return torch.utils.data.DataLoader(self.stream, batch_sampler=self.sampler, collate_fn=lambda step: step)
-        return self._loader(self.train_dataset, self.sampler, functools.partial(collate_step, self.collator))
-
-    def open_stream(self, streams: list[StreamedSource]) -> StreamReader:
-        config = self.config
-        stream = SpeechStream(
-            streams,
-            SpeechDataset(None, self.processor, config, training=True).utterance,
-            functools.partial(collate_streamed, self.collator),
-            share=config.target_effective_batch // self.args.world_size,
-            seed=config.seed,
-            rank=self.args.process_index,
-            processes=self.args.world_size,
-        )
-        return StreamReader(stream, config.dataloader_num_workers, pin_memory=torch.cuda.is_available())
+        return self.feed.loader()
 
     def get_eval_dataloader(self, eval_dataset: SpeechDataset | None = None) -> torch.utils.data.DataLoader:
-        """This process's batches of the evaluation set, longest first; the batches are the same for any rank count.
-
-        A batch has as many padded seconds as `eval_batch_size` utterances of the longest that training allows, and no
-        more than four times as many utterances, so that a small set is not one batch.
-        """
-        dataset = eval_dataset or self.eval_dataset
-        budget = self.config.eval_batch_size * self.config.max_audio_length_seconds  # padded seconds of a batch
-        batches: list[list[tuple[int, int]]] = []
-        size = 0
-        for row in np.argsort(-dataset.rows.seconds, kind="stable").tolist():
-            if not batches or len(batches[-1]) == size:
-                batches.append([])
-                size = min(4 * self.config.eval_batch_size, max(1, int(budget / dataset.rows.seconds[row])))
-            batches[-1].append((0, row))
+        """This process's batches of the evaluation set; the batches are the same for any number of processes."""
+        config, dataset = self.config, eval_dataset or self.eval_dataset
+        batches = evaluation_batches(dataset.rows.seconds, config.max_audio_length_seconds, config.eval_batch_size)
         mine = [[batch] for batch in batches[self.args.process_index :: self.args.world_size]]
-        return self._loader(dataset, mine, functools.partial(collate_evaluation, self.collator))
-
-    def _loader(self, dataset: SpeechDataset, batch_sampler: Any, collate: Callable) -> torch.utils.data.DataLoader:
-        workers = self.config.dataloader_num_workers
-        return torch.utils.data.DataLoader(
-            dataset,
-            batch_sampler=batch_sampler,
-            collate_fn=collate,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            prefetch_factor=2 if workers else None,
-            worker_init_fn=functools.partial(outlive_stop_signals, seconds=self.config.preemption_grace_seconds),
-        )
+        return speech_loader(dataset, mine, functools.partial(collate_evaluation, self.collator), config)
 
     # Stages
 
     def _run_epoch(self, model: torch.nn.Module, epoch: int, **kwargs: Any) -> None:
         """Enters the stage of this epoch first (Trainer counts epochs from 0), then trains on the current wrapper."""
-        self.sampler.epoch = epoch + 1
+        self.feed.epoch = epoch + 1
         stage = self.config.stage_of_epoch(epoch + 1)
         if stage is not self.stage:
             self.enter_stage(stage)
@@ -577,14 +464,6 @@ class GradualUnfreezeTrainer(ResumableTrainer):
     def set_stage(self, stage: Stage) -> None:
         self.stage = stage
         freeze_for(self.model, stage)
-
-    def unwrap(self) -> None:
-        """Takes DistributedDataParallel off, if there is any."""
-        if self.model_wrapped is not self.model:
-            self.model_wrapped._remove_autograd_hooks()
-            self.model_wrapped.reducer = None  # frees its gradient buckets; Trainer's loop keeps the wrapper itself
-        self.accelerator._models.clear()  # prepare_model appends; the model would be listed twice
-        self.model_wrapped = self.model
 
     # Optimizer and schedule
 
@@ -628,7 +507,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
 
     def learning_rate(self, component: str, depth: int, step: int) -> float:
         """The rate of the step after `step` steps, for a component's layer `depth` layers below the top one."""
-        stage = self.config.stage_of_epoch(step // len(self.sampler) + 1)
+        stage = self.config.stage_of_epoch(step // len(self.feed) + 1)
         peak = stage.learning_rates.get(component, 0.0)
         return peak * self.config.layerwise_lr_decay_rate**depth * self.factor(step)
 
@@ -664,28 +543,15 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             most = max(self.watch.gather(len(micro_batches)))
             micro_batches = micro_batches + [self.collator.packed([])] * (most - len(micro_batches))
         self.run_log.note_dropped(dropped, self.state.global_step + 1)
-        # Items of the loss, audio frames, dropped, of those the broken, positions of the model, of those not padding,
-        # workers that died; and the positions of each process
-        totals = torch.zeros(7 + self.args.world_size, dtype=torch.float64, device=self.args.device)
-        totals[2], totals[3] = len(dropped), sum(line.split(":")[0] in BROKEN for line in dropped)
+        counts = StepCounts(dropped=len(dropped), broken=sum(line.split(":")[0] in BROKEN for line in dropped))
         for batch in micro_batches:
-            supervised = (batch["labels"] != IGNORED_LABEL).sum()
-            totals[0] += self.items_of(batch)
-            totals[1] += batch["input_features_mask"].sum() * (supervised > 0)
-            totals[4] += batch["input_ids"].numel()
-            totals[5] += useful_tokens(batch) * (supervised > 0)
+            counts.add(batch, self.items_of(batch))
             self.window.work += work_of(batch, self.model.config)
-        totals[6], self.newly_dead = self.newly_dead, 0
-        totals[7 + self.args.process_index] = totals[4]
-        totals = self.accelerator.reduce(totals, reduction="sum")
-        items, frames, left_out, broken, positions, useful, dead_workers, *by_process = totals.tolist()
-        self.window.audio_seconds += frames / FRAMES_PER_CHUNK
-        self.window.positions += positions
-        self.window.useful += useful
-        self.window.fullest += max(by_process)
-        self.dropped_utterances += int(left_out)
-        self.broken_utterances += int(broken)
-        self.dead_workers += int(dead_workers)
+        counts.dead_workers, self.newly_dead = self.newly_dead, 0
+        items = self.window.add_step(counts, self.accelerator)
+        self.dropped_utterances += int(counts.dropped)
+        self.broken_utterances += int(counts.broken)
+        self.dead_workers += int(counts.dead_workers)
         self.check_broken(self.state.global_step + 1)
         loss = torch.zeros((), device=self.args.device)
         self.clock.begin()
@@ -755,16 +621,18 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             loss = label_nats(module, **inputs)[1].mean()
             if prediction_loss_only:
                 return loss, None, None
-        seconds = inputs["input_features"].shape[2] / FRAMES_PER_CHUNK
-        most = max(self.config.generation_max_new_tokens, math.ceil(TOKENS_PER_SECOND * seconds))
-        return loss, generate(module, inputs | prompts, most), inputs["labels"]
+        frames = inputs["input_features_mask"].sum(dim=1).tolist()
+        limits = [
+            self.config.generation_max_new_tokens or new_token_limit(count / FRAMES_PER_CHUNK) for count in frames
+        ]
+        return loss, generate(module, inputs | prompts, limits), inputs["labels"]
 
-    def transcribe(self, module: torch.nn.Module, batch: dict[str, torch.Tensor]) -> list[tuple[str, str, float, int]]:
+    def transcribe(self, module: torch.nn.Module, batch: dict[str, torch.Tensor]) -> list[Output]:
         """Hypothesis, language, mean nats of the batch, and target tokens of each utterance of one batch."""
         loss, generated, labels = self.prediction_step(module, batch, prediction_loss_only=False)
         outputs = self.processor.decode(generated, return_format="parsed")
         tokens = (labels != IGNORED_LABEL).sum(dim=1).tolist()
-        return [(o["transcription"], o["language"], loss.item(), n) for o, n in zip(outputs, tokens, strict=True)]
+        return [Output(o["transcription"], o["language"], loss.item(), n) for o, n in zip(outputs, tokens, strict=True)]
 
     @torch.compiler.set_stance("force_eager")  # decoding a token at a time would compile the layers again and again
     def evaluate(
@@ -805,27 +673,12 @@ class GradualUnfreezeTrainer(ResumableTrainer):
     def measure(self, model: torch.nn.Module, dataset: SpeechDataset) -> tuple[dict[str, float], list[str], list[str]]:
         """A set's metrics, its references and the model's hypotheses; the same on every process."""
         model.eval()
-        found, halved = [], 0  # (row, hypothesis, language, mean nats of its batch, target tokens)
         loader = self.get_eval_dataloader(dataset)
-        batches = self.while_running(loader)
-        for rows, batch in tqdm(batches, "evaluating", len(loader), leave=False, disable=self.run_log.hides_progress):
-            parts = as_it_fits(functools.partial(self.transcribe, model), batch)
-            outputs = [output for count, part in parts for output in part or [DOES_NOT_FIT] * count]
-            found += [(row, *output) for row, output in zip(rows, outputs, strict=True)]
-            halved += len(parts) - 1
-        found, (halved, *others) = sorted(gather_object(found)), gather_object([halved])
-        texts = dataset.rows.column("reference")
-        references = [texts[row] for row, *_ in found]
-        hypotheses = [hypothesis for _, hypothesis, *_ in found]
-        failed = [row for row, *_, count in found if not count]
-        self.run_log.note_full_memory(halved + sum(others), [dataset.rows[row]["recording"] for row in failed])
-        metrics = {"loss": sum(loss * count for *_, loss, count in found) / max(1, sum(count for *_, count in found))}
-        metrics |= score(references, hypotheses)
-        metrics["out_of_memory"] = len(failed)
-        if not self.config.eval_prefill_language:
-            expected = [language or self.config.language for language in dataset.rows.column("language")]
-            metrics["other_language"] = sum(language != expected[row] for row, _, language, *_ in found)
-        return metrics, references, hypotheses
+        hides = self.run_log.hides_progress
+        batches = tqdm(self.while_running(loader), "evaluating", len(loader), leave=False, disable=hides)
+        heard, halved = transcribe_batches(batches, functools.partial(self.transcribe, model))
+        language = None if self.config.eval_prefill_language else self.config.language
+        return pool(heard, halved, dataset.rows, language, self.run_log)
 
     def keep_if_best(self, wer: float) -> None:
         """Saves a checkpoint when this WER is the lowest since training began."""
@@ -833,75 +686,6 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         if self.state.global_step > 0 and wer < self.best_wer:
             self.best_wer, self.best_step = wer, self.state.global_step
             self.save_checkpoint()
-
-    def write_final_model(self) -> None:
-        """Writes the checkpoint of the lowest WER for use, in its one final type."""
-        self.writer.wait()
-        if self.args.process_index > 0:
-            return
-        best = store.best_valid(self.writer.parent, self.run_log.say)
-        if best is None:
-            raise InputError(f"no checkpoint is in {self.writer.parent}, so there is no final model: is the disk full?")
-        self.best_step = best.step
-        dtype = getattr(torch, self.config.final_dtype)
-        model = Qwen3ASRForConditionalGeneration.from_pretrained(best.folder, dtype=dtype)
-        save_for_use(model, self.processor, self.final_folder, dtype)
-        self.final_origin = f"The checkpoint with the lowest WER, at step {best.step}."
-
-    def write_average(self, folder: Path) -> None:
-        """Writes the moving average of the newest checkpoint for use."""
-        if self.args.process_index == 0:
-            found = newest(self.writer.parent, 1)
-            self.average_origin = f"The moving average of the weights at step {found[0].step}."
-            model = model_of(found, is_moving=True)
-            save_for_use(model, self.processor, folder, getattr(torch, self.config.final_dtype))
-
-    def evaluate_stored(self, folder: Path, metric_key_prefix: str) -> dict[str, float]:
-        """Evaluates a model as it is on the disk."""
-        model = Qwen3ASRForConditionalGeneration.from_pretrained(folder, dtype="auto")
-        return self.evaluate(metric_key_prefix=metric_key_prefix, model=model.to(self.args.device))
-
-    @property
-    def final_folder(self) -> Path:
-        return Path(self.args.output_dir) / "final_model"
-
-    # Checkpoints: RNG states are not in them, since every step and every utterance seeds its own
-
-    def run_facts(self) -> dict[str, Any]:
-        """What a resumed run must find as it was, beside the settings."""
-        facts = {"bf16_autocast": self.use_bf16, "steps": self.total_steps}
-        if self.config.streaming:
-            return facts
-        rows = self.train_dataset.rows
-        return facts | {"train_utterances": len(rows), "train_seconds": round(float(rows.seconds.sum()), 3)}
-
-    def shuffle_anew(self, order: int) -> None:
-        """Lets the epochs have another order: 0 is the seed's own, each time the run goes back it is the next."""
-        self.order, seed = order, self.config.seed + 1_000_003 * order
-        if self.config.streaming:
-            self.stream.go_on_from(self.stream.state, seed)
-        else:
-            self.sampler.mixture = self.mixture = Mixture(self.train_dataset.rows, self.config.train_sources, seed)
-
-    def stream_state(self) -> dict[str, Any] | None:
-        return self.stream.state if self.config.streaming else None
-
-    def restore_stream(self, states: list[dict[str, Any] | None]) -> None:
-        if not self.config.streaming:
-            return
-        if len(states) != self.args.world_size:
-            raise InputError(
-                f"a streamed run goes on with as many processes as before: {len(states)}, not {self.args.world_size}"
-            )
-        self.stream.go_on_from(states[self.args.process_index], self.stream.stream.seed)
-
-    def names_of_step(self, step: int) -> list[str]:
-        """This process's utterances of the step that runs."""
-        if self.config.streaming:
-            return self.stream.last
-        mine = next(itertools.islice(self.sampler, (step - 1) % len(self.sampler), None))
-        rows = [(number, self.train_dataset.rows[number]) for micro_batch in mine for _, number in micro_batch]
-        return [f"{row['recording']} (utterance {number}, {row['text']!r})" for number, row in rows]
 
     # Logging
 
@@ -922,7 +706,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         numbers |= self.uploader.numbers(step)
         self.window_started, self.window = now, Window()
         if math.isnan(self.last_train_loss):
-            self.warn_of_a_wrong_start(logs["loss"])
+            warn_of_a_wrong_start(logs["loss"], self.model.config.text_config.vocab_size, self.run_log)
         self.last_train_loss = logs["loss"]
         self.run_log.log(numbers, step)
 
@@ -930,40 +714,6 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         """Round 2's success criteria, a line each."""
         vocab_size = self.model.config.text_config.vocab_size
         return success_criteria(self.run_log.rows, self.config.target_loss, self.config.target_wer, vocab_size)
-
-    def warn_of_a_wrong_start(self, loss: float) -> None:
-        guessing = math.log(self.model.config.text_config.vocab_size)
-        if loss > 8 or abs(loss - guessing) < 0.5:
-            self.run_log.say(
-                f"warning: the loss starts at {loss:.2f} nats per token (ln of the vocabulary is {guessing:.2f}): the"
-                " model is guessing, so the prompt or the labels are wrong, or the checkpoint is untrained"
-            )
-
-
-def collate_step(collator: DataCollatorSpeechSeq2SeqWithPadding, micro_batches: list) -> tuple[list[dict], list[str]]:
-    """One step's share of one process, and the utterances left out of it because they do not decode."""
-    dropped = [u["dropped"] for utterances in micro_batches for u in utterances if "dropped" in u]
-    kept = [[u for u in utterances if "dropped" not in u] for utterances in micro_batches]
-    if collator.config.tokens_per_micro_batch is None:
-        return [collator(utterances, training=True) for utterances in kept], dropped
-    return [collator.packed(utterances) for utterances in kept], dropped
-
-
-def collate_streamed(collator: DataCollatorSpeechSeq2SeqWithPadding, utterances: list[dict]) -> list[dict]:
-    """One process's share of a step of a stream, whose utterances are not known before they are read."""
-    prompts, targets = collator.sequences(utterances, [u["features"].shape[1] for u in utterances])
-    tokens = np.array([len(prompt + target) for prompt, target in zip(prompts, targets, strict=True)])
-    budget = collator.config.tokens_per_micro_batch
-    if budget is None:
-        deal = np.array_split(np.arange(len(tokens)), math.ceil(len(tokens) / collator.config.batch_size))
-    else:
-        (deal,) = deal_step(tokens, processes=1, budget=budget)
-    return [collator.packed([utterances[place] for place in places]) for places in deal]
-
-
-def collate_evaluation(collator: DataCollatorSpeechSeq2SeqWithPadding, batches: list) -> tuple[list[int], dict]:
-    (utterances,) = batches
-    return [u["index"] for u in utterances], collator(utterances, training=False)
 
 
 def schedule_factor(config: TrainingConfig, total_steps: int) -> Callable[[int], float]:
@@ -987,7 +737,7 @@ def main(
     if config.plan:
         config.check(config.plan_devices)
         if int(os.environ.get("RANK", "0")) == 0:
-            print(*lines_of(make_plan(config, trains_in)), sep="\n")
+            print(*lines_of(make_plan(config)), sep="\n")
         return
 
     # 1. Processes and settings
@@ -1106,7 +856,7 @@ def run(
 
         # 6. The best checkpoint, or the moving average, as it is on disk: reload, evaluate, describe
         with together():
-            trainer.write_final_model()
+            write_final_model(trainer)
         final = evaluate_final(trainer)
     if state.is_main_process:
         describe_result(trainer, final)
@@ -1124,4 +874,4 @@ def publish(config: TrainingConfig, folder: Path, run_log: RunLog) -> None:
 
 
 if __name__ == "__main__":
-    launch(lambda arguments: main(parse_config(arguments, TrainingConfig())))
+    launch(lambda arguments: main(parse_config(arguments, TrainingConfig(), about=__doc__)))

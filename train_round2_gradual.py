@@ -40,7 +40,6 @@ def demo() -> TrainingConfig:
     config.text_rules.quote_style = "keep"  # the corpus and the test set write צה״ל alike
     config.target_effective_batch, config.batch_size = 16, 8
     config.dataloader_num_workers = config.preprocessing_num_workers = 0
-    config.generation_max_new_tokens = 100
     config.eval_batch_size = 64
     config.logging_steps = 25
     config.tracker = "trackio"
@@ -50,9 +49,7 @@ def demo() -> TrainingConfig:
 
 
 def recipe(arguments: list[str]) -> TrainingConfig:
-    if "--demo" in arguments:
-        return parse_config([a for a in arguments if a != "--demo"], demo())
-    return parse_config(arguments, round2())
+    return parse_config(arguments, round2(), demo, __doc__)
 
 
 if __name__ == "__main__":

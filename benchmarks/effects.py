@@ -518,7 +518,7 @@ def check_settings(options: Options, run: Run) -> None:
     file = run.folder(options) / "settings.json"
     config = settings(options, run)
     sets = [one.name for one in test_sets(options)]
-    wanted = {"settings": config.meaning(), "patch": run.variant.patch, "average": run.variant.average, "sets": sets}
+    wanted = {"settings": config.identity(), "patch": run.variant.patch, "average": run.variant.average, "sets": sets}
     wanted |= {"bf16": config.bf16, "rows": options.rows, "sentences": options.test_sentences}
     wanted = json.loads(json.dumps(wanted))
     if not file.exists():

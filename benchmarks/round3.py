@@ -249,7 +249,7 @@ def digest_of_start(setup: Setup) -> str:
 
 def folder_of(arm: Arm, setup: Setup) -> Path:
     """Named by all that the arm's weights depend on, the weights it starts from included."""
-    meaning = arm_config(arm, setup).meaning() | {"model_name_or_path": digest_of_start(setup)}
+    meaning = arm_config(arm, setup).identity() | {"model_name_or_path": digest_of_start(setup)}
     digest = digest_of(json.dumps(meaning, sort_keys=True, default=str).encode())
     return setup.work / f"{arm.objective}-x{arm.scale:g}-seed{arm.seed}-{digest}"
 

@@ -113,8 +113,8 @@ def start(folder: str) -> dict[str, float]:
     from hebrew_asr.data.mixture import Mixture
     from hebrew_asr.data.selection import load_train_and_eval
     from hebrew_asr.data.utterances import SpeechDataset
-    from hebrew_asr.training.batches import GlobalBatchSampler, UtteranceTokens
-    from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, collate_step
+    from hebrew_asr.training.batches import GlobalBatchSampler, UtteranceTokens, collate_step
+    from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding
 
     imported = time.perf_counter()
     config = settings(folder)
@@ -127,7 +127,7 @@ def start(folder: str) -> dict[str, float]:
     mixture = Mixture(train, config.train_sources, config.seed)
     sampler = GlobalBatchSampler(mixture, tokens, config, rank=0, processes=8)
     share = dataset.__getitems__(next(iter(sampler)))
-    collate_step(collator, share)
+    collate_step(collator, True, share)
     ended = time.perf_counter()
     return {
         "import_seconds": imported - began,

@@ -189,14 +189,14 @@ def ours(folder: Path, **changes: Any) -> dict[str, float]:
 
     trainer = make_trainer(folder, settings(folder, **changes))
     data, marks = [0.0], []
-    trainer.train_dataset.__getitems__ = timed(trainer.train_dataset.__getitems__, data)
+    trainer.feed.dataset.__getitems__ = timed(trainer.feed.dataset.__getitems__, data)
     trainer.collator.packed = timed(trainer.collator.packed, data)
     trainer.evaluate = lambda **_: {}
 
     class Mark(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             marks.append((time.process_time(), time.perf_counter(), data[0], trainer.window.audio_seconds))
-            control.should_training_stop = state.global_step == len(trainer.sampler)
+            control.should_training_stop = state.global_step == len(trainer.feed.sampler)
 
     trainer.add_callback(Mark())
     trainer.train()
@@ -208,7 +208,7 @@ def floor(folder: Path) -> dict[str, float]:
     """Forward and backward over the collated utterances of the same steps, and nothing else."""
     trainer = make_trainer(folder, settings(folder))
     trainer.model.train()
-    steps = [trainer.train_dataset.__getitems__(step) for step in trainer.sampler]
+    steps = [trainer.feed.dataset.__getitems__(step) for step in trainer.feed.sampler]
     steps = [[(trainer.collator.packed(part), part) for part in step] for step in steps]
     audio = cpu = wall = 0.0
     for number, step in enumerate(steps):
@@ -303,13 +303,13 @@ def memory(folder: Path, utterances: int = 8) -> dict[str, float]:
         model, optimizer = trainer.model, trainer.create_optimizer()
         draws = [(1, number) for number in numbers]
         peak = peak_above(
-            lambda: step(lambda: trainer.collator.packed([trainer.train_dataset[d] for d in draws]), model, optimizer)
+            lambda: step(lambda: trainer.collator.packed([trainer.feed.dataset[d] for d in draws]), model, optimizer)
         )
     else:
         import transformers
 
         model = transformers.Qwen3ASRForConditionalGeneration.from_pretrained(folder / "memory").train()
-        rows, optimizer = trainer.train_dataset.rows, torch.optim.AdamW(model.parameters(), lr=1e-5)
+        rows, optimizer = trainer.feed.dataset.rows, torch.optim.AdamW(model.parameters(), lr=1e-5)
         processor = trainer.processor
         peak = peak_above(
             lambda: step(lambda: official_batch(processor, [rows[number] for number in numbers]), model, optimizer)
@@ -320,7 +320,7 @@ def memory(folder: Path, utterances: int = 8) -> dict[str, float]:
 def data_path(folder: Path) -> dict[str, float]:
     """CPU per audio-second from compressed bytes to a collated batch: whole steps of one format, ours and official."""
     trainer = make_trainer(folder, settings(folder))
-    dataset, collator, rows = trainer.train_dataset, trainer.collator, trainer.train_dataset.rows
+    dataset, collator, rows = trainer.feed.dataset, trainer.collator, trainer.feed.dataset.rows
     found = {}
     for parity, name in enumerate(("flac", "mp3")):
         mine = [number for number in range(len(rows)) if rows[number]["row"] % 2 == parity][:STEP]
@@ -344,7 +344,7 @@ def checkpointing(folder: Path, hooks: bool) -> dict[str, float]:
     if hooks:
         trainer.model.enable_input_require_grads()
     trainer.model.train()
-    (step,) = [trainer.train_dataset.__getitems__(step) for step in trainer.sampler][:1]
+    (step,) = [trainer.feed.dataset.__getitems__(step) for step in trainer.feed.sampler][:1]
     batches = [trainer.collator.packed(part) for part in step]
     for warm in (True, False):
         began = time.process_time()
@@ -358,10 +358,10 @@ def evaluation(folder: Path, is_sorted: bool) -> dict[str, float]:
     """Transcribing: nothing ends a random model's output, so each batch goes on as long as its longest clip asks."""
     import numpy as np
 
-    import train_hebrew_asr_enhanced as training
     from hebrew_asr.data.sources import Source
+    from hebrew_asr.training.batches import collate_evaluation
 
-    config = settings(folder, train_sources=[Source(str(folder / "evaluated"))], generation_max_new_tokens=1)
+    config = settings(folder, train_sources=[Source(str(folder / "evaluated"))])
     trainer = make_trainer(folder, config)
     trainer.model.eval()
     trainer.model.generation_config.eos_token_id = None
@@ -370,7 +370,7 @@ def evaluation(folder: Path, is_sorted: bool) -> dict[str, float]:
     if not is_sorted:
         order = np.random.default_rng(0).permutation(len(dataset)).reshape(-1, config.eval_batch_size)
         loaded = ([[dataset[(0, int(number))] for number in batch]] for batch in order)
-        loader = (training.collate_evaluation(trainer.collator, batch) for batch in loaded)
+        loader = (collate_evaluation(trainer.collator, batch) for batch in loaded)
     began, steps = time.process_time(), 0
     for _, batch in loader:
         _, generated, _ = trainer.prediction_step(trainer.model, batch, prediction_loss_only=False)

@@ -7,12 +7,12 @@ Beside `--model` and `--audit_output` it takes every setting of train_round2_gra
 in `--output_dir`, or else beside the checkpoint's folder. A second start goes on where the first one stopped.
 """
 
-import argparse
 import dataclasses
 import functools
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,7 +26,7 @@ import transformers
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from hebrew_asr.command_line import parse_config, read_run_settings
+from hebrew_asr.command_line import help_of, parse_config, split_options
 from hebrew_asr.data.rows import SpeechRows, load_rows
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.loading import checkpoint_problems, load_to_train
@@ -34,9 +34,10 @@ from hebrew_asr.model.loss import IGNORED_LABEL, label_nats
 from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
 from hebrew_asr.text.scoring import count_errors, leaderboard_normalize
 from hebrew_asr.training import resuming
+from hebrew_asr.training.feed import speech_loader
 from hebrew_asr.training.run_log import RunLog
 from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig
-from train_round2_gradual import recipe, round2
+from train_round2_gradual import demo, round2
 
 BATCHES_PER_PART = 50  # of one process; an interruption loses at most so many
 PART = pyarrow.schema(
@@ -86,7 +87,9 @@ def character_error_rate(text: str, hypothesis: str) -> float:
 
 def score(trainer: GradualUnfreezeTrainer, batches: list[list[tuple[int, int]]]) -> Iterator[list[dict]]:
     """Yields the rows of PART of each batch of (epoch, number)."""
-    loader = trainer._loader(trainer.train_dataset, [[batch] for batch in batches], lambda loaded: loaded[0])
+    loader = speech_loader(
+        trainer.feed.dataset, [[batch] for batch in batches], lambda loaded: loaded[0], trainer.config
+    )
     for batch, utterances in zip(batches, loader, strict=True):
         found = {
             number: {"number": number, "skipped": u.get("dropped", "")}
@@ -127,7 +130,7 @@ def score_what_is_left(trainer: GradualUnfreezeTrainer, folder: Path) -> int:
     """Scores this process's share of the batches that no part holds; returns how many utterances were in parts."""
     done = set(read_parts(folder)["number"].to_pylist())
     trainer.accelerator.wait_for_everyone()  # every process has read the same parts before one writes another
-    mine = [batch for (batch,) in trainer.get_eval_dataloader(trainer.train_dataset).batch_sampler]
+    mine = [batch for (batch,) in trainer.get_eval_dataloader(trainer.feed.dataset).batch_sampler]
     left = [batch for batch in mine if batch[0][1] not in done]
     found: list[dict] = []
     with tqdm(total=sum(map(len, left)), desc="auditing", disable=trainer.run_log.hides_progress) as bar:
@@ -141,15 +144,24 @@ def score_what_is_left(trainer: GradualUnfreezeTrainer, folder: Path) -> int:
     return len(done)
 
 
+@dataclass
+class AuditOptions:
+    """What scores, and where to"""
+
+    model: str = ""
+    """The checkpoint that scores: a folder or a Hub id."""
+    audit_output: str | None = None
+    """Parquet file of the scores; None: audit.parquet beside the model or in output_dir."""
+
+
 def settings(argv: list[str]) -> tuple[TrainingConfig, Path]:
     """The settings, with the checkpoint in the base model's place, and the file of the scores."""
-    parser = argparse.ArgumentParser("audit_corpus.py", allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="the checkpoint that scores: a folder or a Hub id")
-    parser.add_argument("--audit_output", help="parquet file of the scores; all else is as in train_round2_gradual.py")
-    parser.add_argument("--config", type=Path, help="config.yaml of a run, of Round 2 or 3")
-    given, others = parser.parse_known_args(argv)
-    of_run = given.config and read_run_settings(given.config, round2())
-    config = parse_config(others, of_run) if of_run else recipe(others)
+    mine, others = split_options(argv, AuditOptions)
+    about = f"{__doc__}\n{help_of(AuditOptions())}\n\nThe others are those of train_round2_gradual.py."
+    config = parse_config(others, round2(), demo, about, of_another=True)
+    given = parse_config(mine, AuditOptions())
+    if not given.model:
+        raise InputError("give --model, the checkpoint that scores: a folder or a Hub id")
     config.check_sources()
     beside = Path(given.model).resolve().parent if Path(given.model).is_dir() else Path("runs")
     output = Path(given.audit_output or Path(config.output_dir or beside) / "audit.parquet")

@@ -9,14 +9,13 @@ final_model, and is uploaded where the run uploads. Of a run only `--save_total_
 there to be averaged: give it more when it trains. The same command goes on where it was interrupted.
 """
 
-import argparse
 import dataclasses
 import json
 import shutil
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import accelerate
 import torch
@@ -30,7 +29,7 @@ from hebrew_asr.checkpoints.hub import upload, upload_command
 from hebrew_asr.checkpoints.model_card import write_model_card
 from hebrew_asr.checkpoints.store import Checkpoint
 from hebrew_asr.checkpoints.tensors import AVERAGE, WEIGHTS
-from hebrew_asr.command_line import read_run_settings
+from hebrew_asr.command_line import Range, parse_config, read_run_settings
 from hebrew_asr.data.rows import SpeechRows, load_rows
 from hebrew_asr.data.selection import load_train_and_eval, without_too_many
 from hebrew_asr.data.sources import Source
@@ -236,15 +235,23 @@ def main(run: Path, last: int, best: int) -> None:
     leave_process_group()
 
 
+@dataclass
+class AveragingOptions:
+    """What is averaged"""
+
+    run: str = ""
+    """The run's folder."""
+    last: Annotated[int, Range(0)] = 3
+    """So many of the newest checkpoints; 0: not."""
+    best: Annotated[int, Range(0)] = 3
+    """So many of those with the lowest WER; 0: not."""
+
+
 def command(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("average_checkpoints.py", allow_abbrev=False)
-    parser.add_argument("--run", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--last", type=int, default=3, help="so many of the newest checkpoints; 0: not")
-    parser.add_argument("--best", type=int, default=3, help="so many of those with the lowest WER; 0: not")
-    given = parser.parse_args(argv)
-    if min(given.last, given.best) < 0:
-        raise InputError(f"--last and --best must be at least 0, got {given.last} and {given.best}")
-    main(given.run, given.last, given.best)
+    given = parse_config(argv, AveragingOptions(), about=__doc__)
+    if not given.run:
+        raise InputError("give --run, the folder of a run")
+    main(Path(given.run), given.last, given.best)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ of a run) is written with the columns of ivrit.ai's training sets, the confidenc
 fate is in labels.parquet beside it. The same command goes on where it was interrupted.
 """
 
-import argparse
 import dataclasses
 import io
 import itertools
@@ -18,9 +17,10 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import accelerate
 import datasets
@@ -31,7 +31,7 @@ import soundfile
 import torch
 from accelerate.utils import broadcast_object_list
 
-from hebrew_asr.command_line import read_run_settings
+from hebrew_asr.command_line import Range, parse_config
 from hebrew_asr.data.audio import SAMPLE_RATE, check_waveform, decode_audio
 from hebrew_asr.data.rows import RowSettings, SpeechRows, load_rows, row_settings, why_unusable
 from hebrew_asr.data.sources import DataConfig, Source
@@ -50,7 +50,6 @@ from hebrew_asr.files import put
 from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
 from hebrew_asr.text.scoring import count_errors, leaderboard_normalize, repeats
 from hebrew_asr.text.targets import normalize_target
-from train_hebrew_asr_enhanced import TrainingConfig
 
 ROWS_PER_FILE = 2000
 SLICE_SECONDS = 30.0  # metadata.duration in ivrit.ai's sets, whatever the clip's own length
@@ -67,19 +66,23 @@ CORPUS = datasets.Features(
 )
 
 
-@dataclasses.dataclass
-class Labelling:
+@dataclass
+class Labelling(DataConfig):
     """What is transcribed, and what is kept of it."""
 
-    model: str
-    source: Source
-    output: Path
-    data: DataConfig
+    # Pseudo-labels
+    model: str = ""
+    """The checkpoint that transcribes: a folder or a Hub id."""
+    source: Source = field(default_factory=lambda: Source(""))
+    """A path or Hub id, or a source as JSON."""
+    output: str = ""
+    """The corpus's folder, which is not there yet."""
     language: str = "Hebrew"
-    samples: int = 4
-    temperature: float = 0.7
-    min_confidence: float = 0.8
-    num_workers: int = 4
+    samples: Annotated[int, Range(1)] = 4
+    """Beside the greedy transcript."""
+    temperature: Annotated[float, Range(0.01)] = 0.7
+    min_confidence: Annotated[float, Range(0, 1)] = 0.8
+    num_workers: Annotated[int, Range(0)] = 4
     process_timeout_minutes: int = 600
 
 
@@ -100,7 +103,7 @@ def confidence(texts: list[str]) -> float:
 
 def fate(transcript: Transcript, certainty: float, seconds: float, given: Labelling, settings: RowSettings) -> str:
     """Why an utterance with this greedy transcript is not trained on, or ""."""
-    text = normalize_target(transcript.text, given.data.text_rules)
+    text = normalize_target(transcript.text, given.text_rules)
     if transcript.language != given.language:
         return f"named as {transcript.language or 'no language'}"
     if transcript.truncated:
@@ -171,7 +174,7 @@ def write_corpus(folder: Path, rows: Iterator[dict[str, Any]], count: int) -> No
 def label(rows: SpeechRows, texts: list[list[Transcript]], given: Labelling) -> list[dict[str, Any]]:
     """A line for each utterance: its greedy transcript, confidence, and why it is dropped, or ""."""
     settings = dataclasses.replace(
-        row_settings(given.source, [], given.data, for_training=True), min_quality=None, language=given.language
+        row_settings(given.source, [], given, for_training=True), min_quality=None, language=given.language
     )
     found = []
     for number, (greedy, *samples) in enumerate(zip(*texts, strict=True)):
@@ -183,7 +186,7 @@ def label(rows: SpeechRows, texts: list[list[Transcript]], given: Labelling) -> 
             problem = check_waveform(decode_audio(row["audio"], row["start"], row["end"]), seconds) or ""
         found.append(
             {"number": number, "recording": row["recording"], "start": row["start"], "seconds": seconds}
-            | {"text": normalize_target(greedy.text, given.data.text_rules), "confidence": certainty}
+            | {"text": normalize_target(greedy.text, given.text_rules), "confidence": certainty}
             | {"samples": [sample.text for sample in samples], "dropped": problem}
         )
     return found
@@ -218,13 +221,14 @@ def main(given: Labelling) -> None:
     cpu = not torch.cuda.is_available()
     state = accelerate.PartialState(cpu=cpu, timeout=timedelta(minutes=given.process_timeout_minutes))
     quiet_libraries(state.is_main_process)
-    if given.output.exists():
-        raise InputError(f"{given.output} exists already: remove it, or choose another --output")
-    beside = given.output.with_name(f"{given.output.name}.labels")
+    output = Path(given.output)
+    if output.exists():
+        raise InputError(f"{output} exists already: remove it, or choose another --output")
+    beside = output.with_name(f"{output.name}.labels")
 
     # 2. Audio, and the model
-    rows = load_in_turn(state, lambda: load_rows([given.source], given.data, for_training=False))
-    rows = utterances_of(rows, given.data.max_audio_length_seconds, given.num_workers)
+    rows = load_in_turn(state, lambda: load_rows([given.source], given, for_training=False))
+    rows = utterances_of(rows, given.max_audio_length_seconds, given.num_workers)
     sampled = [Decoding(temperature=given.temperature, seed=number) for number in range(1, given.samples + 1)]
     with together():
         model = load_speech_model(given.model, sampled[0], state.device)
@@ -255,46 +259,20 @@ def main(given: Labelling) -> None:
                 print(f"{reason}: {count} utterances, {report['hours'][reason]:.2f} h", flush=True)
             if not kept:
                 raise InputError(f"nothing is left to train on; {beside}/labels.parquet has the transcripts")
-            write_corpus(given.output, corpus_rows(rows, kept, given.source), len(kept))
-            print(f"corpus: {given.output}; its labels and what was dropped: {beside}", flush=True)
+            write_corpus(output, corpus_rows(rows, kept, given.source), len(kept))
+            print(f"corpus: {output}; its labels and what was dropped: {beside}", flush=True)
     leave_process_group()
 
 
 def parse(argv: list[str]) -> Labelling:
     """Reads the command line; raises InputError."""
-    parser = argparse.ArgumentParser("pseudo_label.py", allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="the checkpoint that transcribes: a folder or a Hub id")
-    parser.add_argument("--source", required=True, help="a path or Hub id, or a source as JSON")
-    parser.add_argument("--output", type=Path, required=True, help="the corpus's folder, which is not there yet")
-    parser.add_argument("--config", type=Path, help="config.yaml of a run, for its text rules and filters")
-    parser.add_argument("--samples", type=int, default=4, help="beside the greedy transcript")
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--min_confidence", type=float, default=0.8, help="between 0 and 1")
-    parser.add_argument("--num_workers", type=int, default=4)
-    given = vars(parser.parse_args(argv))
-    least = {"samples": 1, "temperature": 0.01, "min_confidence": 0, "num_workers": 0}
-    for name, low in least.items():
-        if not low <= given[name]:
-            raise InputError(f"{name} must be at least {low}, got {given[name]}")
-    if given["min_confidence"] > 1:
-        raise InputError(f"min_confidence must be at most 1, got {given['min_confidence']}")
-    text = given.pop("source")
-    try:
-        source = Source(**json.loads(text)) if text.startswith("{") else Source(text)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{text} is no source: {error}") from error
-    file, config = given.pop("config"), TrainingConfig()
-    if file is not None:
-        if not file.is_file():
-            raise InputError(f"{file} does not exist")
-        config = read_run_settings(file, config)
-    config.preprocessing_num_workers = max(1, given["num_workers"])
-    return Labelling(
-        source=dataclasses.replace(source, text_column="", language=None),
-        data=config,
-        language=config.language,
-        **given,
-    )
+    given = parse_config(argv, Labelling(), about=__doc__, of_another=True)
+    for name in ("model", "source", "output"):
+        if getattr(given, name) in ("", Source("")):
+            raise InputError(f"give --{name}: see --help")
+    given.source = dataclasses.replace(given.source, text_column="", language=None)
+    given.preprocessing_num_workers = max(1, given.num_workers)
+    return given
 
 
 if __name__ == "__main__":

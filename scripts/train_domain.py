@@ -11,20 +11,21 @@ from, on the domain's test set and on `--gates` (sets as that command takes them
 status is not 0. Every field of TrainingConfig can be given after it.
 """
 
-import argparse
 import dataclasses
 import gc
 import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
 import evaluate_hebrew_asr
 from hebrew_asr.checkpoints import store
-from hebrew_asr.command_line import parse_config
+from hebrew_asr.command_line import Range, help_of, parse_config, split_options
 from hebrew_asr.data.sources import DataConfig, Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import DEMO
@@ -90,39 +91,45 @@ def demo() -> TrainingConfig:
     return world
 
 
-def read_source(text: str) -> Source:
-    try:
-        return Source(**json.loads(text)) if text.startswith("{") else Source(text)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{text} is no source: {error}") from error
+@dataclass
+class DomainOptions:
+    """The domain and its gates"""
+
+    domain: Source | None = None
+    """What is adapted to: a path or Hub id, or a source as JSON."""
+    domain_test: Source | None = None
+    """Its test set."""
+    nonspeech: Source | None = None
+    """Recordings in which nobody speaks."""
+    gates: list[str] = field(default_factory=list)
+    """Sets on which the WER must not rise, as evaluate_hebrew_asr.py takes them; left out: eval-d1 and English."""
+    max_wer_rise: Annotated[float, Range(0)] | None = 5.0
+    """Points that it may rise; null: any."""
 
 
 def recipe(argv: list[str]) -> tuple[TrainingConfig, list[str]]:
     """The settings, and the arguments of the evaluation after training but for the model."""
-    parser = argparse.ArgumentParser("train_domain.py", allow_abbrev=False)
-    parser.add_argument("--demo", action="store_true")
-    parser.add_argument("--domain", type=read_source)
-    parser.add_argument("--domain_test", type=read_source)
-    parser.add_argument("--nonspeech", type=read_source)
-    parser.add_argument("--gates", nargs="+")
-    parser.add_argument("--max_wer_rise", default="5")
-    given, others = parser.parse_known_args(argv)
-    if not given.demo and not (given.domain and given.domain_test):
-        raise InputError("give --domain and --domain_test, or --demo")
-    if not given.demo and not any(argument.split("=")[0] == "--model_name_or_path" for argument in others):
-        raise InputError("give --model_name_or_path, the checkpoint that is adapted")
-    defaults = demo() if given.demo else domain(given.domain, given.domain_test, given.nonspeech)
-    config = parse_config(others, defaults)
+    mine, others = split_options(argv, DomainOptions)
+    given, is_demo = parse_config(mine, DomainOptions()), "--demo" in others
+    if {"--help", "-h"}.isdisjoint(argv) and not is_demo:
+        if not (given.domain and given.domain_test):
+            raise InputError("give --domain and --domain_test, or --demo")
+        if not any(argument.split("=")[0] == "--model_name_or_path" for argument in others):
+            raise InputError("give --model_name_or_path, the checkpoint that is adapted")
+    defaults = domain(given.domain or Source("-"), given.domain_test or Source("-"), given.nonspeech)
+    about = f"{__doc__}\n{help_of(DomainOptions())}\n\nThe others are those of train_round2_gradual.py."
+    config = parse_config(others, defaults, demo, about)
     if config.output_dir is None:
-        config.output_dir = f"runs/domain-{store.fingerprint(config.meaning())}"
+        config.output_dir = f"runs/domain-{store.fingerprint(config.identity())}"
     tested = [
         {"name": f"domain-{number}", "path": source.path, "config_name": source.config_name, "split": source.split}
         | {"revision": source.revision, "text_column": source.text_column, "language": source.language}
         for number, source in enumerate(config.eval_sources, start=1)
     ]
-    gates = given.gates or [json.dumps(gate) for gate in (DEMO_GATES if given.demo else GATES)]
+    gates = given.gates or [json.dumps(gate) for gate in (DEMO_GATES if is_demo else GATES)]
     sets = [json.dumps({name: value for name, value in one.items() if value is not None}) for one in tested]
-    return config, ["--sets", *sets, *gates, "--max_wer_rise", given.max_wer_rise]
+    rise = "null" if given.max_wer_rise is None else str(given.max_wer_rise)
+    return config, ["--sets", *sets, *gates, "--max_wer_rise", rise]
 
 
 def check_forgetting(config: TrainingConfig, arguments: list[str]) -> None:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import accelerate
 import numpy as np
@@ -26,15 +26,16 @@ import transformers
 from transformers import TrainingArguments
 
 from hebrew_asr.checkpoints.model_card import settings_of
-from hebrew_asr.command_line import parse_config
+from hebrew_asr.command_line import Range, parse_config
 from hebrew_asr.data.rows import SpeechRows, load_rows
 from hebrew_asr.data.selection import chosen_by_difficulty, without_leaks, without_too_many
 from hebrew_asr.data.sources import Source
 from hebrew_asr.data.utterances import SpeechDataset
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import DEMO
-from hebrew_asr.model.generation import TOKENS_PER_SECOND
+from hebrew_asr.model.generation import new_token_limit
 from hebrew_asr.model.loading import checkpoint_problems, load_to_train
+from hebrew_asr.model.packing import FRAMES_PER_CHUNK
 from hebrew_asr.model.stages import Stage
 from hebrew_asr.processes import launch, load_in_turn
 from hebrew_asr.rl import losses
@@ -59,7 +60,6 @@ from hebrew_asr.training.run_log import PANELS, curve
 from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig, main
 from train_round2_gradual import demo as round2_demo
 
-OBJECTIVES = ("gspo", "grpo", "mwer")
 CLIP = {"gspo": (3e-4, 4e-4), "grpo": (0.2, 0.2), "mwer": (0.0, 0.0)}  # the papers' ranges, below and above 1
 
 
@@ -69,13 +69,13 @@ class GspoConfig(TrainingConfig):
     """The settings of Round 2, and those of reinforcement learning."""
 
     # Objective
-    objective: str = "gspo"
-    """gspo, grpo or mwer: see policy_losses.py."""
+    objective: Literal["gspo", "grpo", "mwer"] = "gspo"
+    """See hebrew_asr/rl/losses.py."""
     clip_low: float | None = None
     """How far the ratio may fall below 1 before it counts no more; None: the paper's, 3e-4 for gspo, 0.2 for grpo."""
     clip_high: float | None = None
     """How far it may rise above 1; None: the paper's, 4e-4 for gspo and 0.2 for grpo."""
-    kl_weight: float = 0.0
+    kl_weight: Annotated[float, Range(0)] = 0.0
     """Of the distance to the model that the run starts from, in nats per token; above 0 that model is kept too. Groups
     without variance are not trained on, so that their distance does not count."""
 
@@ -85,20 +85,20 @@ class GspoConfig(TrainingConfig):
     temperature: float = 1.0
     """Logits are divided by it, in sampling and in the objective alike. Below 1 the samples are nearer to the greedy
     transcript, which is what is measured."""
-    updates_per_rollout: int = 4
+    updates_per_rollout: Annotated[int, Range(1)] = 4
     """Steps whose utterances are sampled with the same weights, one after the other (4 in the GSPO paper)."""
-    rollout_tokens_at_once: int = 32_768
+    rollout_tokens_at_once: Annotated[int, Range(1)] = 32_768
     """Positions of the cache in one call of the sampler, for one process."""
-    rollout_engine: str = "generate"
-    """generate: transformers' own; vllm: see vllm_rollouts.py."""
-    vllm_memory_share: float = 0.3
+    rollout_engine: Literal["generate", "vllm"] = "generate"
+    """generate: transformers' own; vllm: see hebrew_asr/rl/vllm_sampler.py."""
+    vllm_memory_share: Annotated[float, Range(0.05, 0.9)] = 0.3
     """Of the GPU's memory, for vLLM's weights and cache, beside the trainer's own (--plan says what that is)."""
 
     # Reward
     reward_weights: RewardWeights = field(default_factory=RewardWeights)
 
     # Data, beside what Round 2 has; the share with noise is waveform_augmentation.noise_probability
-    nonspeech_share: float = 0.05
+    nonspeech_share: Annotated[float, Range(0, 0.9)] = 0.05
     """Of the utterances: heard are silence or noise instead, and the right transcript is empty."""
     difficulty_scores: str | None = None
     """Scores that audit_corpus.py wrote, to choose utterances by how hard they are."""
@@ -108,8 +108,8 @@ class GspoConfig(TrainingConfig):
     # Evaluation
     noisy_eval_sources: list[Source] = field(default_factory=list)
     """A second evaluation set: `eval/wer_noisy`."""
-    best_by: str = "wer"
-    """wer or wer_noisy: whose lowest value makes the best checkpoint."""
+    best_by: Literal["wer", "wer_noisy"] = "wer"
+    """Whose lowest value makes the best checkpoint."""
 
     any_checkpoint: bool = False
     """Start from a checkpoint without a model card of Round 2, whatever it is."""
@@ -123,20 +123,12 @@ class GspoConfig(TrainingConfig):
     def tags(self) -> list[str]:
         return [*super().tags, self.objective]
 
-    def meaning(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         may_change = ("rollout_tokens_at_once", "any_checkpoint", "vllm_memory_share")
-        return {name: value for name, value in super().meaning().items() if name not in may_change}
+        return {name: value for name, value in super().identity().items() if name not in may_change}
 
     def check(self, processes: int) -> None:
         super().check(processes)
-        choices = {
-            "objective": OBJECTIVES,
-            "best_by": ("wer", "wer_noisy"),
-            "rollout_engine": ("generate", "vllm"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(known)}")
         if self.rollout_engine == "vllm":
             check_installed()
         if self.group_size < 2:
@@ -156,15 +148,6 @@ class GspoConfig(TrainingConfig):
                 "the reward is constant: every weight in reward_weights that can count is 0. Give reward_weights.wer"
                 " a value above 0"
             )
-        for name, low, high in (
-            ("updates_per_rollout", 1, math.inf),
-            ("rollout_tokens_at_once", 1, math.inf),
-            ("kl_weight", 0, math.inf),
-            ("nonspeech_share", 0, 0.9),
-            ("vllm_memory_share", 0.05, 0.9),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise InputError(f"{name} must lie between {low} and {high}, got {getattr(self, name)}")
         if self.objective != "mwer" and not all(0 < width < 1 for width in self.clip_range):
             raise InputError(f"clip_low and clip_high must lie between 0 and 1, got {self.clip_range}")
         low, high = self.difficulty_range
@@ -240,7 +223,8 @@ class GspoTrainer(GradualUnfreezeTrainer):
     def __init__(self, config: GspoConfig, args: TrainingArguments, model: Any, processor: Any, *others: Any):
         super().__init__(config, args, model, processor, *others)
         self.chosen_by = f"eval/{config.best_by}"
-        self.train_dataset = RolloutDataset(self.train_dataset.rows, processor, config, training=True)
+        self.feed.dataset = RolloutDataset(self.feed.dataset.rows, processor, config, training=True)
+        self.feed.collate = keep_utterances
         self.noisy_dataset = None
         if config.noisy_eval_sources:
             self.noisy_dataset = SpeechDataset(load_noisy(config), processor, config, training=False)
@@ -278,9 +262,6 @@ class GspoTrainer(GradualUnfreezeTrainer):
             train = chosen_by_difficulty(train, config.train_sources, config.difficulty_scores, config.difficulty_range)
         return train, heldout
 
-    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        return self._loader(self.train_dataset, self.sampler, keep_utterances)
-
     # Rollouts
 
     def get_batch_samples(self, epoch_iterator: Iterator, *args: Any) -> tuple[list, Any]:
@@ -288,7 +269,7 @@ class GspoTrainer(GradualUnfreezeTrainer):
         if not self.steps_prepared:
             began, done = time.perf_counter(), self.state.global_step
             count = self.config.updates_per_rollout
-            count -= done % len(self.sampler) % count  # resumed between two rollouts
+            count -= done % len(self.feed) % count  # resumed between two rollouts
             items = list(itertools.islice(super().steps_of(epoch_iterator), min(count, self.total_steps - done)))
             self.window.waited += time.perf_counter() - began
             steps = self.roll_out(items)
@@ -337,7 +318,7 @@ class GspoTrainer(GradualUnfreezeTrainer):
         """Samples a group for each utterance; where a signal to stop cuts that off, saves a checkpoint first."""
         config = self.config
         limits = [
-            max(config.generation_max_new_tokens, math.ceil(TOKENS_PER_SECOND * u["features"].shape[1] / 100))
+            config.generation_max_new_tokens or new_token_limit(u["features"].shape[1] / FRAMES_PER_CHUNK)
             for u in utterances
         ]
         prompts = [
@@ -445,7 +426,7 @@ class GspoTrainer(GradualUnfreezeTrainer):
 
     # Checkpoints
 
-    def stream_state(self) -> dict[str, Any]:
+    def extra_state(self) -> dict[str, Any]:
         """The groups of the steps that are still to come, and what the log has not said yet."""
         waiting = self.rollout if self.steps_prepared else list(self.restored.values())
         samples = [sample for group in waiting for sample in group.samples]
@@ -453,7 +434,7 @@ class GspoTrainer(GradualUnfreezeTrainer):
             waiting = []  # JSON has no NaN; they are drawn anew
         return {"groups": [dataclasses.asdict(group) for group in waiting], "sums": dict(self.sums)}
 
-    def restore_stream(self, states: list[dict[str, Any]]) -> None:
+    def restore_extra_state(self, states: list[dict[str, Any]]) -> None:
         """Another number of processes finds its utterances among the groups of all."""
         groups = [group_from_json(values) for state in states for values in state["groups"]]
         self.restored = {(group.epoch, group.number): group for group in groups}
@@ -543,9 +524,7 @@ def recipe(arguments: list[str]) -> GspoConfig:
         "--model_name_or_path" + a.removeprefix("--model") if a == "--model" or a.startswith("--model=") else a
         for a in arguments
     ]
-    if "--demo" in renamed:
-        return parse_config([a for a in renamed if a != "--demo"], demo())
-    return parse_config(renamed, round3())
+    return parse_config(renamed, round3(), demo, __doc__)
 
 
 def train_round3(config: GspoConfig) -> None:

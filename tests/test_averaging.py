@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from hebrew_asr.checkpoints import averages, store
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import sha256
+from hebrew_asr.training import final_model
 from scripts import average_checkpoints
-from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, main
+from train_hebrew_asr_enhanced import main
 
 DECAY = 0.8
 TIED = "model.language_model.embed_tokens.weight"
@@ -93,14 +94,14 @@ def test_a_resumed_run_has_the_same_average_and_final_model(run, corpus, heldout
 @pytest.mark.parametrize("average_wer", [10.0, 99.0])
 def test_the_final_model_is_the_one_measured_with_the_lower_error_rate(copied, monkeypatch, capsys, average_wer):
     (copied / "status.json").unlink()
-    measured, evaluate = {}, GradualUnfreezeTrainer.evaluate_stored
+    measured, evaluate = {}, final_model.evaluate_stored
 
-    def remember(self, folder, prefix):
+    def remember(trainer, folder, prefix):
         measured[prefix] = sha256(folder / "model.safetensors")
-        numbers = evaluate(self, folder, prefix)
+        numbers = evaluate(trainer, folder, prefix)
         return numbers | {f"{prefix}/wer": average_wer if prefix == "moving_average" else 50.0}
 
-    monkeypatch.setattr(GradualUnfreezeTrainer, "evaluate_stored", remember)
+    monkeypatch.setattr(final_model, "evaluate_stored", remember)
     settings = json.loads((copied / "config.yaml").read_text())
     main(average_checkpoints.settings_of(copied))
     chosen = "moving_average" if average_wer < 50 else "best_checkpoint"
@@ -162,5 +163,5 @@ def test_fewer_checkpoints_than_asked_for_are_said(copied, capsys):
 
 def test_a_decay_that_is_none_is_refused(config):
     for decay in (0.0, 1.0):
-        with pytest.raises(InputError, match="ema_decay must lie between 0 and 1"):
+        with pytest.raises(InputError, match="ema_decay must be between 0 and 1"):
             dataclasses.replace(config, ema_decay=decay).check(1)

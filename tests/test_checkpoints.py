@@ -61,7 +61,7 @@ def killed_at(call: int, folder: Path, monkeypatch) -> bool:
 
             return wrapped
 
-        files.flush = count(files.flush)
+        store.flush = count(store.flush)
         store.save_file = count(store.save_file)
         Path.rename = count(Path.rename)
         save(folder, 2)
@@ -203,8 +203,8 @@ def test_a_second_checkpoint_of_a_step_comes_after_the_first(tmp_path):
 
 
 def test_training_waits_for_the_copy_and_not_for_the_disk(tmp_path, monkeypatch):
-    flush = files.flush
-    monkeypatch.setattr(files, "flush", lambda path: (time.sleep(0.2), flush(path)))
+    flush = store.flush
+    monkeypatch.setattr(store, "flush", lambda path: (time.sleep(0.2), flush(path)))
     writer, weights = Writer(tmp_path, 2, print, lambda _: None), tensors(1)
     writer.save(1, weights, {}, FACTS)
     weights["model.safetensors"]["a"].fill_(99)  # training goes on

@@ -169,7 +169,7 @@ def test_workers_change_nothing(config, model, processor, train_rows, eval_rows,
         config.dataloader_num_workers = workers
         args, log = training_arguments(config, tmp_path, cpu=True), RunLog(tmp_path, rank=0)
         trainer = GradualUnfreezeTrainer(config, args, model, processor, train_rows, eval_rows, log, False)
-        trainer.sampler.epoch = 2
+        trainer.feed.sampler.epoch = 2
         return list(trainer.get_train_dataloader())
 
     for (alone, _), (worked, _) in zip(batches(0), batches(2), strict=True):

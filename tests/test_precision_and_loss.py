@@ -10,9 +10,10 @@ from hebrew_asr.data.audio import AudioError
 from hebrew_asr.data.utterances import SpeechDataset
 from hebrew_asr.model.loading import load_to_train
 from hebrew_asr.model.stages import trains_in
+from hebrew_asr.training.batches import collate_evaluation
 from hebrew_asr.training.resuming import training_arguments
 from hebrew_asr.training.run_log import RunLog
-from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, collate_evaluation
+from train_hebrew_asr_enhanced import GradualUnfreezeTrainer
 
 
 @pytest.fixture
@@ -42,9 +43,9 @@ def nats(model, batch) -> tuple[float, int]:
 def test_logged_train_loss_is_nats_per_token_of_the_global_batch(config, model, make_trainer):
     config.use_specaugment, config.max_steps, config.eval_steps = False, 1, 1000
     trainer = make_trainer(model)
-    micro_batches = next(iter(trainer.sampler))
+    micro_batches = next(iter(trainer.feed.sampler))
     assert len(micro_batches) == 2 and sum(map(len, micro_batches)) == 8
-    utterances = [trainer.train_dataset[draw] for micro_batch in micro_batches for draw in micro_batch]
+    utterances = [trainer.feed.dataset[draw] for micro_batch in micro_batches for draw in micro_batch]
     pairs = [nats(model, trainer.collator([utterance], training=True)) for utterance in utterances]
     expected = sum(total for total, _ in pairs) / sum(count for _, count in pairs)
     trainer.train()
@@ -218,7 +219,7 @@ def test_the_model_kept_is_the_best_and_the_one_reported(config, monkeypatch, tm
         return {"wer": next(wers), **counts}
 
     monkeypatch.setattr(GradualUnfreezeTrainer, "evaluate", remember)
-    monkeypatch.setattr("train_hebrew_asr_enhanced.score", score)
+    monkeypatch.setattr("hebrew_asr.training.measuring.score", score)
     main(config)
     assert list(weights) == [0, 2, 4, 6, "final"]
     on_disk = load_file(tmp_path / "run" / "final_model" / "model.safetensors")
@@ -245,7 +246,7 @@ def test_gradients_that_are_not_finite_are_never_applied(config, model, make_tra
 def test_a_step_of_which_nothing_decodes_is_skipped_and_named(config, model, make_trainer, monkeypatch):
     config.max_steps, config.eval_steps, config.logging_steps = 6, 1000, 2
     trainer = make_trainer(model)
-    (alone,) = [draw for micro_batch in list(trainer.sampler)[-1] for draw in micro_batch]
+    (alone,) = [draw for micro_batch in list(trainer.feed.sampler)[-1] for draw in micro_batch]
     heard = SpeechDataset.waveform
 
     def waveform(self, row, epoch, number):

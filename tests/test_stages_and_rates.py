@@ -161,7 +161,7 @@ def test_freezing_follows_the_stage(model, config):
         ({"stages": [Stage("B", 5, {})]}, "trains nothing"),
         ({"num_epochs": 7}, "ends at epoch 5"),
         ({"num_epochs": 0}, "nothing to train"),
-        ({"tracker": "mlflow"}, "tracker is 'mlflow', must be one of wandb"),
+        ({"tracker": "mlflow"}, "tracker must be wandb, trackio or none, got mlflow"),
         ({"hf_repo_id": "no-owner"}, "owner/name"),
         ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type"),
     ],

@@ -20,8 +20,8 @@ from hebrew_asr.data.rows import load_rows
 from hebrew_asr.data.sources import DataConfig, Source
 from hebrew_asr.data.stream import SpeechStream, StreamReader, load_streams_and_eval
 from hebrew_asr.errors import InputError
+from hebrew_asr.training.feed import StreamFeed
 from hebrew_asr.training.watch import Batches
-from train_hebrew_asr_enhanced import GradualUnfreezeTrainer
 
 
 def shards(folder, counts: list[int], first: int = 0):
@@ -84,9 +84,8 @@ def test_a_stream_one_of_whose_workers_is_killed_goes_on_where_it_was(tmp_path, 
 
 
 def test_a_streamed_run_goes_on_with_no_other_number_of_processes():
-    trainer = SimpleNamespace(config=SimpleNamespace(streaming=True), args=SimpleNamespace(world_size=1))
     with pytest.raises(InputError, match="as many processes as before: 2, not 1"):
-        GradualUnfreezeTrainer.restore_stream(trainer, [{}, {}])
+        StreamFeed.restore(SimpleNamespace(processes=1), [{}, {}])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

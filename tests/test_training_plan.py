@@ -173,7 +173,7 @@ def test_the_peak_of_a_micro_batch_is_what_the_plan_says(size, vocabulary, check
 def real():
     """Round 2 on eight A100s of 40 GB, and its plan."""
     config = parse_config(["--plan", "--plan_price_per_hour", "2"], round2())
-    return config, make_plan(config, trains_in)
+    return config, make_plan(config)
 
 
 def test_the_stages_train_what_the_recipe_names(real):
@@ -213,18 +213,18 @@ def test_checkpointing_repeats_the_forward_pass_of_what_has_a_graph(real):
 
 def test_the_advised_budget_fits_and_the_next_larger_does_not(real):
     config = dataclasses.replace(real[0], tokens_per_micro_batch=8192)
-    stage = make_plan(config, trains_in).stages[1]
+    stage = make_plan(config).stages[1]
     assert not stage.fits and stage.advice[0].startswith("--tokens_per_micro_batch ")
     budget = int(stage.advice[0].split()[1])
     changed = [dataclasses.replace(config, tokens_per_micro_batch=tokens) for tokens in (budget, budget + 64)]
-    assert [make_plan(other, trains_in).stages[1].fits for other in changed] == [True, False]
+    assert [make_plan(other).stages[1].fits for other in changed] == [True, False]
 
 
 def test_sharding_divides_what_trains_over_the_devices(real):
     """Whole for a while are the embedding, the projector, two layers, and where a step is in parts the gradients."""
     config, plan = real
     whole = plan.stages[0]
-    sharded = make_plan(dataclasses.replace(config, fsdp=True, plan_devices=64), trains_in).stages[0]
+    sharded = make_plan(dataclasses.replace(config, fsdp=True, plan_devices=64)).stages[0]
     for part in ("weights that train in some stage, fp32", "gradients", "Adam's moments"):
         assert sharded.memory[part] == pytest.approx(whole.memory[part] / 64, rel=1e-6)
     assert sharded.memory["DDP's buckets"] == 0
@@ -233,15 +233,12 @@ def test_sharding_divides_what_trains_over_the_devices(real):
     layer = 2048 * 128 * (16 + 8 + 8 + 16) + 3 * 2048 * 6144 + 2 * 2048 + 2 * 128
     rest = 151_936 * 2048 + 1024 * 1024 + 1024 + 1024 * 2048 + 2048 + 2 * 1024
     assert sharded.memory["weights gathered"] == 4 * (rest + 2 * layer) == sharded.memory["gradients to be exchanged"]
-    several = make_plan(dataclasses.replace(config, fsdp=True, plan_devices=2), trains_in).stages[0]
+    several = make_plan(dataclasses.replace(config, fsdp=True, plan_devices=2)).stages[0]
     assert several.memory["gradients to be exchanged"] == 4 * (rest + several.trained_parameters)
 
 
 def test_a_plan_that_does_not_fit_advises_sharding_where_that_fits(real):
-    plans = [
-        make_plan(dataclasses.replace(real[0], plan_device="4090", fsdp=fsdp), trains_in).stages[1]
-        for fsdp in (False, True)
-    ]
+    plans = [make_plan(dataclasses.replace(real[0], plan_device="4090", fsdp=fsdp)).stages[1] for fsdp in (False, True)]
     assert [plan.fits for plan in plans] == [False, True] and "--fsdp true" in plans[0].advice
 
 
@@ -260,4 +257,4 @@ def test_the_command_prints_the_plan_and_does_nothing_else(config, tmp_path, cap
 )
 def test_what_the_plan_does_not_know_is_said(given):
     with pytest.raises(InputError, match=r"plan_device|--plan"):
-        make_plan(parse_config(given, round2()), trains_in)
+        make_plan(parse_config(given, round2()))

@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import datasets
 
+from hebrew_asr.command_line import Range
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import digest
 from hebrew_asr.text.targets import TextRules
@@ -58,7 +59,7 @@ class DataConfig:
     )
     eval_sources: list[Source] = field(default_factory=list)
     """Evaluated while training and at the end; empty: whole recordings are held out of the training sources."""
-    eval_fraction: float = 0.02
+    eval_fraction: Annotated[float, Range(0, 1)] = 0.02
     """Share of recordings held out when there is no evaluation source."""
     max_eval_utterances: int | None = 2000
     """At most so many utterances are evaluated, spread evenly over the set; None: all."""

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ import transformers
 from tqdm.auto import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 
+from hebrew_asr.command_line import Range
 from hebrew_asr.data import audio, utterances
 from hebrew_asr.data.audio import SAMPLE_RATE, AudioError, decode_audio
 from hebrew_asr.data.rows import SpeechRows
@@ -30,13 +31,13 @@ from hebrew_asr.data.utterances import log_mel
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import digest
 from hebrew_asr.model import generation, packing, prompts
-from hebrew_asr.model.generation import as_it_fits, generate
+from hebrew_asr.model.generation import as_it_fits, generate, new_token_limit
 from hebrew_asr.model.loading import check_whole, checkpoint_problems, load_model, load_processor
+from hebrew_asr.model.packing import FRAMES_PER_CHUNK
 from hebrew_asr.model.prompts import Prompts
 from hebrew_asr.processes import in_processes
 
 CODE = (__file__, audio.__file__, utterances.__file__, packing.__file__, prompts.__file__, generation.__file__)
-MOST_TOKENS = (64, 12)  # of a transcript: so many, and so many a second; a fast speaker's Hebrew has 8 a second
 MOST_AT_ONCE = 256  # pieces of a batch, however short
 PROGRESS = "{desc}: {percentage:3.0f}% {bar} {n:.0f}/{total:.0f} s of audio, {elapsed} so far, {remaining} left"
 FRAME = 320  # samples in which loudness is measured: 20 ms
@@ -51,16 +52,16 @@ class Decoding:
     """Given to the model (`Hebrew`); None: it names the language itself, as users call it."""
     context: str = ""
     """Hot words or other text for the system turn, where Qwen3-ASR takes context."""
-    num_beams: int = 1
-    max_new_tokens: int | None = None
+    num_beams: Annotated[int, Range(1)] = 1
+    max_new_tokens: Annotated[int, Range(1)] | None = None
     """None: 64, and 12 a second."""
-    longest_seconds: float = 30.0
+    longest_seconds: Annotated[float, Range(1)] = 30.0
     """Longer recordings are cut at pauses."""
-    batch_seconds: float = 240.0
+    batch_seconds: Annotated[float, Range(0)] = 240.0
     """Of audio in a batch, padding included."""
-    dtype: str = "auto"
-    """auto (bfloat16 where the GPU has it), bfloat16 or float32."""
-    temperature: float = 0.0
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """auto: bfloat16 where the GPU has it."""
+    temperature: Annotated[float, Range(0)] = 0.0
     """0: the likeliest token at each step; above: sampled, from all tokens. Only with Qwen3-ASR."""
     seed: int = 0
     """Of the samples. The same command samples the same; another `batch_seconds` does not."""
@@ -128,15 +129,14 @@ class QwenModel:
 
     def transcribe(self, features: list[np.ndarray], seconds: list[float]) -> list[Transcript]:
         """Each piece has its own limit of tokens, so that no transcript depends on what else is in the batch."""
-        few, a_second = MOST_TOKENS
-        limits = [self.decoding.max_new_tokens or few + math.ceil(a_second * s) for s in seconds]
+        limits = [self.decoding.max_new_tokens or new_token_limit(f.shape[1] / FRAMES_PER_CHUNK) for f in features]
         prefix = self.prompts.language_prefix(self.decoding.language) if self.decoding.language else []
         prompts = [self.prompts.prompt(f.shape[1], self.decoding.context) + prefix for f in features]
         batch = self.prompts.to_generate(features, prompts)
         with torch.random.fork_rng():  # of the CPU and of all GPUs
             torch.manual_seed(int(digest(f"{self.decoding.seed}".encode() + features[0].tobytes())[:12], 16))
             generated = generate(
-                self.model, batch, max(limits), num_beams=self.decoding.num_beams, temperature=self.decoding.temperature
+                self.model, batch, limits, num_beams=self.decoding.num_beams, temperature=self.decoding.temperature
             )
         tokens = [row[:limit] for row, limit in zip(generated.tolist(), limits, strict=True)]
         truncated = [not self.ends.intersection(row) for row in tokens]

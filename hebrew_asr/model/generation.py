@@ -1,5 +1,6 @@
 """Greedy and sampled decoding of a batch, within the memory there is."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -29,19 +30,22 @@ def as_it_fits(run: Callable[[Batch], T], batch: Batch) -> list[tuple[int, T | N
     return [part for half in halves for part in as_it_fits(run, half)]
 
 
-TOKENS_PER_SECOND = 8  # of a fast speaker's Hebrew: 3.8 words a second, 2.1 tokens a word
+def new_token_limit(seconds: float) -> int:
+    """Tokens of a transcript at most: a fast speaker's Hebrew has 8 a second (3.8 words of 2.1 tokens)."""
+    return 64 + math.ceil(12 * seconds)
 
 
 def generate(
     model: Qwen3ASRForConditionalGeneration,
     batch: dict[str, torch.Tensor],
-    max_new_tokens: int,
+    limits: list[int],
     num_beams: int = 1,
     temperature: float = 0.0,
 ) -> torch.Tensor:
     """Transcribes a batch of the collator from its prompts alone; returns (batch, new tokens).
 
-    At a temperature above 0 it samples, from all tokens, with torch's global generator.
+    Each row ends at its own limit of new tokens, so that no transcript depends on what else is in the batch. At a
+    temperature above 0 it samples, from all tokens, with torch's global generator.
 
     Features are cast to the type of the encoder's first convolution, and everything runs under autocast when any
     weight is bf16.
@@ -54,8 +58,10 @@ def generate(
             attention_mask=batch["prompt_attention_mask"].to(model.device),
             input_features=batch["input_features"].to(model.device, model.model.audio_tower.conv2d1.weight.dtype),
             input_features_mask=batch["input_features_mask"].to(model.device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max(limits),
             num_beams=num_beams,
             **({"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}),
         )
-    return generated[:, prompts.shape[1] :]
+    generated = generated[:, prompts.shape[1] :]
+    beyond = torch.arange(generated.shape[1], device=model.device) >= torch.tensor(limits, device=model.device)[:, None]
+    return generated.masked_fill(beyond, model.generation_config.pad_token_id)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -12,8 +13,10 @@ from hebrew_asr.data.mixture import Mixture
 from hebrew_asr.data.rows import SpeechRows
 from hebrew_asr.data.sources import DataConfig
 from hebrew_asr.data.utterances import has_context
+from hebrew_asr.errors import InputError
 from hebrew_asr.model.packing import SHORTEST_CLIP, TOKENS_PER_CHUNK, deal_step
-from hebrew_asr.training.settings import BatchSettings
+from hebrew_asr.model.prompts import Prompts
+from hebrew_asr.training.settings import Settings
 
 TEXTS_TOKENISED = 1000  # to learn how many tokens a character is
 
@@ -44,29 +47,99 @@ class UtteranceTokens:
         return tokens
 
 
-class StreamedEpochs:
-    """What GlobalBatchSampler is to the trainer, where epochs are so many steps of a stream."""
+class Collator(Prompts):
+    """What the feed and the rollouts know of the training script's collator."""
 
-    def __init__(self, steps: int):
-        self.steps, self.epoch = steps, 1
+    in_one_row: bool
+    """Whether packed batches have one row: where attention stays inside an utterance without a mask."""
 
-    def __len__(self) -> int:
-        return self.steps
+    def __call__(self, utterances: list[dict[str, Any]], training: bool) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, step) for step in range(self.steps))
+    def packed(self, utterances: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+
+def collate_step(
+    collator: Collator, is_packed: bool, micro_batches: list[list[dict[str, Any]]]
+) -> tuple[list[dict[str, torch.Tensor]], list[str]]:
+    """One step's share of one process, and the utterances left out of it because they do not decode."""
+    dropped = [u["dropped"] for utterances in micro_batches for u in utterances if "dropped" in u]
+    kept = [[u for u in utterances if "dropped" not in u] for utterances in micro_batches]
+    if not is_packed:
+        return [collator(utterances, training=True) for utterances in kept], dropped
+    return [collator.packed(utterances) for utterances in kept], dropped
+
+
+def collate_streamed(
+    collator: Collator, budget: int | None, batch_size: int, utterances: list[dict[str, Any]]
+) -> list[dict[str, torch.Tensor]]:
+    """One process's share of a step of a stream, whose utterances are not known before they are read."""
+    prompts, targets = collator.sequences(utterances, [u["features"].shape[1] for u in utterances])
+    tokens = np.array([len(prompt + target) for prompt, target in zip(prompts, targets, strict=True)])
+    if budget is None:
+        deal = np.array_split(np.arange(len(tokens)), math.ceil(len(tokens) / batch_size))
+    else:
+        (deal,) = deal_step(tokens, processes=1, budget=budget)
+    return [collator.packed([utterances[place] for place in places]) for places in deal]
+
+
+def collate_evaluation(
+    collator: Collator, batches: list[list[dict[str, Any]]]
+) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """The rows of one evaluation batch, and its tensors."""
+    (utterances,) = batches
+    return [u["index"] for u in utterances], collator(utterances, training=False)
+
+
+def evaluation_batches(seconds: np.ndarray, longest: float, batch_size: int) -> list[list[tuple[int, int]]]:
+    """Batches of (0, row) over an evaluation set, longest first.
+
+    A batch has as many padded seconds as `batch_size` utterances of `longest` seconds, and no more than four times as
+    many utterances, so that a small set is not one batch.
+    """
+    budget = batch_size * longest
+    batches: list[list[tuple[int, int]]] = []
+    size = 0
+    for row in np.argsort(-seconds, kind="stable").tolist():
+        if not batches or len(batches[-1]) == size:
+            batches.append([])
+            size = min(4 * batch_size, max(1, int(budget / seconds[row])))
+        batches[-1].append((0, row))
+    return batches
+
+
+def check_batch(config: Settings, processes: int) -> None:
+    """Raises InputError for a batch that cannot be cut as the settings say."""
+    if config.streaming and config.target_effective_batch % processes:
+        raise InputError(
+            f"streaming needs a target_effective_batch ({config.target_effective_batch}) that is a multiple of the"
+            f" number of processes ({processes})"
+        )
+    target, at_once = config.target_effective_batch, config.batch_size * processes
+    if config.tokens_per_micro_batch is not None or target % at_once == 0:
+        return
+    sizes = [size for size in range(1, target + 1) if target % (size * processes) == 0]
+    nearest_sizes = sorted(sorted(sizes, key=lambda size: abs(size - config.batch_size))[:2])
+    targets = sorted({max(1, target // at_once) * at_once, (target // at_once + 1) * at_once})
+    raise InputError(
+        f"target_effective_batch ({target}) is not a multiple of batch_size × processes"
+        f" ({config.batch_size} × {processes} = {at_once}). Nearest that divide: batch_size"
+        f" {' or '.join(map(str, nearest_sizes)) or '(none)'}, or target_effective_batch"
+        f" {' or '.join(map(str, targets))}"
+    )
 
 
 class GlobalBatchSampler(torch.utils.data.Sampler):
     """Yields, for each optimizer step, this process's micro-batches of (epoch, number).
 
     An epoch's order is cut into steps of `target_effective_batch` utterances over all processes. The last step holds
-    what is left and repeats nobody: a process may get an empty micro-batch. Within a step the utterances are dealt by
-    their tokens (`batching.deal_step`), every process computing the deal of all; or, where `batch_size` governs, by
-    number alone.
+    what is left, and no utterance is repeated to fill it: a process may get an empty micro-batch. Within a step the
+    utterances are dealt by their tokens (`packing.deal_step`), every process computing the deal of all; or, where
+    `batch_size` governs, by number alone.
     """
 
-    def __init__(self, mixture: Mixture, tokens: UtteranceTokens, config: BatchSettings, rank: int, processes: int):
+    def __init__(self, mixture: Mixture, tokens: UtteranceTokens, config: Settings, rank: int, processes: int):
         self.mixture, self.tokens, self.rank, self.processes = mixture, tokens, rank, processes
         self.effective_batch, self.batch_size = config.target_effective_batch, config.batch_size
         self.budget = config.tokens_per_micro_batch

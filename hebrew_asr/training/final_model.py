@@ -1,12 +1,50 @@
-"""The model a run ends with."""
+"""The model a run ends with: the best checkpoint or the moving average, written for use and evaluated from the disk."""
 
 import shutil
-from typing import Any
+from pathlib import Path
 
+import torch
+from transformers import Qwen3ASRForConditionalGeneration
+
+from hebrew_asr.checkpoints import store
+from hebrew_asr.checkpoints.averages import model_of, newest
+from hebrew_asr.checkpoints.final import save_for_use
+from hebrew_asr.errors import InputError
 from hebrew_asr.processes import together
+from hebrew_asr.training.resuming import ResumableTrainer
 
 
-def evaluate_final(trainer: Any) -> dict[str, float]:
+def write_final_model(trainer: ResumableTrainer) -> None:
+    """Writes the checkpoint of the lowest WER for use, in its one final type."""
+    trainer.writer.wait()
+    if trainer.args.process_index > 0:
+        return
+    best = store.best_valid(trainer.writer.parent, trainer.run_log.say)
+    if best is None:
+        raise InputError(f"no checkpoint is in {trainer.writer.parent}, so there is no final model: is the disk full?")
+    trainer.best_step = best.step
+    dtype = getattr(torch, trainer.config.final_dtype)
+    model = Qwen3ASRForConditionalGeneration.from_pretrained(best.folder, dtype=dtype)
+    save_for_use(model, trainer.processor, trainer.final_folder, dtype)
+    trainer.final_origin = f"The checkpoint with the lowest WER, at step {best.step}."
+
+
+def write_average(trainer: ResumableTrainer, folder: Path) -> str:
+    """Writes the moving average of the newest checkpoint for use, on the first process; returns what it is."""
+    (checkpoint,) = newest(trainer.writer.parent, 1)
+    if trainer.args.process_index == 0:
+        model = model_of([checkpoint], is_moving=True)
+        save_for_use(model, trainer.processor, folder, getattr(torch, trainer.config.final_dtype))
+    return f"The moving average of the weights at step {checkpoint.step}."
+
+
+def evaluate_stored(trainer: ResumableTrainer, folder: Path, metric_key_prefix: str) -> dict[str, float]:
+    """Evaluates a model as it is on the disk."""
+    model = Qwen3ASRForConditionalGeneration.from_pretrained(folder, dtype="auto")
+    return trainer.evaluate(metric_key_prefix=metric_key_prefix, model=model.to(trainer.args.device))
+
+
+def evaluate_final(trainer: ResumableTrainer) -> dict[str, float]:
     """Evaluates the final model as it is on the disk: the best checkpoint, or the moving average if that is better.
 
     Returns:
@@ -14,17 +52,17 @@ def evaluate_final(trainer: Any) -> dict[str, float]:
     """
     folder, average = trainer.final_folder, trainer.final_folder.with_name("moving_average")
     if trainer.moving_average is None:
-        return trainer.evaluate_stored(folder, "final")
+        return evaluate_stored(trainer, folder, "final")
     with together():
-        trainer.write_average(average)
-    found = {"best_checkpoint": trainer.evaluate_stored(folder, "best_checkpoint")}
-    found["moving_average"] = trainer.evaluate_stored(average, "moving_average")
+        average_origin = write_average(trainer, average)
+    found = {"best_checkpoint": evaluate_stored(trainer, folder, "best_checkpoint")}
+    found["moving_average"] = evaluate_stored(trainer, average, "moving_average")
     metric = trainer.chosen_by.partition("/")[2]
     wers = {name: numbers[f"{name}/{metric}"] for name, numbers in found.items()}
-    better = min(wers, key=wers.get)  # of equal ones the checkpoint
+    better = min(wers, key=lambda name: wers[name])  # of equal ones the checkpoint
     if trainer.run_log.is_main:
         if better == "moving_average":
-            trainer.final_origin = trainer.average_origin
+            trainer.final_origin = average_origin
             shutil.rmtree(folder)
             average.rename(folder)
         else:

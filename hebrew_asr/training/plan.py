@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +26,8 @@ from hebrew_asr.errors import InputError
 from hebrew_asr.model.costs import PEAK_FLOPS, Work, flops, real_config
 from hebrew_asr.model.loss import LOGITS_AT_ONCE
 from hebrew_asr.model.packing import SHORTEST_CLIP, TOKENS_PER_CHUNK, WINDOW_TOKENS, deal_step, rows_of
+from hebrew_asr.model.stages import trains_in
+from hebrew_asr.training.settings import Settings
 
 DEVICES = {"A100-40GB": 40, "A100-80GB": 80, "H100": 80, "H200": 141, "L40S": 48, "4090": 24}  # 10⁹ bytes, data sheets
 USABLE = 0.95  # of that; assumed, not measured
@@ -334,7 +335,7 @@ class Plan:
     cost: list[float] | None
 
 
-def durations(config: Any) -> tuple[np.ndarray, float, str]:
+def durations(config: Settings) -> tuple[np.ndarray, float, str]:
     """Seconds of an epoch's utterances (or of a sample), hours of an epoch, and where both come from."""
     local = all(Path(source.path).exists() for source in config.train_sources)
     if config.plan_hours_of_audio is None and local and not config.streaming:
@@ -356,18 +357,9 @@ def model_config(name: str) -> transformers.Qwen3ASRConfig:
     return real_config()
 
 
-def make_plan(config: Any, trains_in: Callable[[str, Any, transformers.Qwen3ASRConfig], bool]) -> Plan:
-    """The plan of a run.
-
-    Args:
-        config: the training command's settings.
-        trains_in: whether a parameter (its name) trains in a stage of a model.
-    """
+def make_plan(config: Settings) -> Plan:
+    """The plan of a run."""
     device, processes, budget = config.plan_device, config.plan_devices, config.tokens_per_micro_batch
-    if device not in DEVICES:
-        raise InputError(f"plan_device is {device!r}, known are {', '.join(DEVICES)}")
-    if processes < 1:
-        raise InputError(f"plan_devices must be at least 1, got {processes}")
     if budget is None or config.bf16 is False:
         raise InputError("--plan is for tokens_per_micro_batch and bf16: leave out what switches them off")
     peak_flops = next(peak for name, peak in PEAK_FLOPS.items() if name in device)

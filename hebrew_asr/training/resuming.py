@@ -14,14 +14,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.distributed
 import transformers
 from accelerate import skip_first_batches
-from transformers import Trainer, TrainerCallback
+from transformers import Qwen3ASRProcessor, Trainer, TrainerCallback
 
 from hebrew_asr.checkpoints import store
 from hebrew_asr.checkpoints.hub import CheckpointUploader
@@ -30,6 +30,9 @@ from hebrew_asr.checkpoints.tensors import ADAM, AVERAGE, WEIGHTS, load_weights,
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.costs import Work
 from hebrew_asr.model.sharding import gather_for_others, sharded_like, whole
+from hebrew_asr.model.stages import Stage
+from hebrew_asr.training.feed import Feed
+from hebrew_asr.training.moving_average import MovingAverage
 from hebrew_asr.training.run_folder import changes, find_checkpoint, first_line, note_failure
 from hebrew_asr.training.run_log import RunLog
 from hebrew_asr.training.settings import Settings
@@ -51,13 +54,29 @@ class BadSteps(InputError):
 class ResumableTrainer(Trainer):
     """Trainer that saves complete checkpoints, goes on from one in the same bits, and stops when a signal asks it to.
 
-    RNG states are not in a checkpoint, since every step and every utterance seeds its own. The subclass has config,
-    run_log, processor, sampler (an iterable over the steps of its `epoch`), total_steps, stage, stage_ends,
-    moving_average (or None) and learning_rate, and says how to enter a stage and how to shuffle anew.
+    RNG states are not in a checkpoint, since every step and every utterance seeds its own.
 
     What it relies on in Trainer 5.23: `_init_training_state` returns the epochs and steps that are done, `_run_epoch`
     skips those steps in the sampler, and `_tr_loss` and `_globalstep_last_logged` are the window of the next log line.
     """
+
+    # What a subclass has before it calls `prepare_checkpoints`
+    config: Settings
+    run_log: RunLog
+    processor: Qwen3ASRProcessor
+    use_bf16: bool
+    feed: Feed
+    total_steps: int
+    stage: Stage
+    stage_ends: dict[int, str]
+    """The last step of each stage but the last one, with the stage's name."""
+    moving_average: MovingAverage | None
+    chosen_by: str
+    """The metric whose lowest value makes the best checkpoint."""
+    panels: ClassVar[dict[str, list[str]]]
+    """Of curves.png."""
+    final_origin: str
+    """A sentence for the model card: which weights the final model has."""
 
     def prepare_checkpoints(self) -> None:
         """Sets the state that a checkpoint holds; called when the subclass has its own."""
@@ -93,25 +112,46 @@ class ResumableTrainer(Trainer):
         )
         self.add_callback(CheckpointEvents(self))
 
-    # For the subclass
+    # For the subclass, which may keep more than its place in the data
 
-    def set_stage(self, stage: Any) -> None:
+    def set_stage(self, stage: Stage) -> None:
         raise NotImplementedError
 
-    def shuffle_anew(self, order: int) -> None:
+    def learning_rate(self, component: str, depth: int, step: int) -> float:
         raise NotImplementedError
+
+    def verdict(self) -> list[str]:
+        """The run's success criteria, a line each."""
+        raise NotImplementedError
+
+    @property
+    def final_folder(self) -> Path:
+        return Path(self.args.output_dir) / "final_model"
+
+    def unwrap(self) -> None:
+        """Takes DistributedDataParallel off, if there is any."""
+        if self.model_wrapped is not self.model:
+            self.model_wrapped._remove_autograd_hooks()
+            self.model_wrapped.reducer = None  # frees its gradient buckets; Trainer's loop keeps the wrapper itself
+        self.accelerator._models.clear()  # prepare_model appends; the model would be listed twice
+        self.model_wrapped = self.model
 
     def run_facts(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """What a resumed run must find as it was, beside the settings."""
+        return {"bf16_autocast": self.use_bf16, "steps": self.total_steps} | self.feed.facts()
 
-    def names_of_step(self, step: int) -> list[str]:
-        raise NotImplementedError
+    def extra_state(self) -> Any:
+        """What a checkpoint keeps of this process beside the trainer's own."""
+        return self.feed.state()
 
-    def stream_state(self) -> Any:
-        raise NotImplementedError
+    def restore_extra_state(self, states: list[Any]) -> None:
+        """Goes on from the `extra_state` of every process."""
+        self.feed.restore(states)
 
-    def restore_stream(self, states: list[Any]) -> None:
-        raise NotImplementedError
+    def shuffle_anew(self, order: int) -> None:
+        """Lets the epochs have another order: 0 is the seed's own, each time the run goes back it is the next."""
+        self.order = order
+        self.feed.reorder(order)
 
     # Saving
 
@@ -125,7 +165,7 @@ class ResumableTrainer(Trainer):
             return
         self.saved_step = step
         self.check_ranks()
-        mine = self._tr_loss.item(), self.stream_state(), dataclasses.asdict(self.window)
+        mine = self._tr_loss.item(), self.extra_state(), dataclasses.asdict(self.window)
         losses, streams, windows = zip(*self.watch.gather(mine), strict=True)
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         adam = {
@@ -166,7 +206,7 @@ class ResumableTrainer(Trainer):
             "stage": self.stage.name,
             "processes": self.args.world_size,
             "settings": json.loads(json.dumps(dataclasses.asdict(config))),
-            "fingerprint": store.fingerprint(config.meaning()),
+            "fingerprint": store.fingerprint(config.identity()),
             "run": self.run_facts(),
         }
         tensors = {WEIGHTS: weights, ADAM: adam}
@@ -200,7 +240,7 @@ class ResumableTrainer(Trainer):
         load_weights(self.model, checkpoint)
         if self.moving_average:
             self.moving_average.load(checkpoint.tensors(AVERAGE))
-        self.set_stage(self.config.stage_of_epoch(checkpoint.step // len(self.sampler) + 1))
+        self.set_stage(self.config.stage_of_epoch(checkpoint.step // len(self.feed) + 1))
         state = checkpoint.document("state.json")
         for name in ("dropped_utterances", "broken_utterances", "best_step", "dead_workers"):
             setattr(self, name, state[name])
@@ -211,7 +251,7 @@ class ResumableTrainer(Trainer):
         if self.best_step not in map(store.number_of, store.names(self.writer.parent)):
             self.best_wer, self.best_step = float("inf"), 0
         self.shuffle_anew(state["order"])
-        self.restore_stream(state["streams"])
+        self.restore_extra_state(state["streams"])
         self.restore_window()
         if self.evaluation_pending:
             self.saved_step = 0
@@ -301,7 +341,7 @@ class ResumableTrainer(Trainer):
     def steps_of(self, epoch_iterator: Iterator[Any]) -> Iterator[Any]:
         """The inputs of one step after the other, whatever becomes of the loader's workers."""
         if self.batches is None or self.batches.first is not epoch_iterator:
-            begin = self.state.global_step % len(self.sampler)
+            begin = self.state.global_step % len(self.feed)
             self.batches = Batches(epoch_iterator, lambda done: self.rest_of_epoch(begin + done), self.worker_died)
         return self.batches
 
@@ -332,7 +372,7 @@ class ResumableTrainer(Trainer):
             parameter.grad = None  # AdamW leaves such a one alone
         self._tr_loss.copy_(self.loss_before)
         self._globalstep_last_logged += 1  # the mean is over the steps that were applied
-        names = [name for share in self.watch.gather(self.names_of_step(step)) for name in share]
+        names = [name for share in self.watch.gather(self.feed.names_of_step(step)) for name in share]
         self.run_log.note_skipped(names, norm, step)
         if self.bad_steps >= self.config.max_bad_steps:
             raise BadSteps(

@@ -31,7 +31,7 @@ def open_run_folder(config: Settings, state: accelerate.PartialState) -> tuple[P
 
     Raises InputError for a folder that holds another run, or that another process works in.
     """
-    name = f"hebrew-asr-{store.fingerprint(config.meaning())}"
+    name = f"hebrew-asr-{store.fingerprint(config.identity())}"
     if config.resume == "never":
         name += time.strftime("-%Y%m%d-%H%M%S")
     (folder,) = broadcast_object_list([config.output_dir or f"runs/{name}"])
@@ -72,7 +72,7 @@ def check_same_run(config: Settings, folder: Path) -> None:
 
 def changes(old: dict[str, Any], config: Settings) -> list[str]:
     """The settings that mean another run, a line each; one that was not known then had its default."""
-    defaults, new = type(config)().meaning(), config.meaning()
+    defaults, new = type(config)().identity(), config.identity()
     return store.differences({name: old.get(name, defaults[name]) for name in new}, new)
 
 

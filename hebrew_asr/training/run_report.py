@@ -1,7 +1,4 @@
-"""What a run says of itself: its corpora and its plan before the first step, its verdict and its model card at the end.
-
-Imports nothing of the training script: its trainer and its settings are passed in.
-"""
+"""What a run says of itself: corpora and plan before the first step, verdict and model card at the end."""
 
 import dataclasses
 import math
@@ -13,28 +10,24 @@ import torch
 from hebrew_asr.checkpoints.model_card import write_model_card
 from hebrew_asr.data.report import write_report
 from hebrew_asr.data.rows import SpeechRows
-from hebrew_asr.data.stream import StreamedSource
 from hebrew_asr.model.sharding import is_sharded
+from hebrew_asr.training.feed import ListedFeed, TrainingData
+from hebrew_asr.training.resuming import ResumableTrainer
 from hebrew_asr.training.run_log import RunLog, draw_curves, wer_summary
 from hebrew_asr.training.settings import Settings
 
 
-def report_data(
-    folder: Path,
-    train_rows: SpeechRows | list[StreamedSource],
-    eval_rows: SpeechRows,
-    config: Settings,
-    run_log: RunLog,
-) -> None:
+def report_data(folder: Path, data: TrainingData, eval_rows: SpeechRows, config: Settings, run_log: RunLog) -> None:
     run_log.say(f"run folder {folder}")
     if run_log.is_main:
-        for line in write_report(folder, None if config.streaming else train_rows, eval_rows, config):
+        listed = isinstance(data, SpeechRows)
+        for line in write_report(folder, data if listed else None, eval_rows, config):
             run_log.say(line)
-        for stream in train_rows if config.streaming else []:
+        for stream in [] if listed else data:
             run_log.say(f"streamed: {stream.source}, {stream.rows.num_shards} shards, read while training")
 
 
-def describe_result(trainer: Any, final: dict[str, float]) -> None:
+def describe_result(trainer: ResumableTrainer, final: dict[str, float]) -> None:
     """The model card, the curves, and the verdict's lines."""
     config, run_log, folder = trainer.config, trainer.run_log, trainer.final_folder
     write_model_card(
@@ -56,7 +49,7 @@ def describe_result(trainer: Any, final: dict[str, float]) -> None:
         run_log.say(line)
 
 
-def facts_of_run(trainer: Any, train_rows: Any, processes: int) -> dict[str, Any]:
+def facts_of_run(trainer: ResumableTrainer, data: TrainingData, processes: int) -> dict[str, Any]:
     """What the dashboard should hold beside the settings."""
     return {
         "processes": processes,
@@ -64,23 +57,24 @@ def facts_of_run(trainer: Any, train_rows: Any, processes: int) -> dict[str, Any
         "gradient_accumulation_steps": trainer.config.gradient_accumulation_steps(processes),
         "effective_batch_size": trainer.config.target_effective_batch,
         "steps": trainer.total_steps,
-        "train_utterances": None if trainer.config.streaming else len(train_rows),
-        "train_hours": None if trainer.config.streaming else train_rows.hours,
+        "train_utterances": len(data) if isinstance(data, SpeechRows) else None,
+        "train_hours": data.hours if isinstance(data, SpeechRows) else None,
         "bf16_autocast": trainer.use_bf16,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
     }
 
 
-def announce(trainer: Any, eval_rows: SpeechRows, processes: int) -> None:
+def announce(trainer: ResumableTrainer, eval_rows: SpeechRows, processes: int) -> None:
     """Says what will run and which stages are cut, before the first step."""
     config, say = trainer.config, trainer.run_log.say
-    if config.train_sources[0].probability is not None and not config.streaming:
-        for source, count, rows in zip(config.train_sources, trainer.mixture.counts, trainer.mixture.rows, strict=True):
-            share = count / len(trainer.mixture)
+    if isinstance(trainer.feed, ListedFeed) and config.train_sources[0].probability is not None:
+        mixture = trainer.feed.mixture
+        for source, count, rows in zip(config.train_sources, mixture.counts, mixture.rows, strict=True):
+            share = count / len(mixture)
             say(f"mixture: {share:.1%} of an epoch from {source.path}, {count} of its {len(rows)} utterances")
     budget = config.tokens_per_micro_batch
     say(
-        f"{trainer.total_steps} steps, {len(trainer.sampler)} an epoch | {config.batch_size} utterances ×"
+        f"{trainer.total_steps} steps, {len(trainer.feed)} an epoch | {config.batch_size} utterances ×"
         f" {config.gradient_accumulation_steps(processes):g} micro-batches × {processes} processes ="
         f" {config.target_effective_batch} a step{f', dealt by tokens, at most {budget} at once' if budget else ''} |"
         f" {'bf16 autocast' if trainer.use_bf16 else 'fp32'} on {trainer.args.device.type}"
@@ -90,7 +84,7 @@ def announce(trainer: Any, eval_rows: SpeechRows, processes: int) -> None:
         say("note: fsdp is on and there is one process: nothing is sharded")
     audio, text = trainer.model.config.audio_config, trainer.model.config.text_config
     say(f"attention: encoder {audio._attn_implementation}, language model {text._attn_implementation}")
-    last_epoch = math.ceil(trainer.total_steps / len(trainer.sampler))
+    last_epoch = math.ceil(trainer.total_steps / len(trainer.feed))
     marked = sum(not {"״", "׳"}.isdisjoint(reference) for reference in eval_rows.column("reference"))
     if marked and config.text_rules.quote_style == "ascii":
         say(
@@ -106,5 +100,15 @@ def announce(trainer: Any, eval_rows: SpeechRows, processes: int) -> None:
         step, there = trainer.resumed.step, trainer.resumed.folder
         say(
             f"resumed at step {step} of {trainer.total_steps}, stage {trainer.stage.name}, epoch"
-            f" {step / len(trainer.sampler):.2f}, from {there}"
+            f" {step / len(trainer.feed):.2f}, from {there}"
+        )
+
+
+def warn_of_a_wrong_start(loss: float, vocab_size: int, run_log: RunLog) -> None:
+    """Says so when the first logged loss is that of a model which guesses."""
+    guessing = math.log(vocab_size)
+    if loss > 8 or abs(loss - guessing) < 0.5:
+        run_log.say(
+            f"warning: the loss starts at {loss:.2f} nats per token (ln of the vocabulary is {guessing:.2f}): the"
+            " model is guessing, so the prompt or the labels are wrong, or the checkpoint is untrained"
         )

@@ -1,43 +1,71 @@
-"""What the training package reads of the settings: TrainingConfig in the training script has these fields."""
+"""What the training package reads of the settings.
 
-from typing import Any, Protocol
+The fields themselves, with their meanings and defaults, stand in TrainingConfig in the training script, which is a
+`Settings`; here are their types alone.
+"""
 
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from hebrew_asr.command_line import Range
 from hebrew_asr.data.augmentation import WaveformAugmentation
-from hebrew_asr.data.sources import Source
+from hebrew_asr.data.sources import DataConfig
 from hebrew_asr.model.stages import Stage
-from hebrew_asr.text.targets import TextRules
 
 
-class BatchSettings(Protocol):
-    """How a step is cut into micro-batches."""
+@dataclass
+class PlanSettings:
+    """What --plan computes"""
 
-    seed: int
-    prev_context_prob: float
-    target_effective_batch: int
-    tokens_per_micro_batch: int | None
-    batch_size: int
+    plan: bool = False
+    """Only print what the run will need (training/plan.py): memory, hours, cost. Needs no GPU and downloads nothing."""
+    plan_device: Literal["A100-40GB", "A100-80GB", "H100", "H200", "L40S", "4090"] = "A100-40GB"
+    plan_devices: Annotated[int, Range(1)] = 8
+    plan_hours_of_audio: float | None = None
+    """Of an epoch; None: from the corpora where they are local, else 350."""
+    plan_mean_seconds: float = 6.0
+    """Of an utterance, where the corpora are not read."""
+    plan_price_per_hour: float | None = None
+    """Of one device; None: no cost is printed."""
 
 
-class Settings(BatchSettings, Protocol):
-    """The settings of a run; their meanings stand in TrainingConfig."""
-
+class Settings(PlanSettings, DataConfig):
+    # Model and step
     model_name_or_path: str
     language: str
+    bf16: bool | None
+    attention: str
+    torch_compile: bool
+    gradient_checkpointing: bool
+    fsdp: bool
+    final_dtype: str
     stages: list[Stage]
     num_epochs: int
     max_steps: int | None
-    train_sources: list[Source]
-    eval_sources: list[Source]
-    streaming: bool
-    steps_per_epoch: int | None
-    max_audio_length_seconds: float
-    text_rules: TextRules
+    lr_scheduler_type: str
+    warmup_ratio: float
+    warmup_steps: int
+    max_grad_norm: float
+    ema_decay: float | None
+
+    # Data
+    seed: int
+    target_effective_batch: int
+    tokens_per_micro_batch: int | None
+    batch_size: int
+    dataloader_num_workers: int
     use_waveform_augmentation: bool
     waveform_augmentation: WaveformAugmentation
-    fsdp: bool
-    ema_decay: float | None
-    max_grad_norm: float
+
+    # Evaluation and log
+    eval_steps: int
+    eval_prefill_language: bool
+    num_logged_predictions: int
     logging_steps: int
+    target_loss: float
+    target_wer: float
+
+    # Checkpoints
     resume: str
     save_steps: int
     save_total_limit: int
@@ -46,21 +74,29 @@ class Settings(BatchSettings, Protocol):
     max_bad_steps: int
     check_ranks_steps: int
     hf_repo_id: str | None
+    hf_private: bool
     hub_checkpoints: bool
     hub_save_total_limit: int
     inspect_data: bool
     output_dir: str | None
 
     @property
-    def uploads(self) -> bool: ...
+    def uploads(self) -> bool:
+        raise NotImplementedError
 
     @property
-    def tags(self) -> list[str]: ...
+    def tags(self) -> list[str]:
+        raise NotImplementedError
 
-    def meaning(self) -> dict[str, Any]: ...
+    def identity(self) -> dict[str, Any]:
+        """The settings that identify the run: a resumed run must match them."""
+        raise NotImplementedError
 
-    def stage_of_epoch(self, epoch: int) -> Stage: ...
+    def stage_of_epoch(self, epoch: int) -> Stage:
+        raise NotImplementedError
 
-    def first_epoch_of(self, stage: Stage) -> int: ...
+    def first_epoch_of(self, stage: Stage) -> int:
+        raise NotImplementedError
 
-    def gradient_accumulation_steps(self, processes: int) -> float: ...
+    def gradient_accumulation_steps(self, processes: int) -> float:
+        raise NotImplementedError

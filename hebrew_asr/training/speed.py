@@ -1,16 +1,17 @@
-"""How long each process computes in a step, and how far the slowest is behind the others.
+"""How much is in a step, how long each process computes in it, and how far the slowest is behind the others."""
 
-Imports nothing of this project.
-"""
-
+import dataclasses
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import accelerate
 import torch
 from torch.autograd import Variable
 
 from hebrew_asr.model.costs import Work, flops, peak_flops
+from hebrew_asr.model.loss import IGNORED_LABEL
+from hebrew_asr.model.packing import FRAMES_PER_CHUNK, useful_tokens
 
 
 @dataclass
@@ -34,6 +35,15 @@ class Window:
     computed: list[float] = field(default_factory=list)
     """Seconds of this process in the forward and backward passes of each step."""
 
+    def add_step(self, counts: "StepCounts", accelerator: accelerate.Accelerator) -> float:
+        """Sums the counts of a step over the processes, in place, and adds them; returns the items of the loss."""
+        fullest = counts.reduce(accelerator)
+        self.audio_seconds += counts.frames / FRAMES_PER_CHUNK
+        self.positions += counts.positions
+        self.useful += counts.useful
+        self.fullest += fullest
+        return counts.items
+
     def numbers(self, model: torch.nn.Module, seconds: float, computed: list[list[float]]) -> dict[str, float]:
         """Speed, and how far it is from its limit, for the log; `computed` is that of every process."""
         trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -48,6 +58,44 @@ class Window:
             "train/waiting_for_data": self.waited / seconds,
             "train/gigaflops_per_second": done / seconds / 1e9,
         } | {name: value for name, value in rare.items() if value}
+
+
+@dataclass
+class StepCounts:
+    """What is in one optimizer step: of this process, and after `reduce` of all."""
+
+    items: float = 0.0
+    """That the loss is a sum over."""
+    frames: float = 0.0
+    """Mel frames of the utterances."""
+    positions: float = 0.0
+    """Of the language model."""
+    useful: float = 0.0
+    """Of them, those that are not padding."""
+    dropped: float = 0.0
+    """Utterances left out."""
+    broken: float = 0.0
+    """Of them, those that cannot be heard."""
+    dead_workers: float = 0.0
+
+    def add(self, batch: dict[str, torch.Tensor], items: torch.Tensor) -> None:
+        """Adds a micro-batch; one without supervised tokens (of a process without work) is silence."""
+        has_labels = bool((batch["labels"] != IGNORED_LABEL).any())
+        self.items += int(items)
+        self.frames += int(batch["input_features_mask"].sum()) * has_labels
+        self.positions += batch["input_ids"].numel()
+        self.useful += int(useful_tokens(batch)) * has_labels
+
+    def reduce(self, accelerator: accelerate.Accelerator) -> float:
+        """Sums over the processes, in one exchange; returns the positions of the process that has most of them."""
+        mine = list(dataclasses.asdict(self).values())
+        by_process = [0.0] * accelerator.num_processes
+        by_process[accelerator.process_index] = self.positions
+        sums = torch.tensor([*mine, *by_process], dtype=torch.float64, device=accelerator.device)
+        sums = accelerator.reduce(sums, reduction="sum").tolist()
+        for name, value in zip(dataclasses.asdict(self), sums, strict=False):
+            setattr(self, name, value)
+        return max(sums[len(mine) :])
 
 
 class StepClock:
