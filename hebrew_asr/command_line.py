@@ -231,7 +231,7 @@ def parser_of(hint: Any) -> jsonargparse.ArgumentParser:
 def refusal(option: str, value: Any, error: Exception, hint: Any) -> str:
     """One sentence for what jsonargparse refused."""
     item = item_of(hint)
-    if item and (found := re.search(r"Option '(\w+)' is not accepted", str(error))):
+    if item and (found := re.search(r"option '(\w+)'", str(error), re.IGNORECASE)):
         near = meant(found[1], parts_of(item))
         return f"--{option}: {item.__name__} has no {found[1]!r}{near}, it has {listed(item)}"
     if item and (found := re.search(r"required: (?:value\.)?(\w+)", str(error))):

@@ -44,10 +44,10 @@ def hidden(tmp_path_factory) -> Path:
 
 
 def labelling(hidden: Path, output: Path, **changed) -> Labelling:
-    data = DataConfig(max_broken_share=0.2, preprocessing_num_workers=1, max_audio_length_seconds=5.0)
     source = Source(str(hidden), text_column="")
-    given = {"samples": 2, "min_confidence": 0.7, "num_workers": 0}
-    return Labelling(str(DEMO / "tuned"), source, output, data, **given | changed)
+    given = {"samples": 2, "min_confidence": 0.7, "num_workers": 0, "preprocessing_num_workers": 1}
+    given |= {"max_broken_share": 0.2, "max_audio_length_seconds": 5.0}
+    return Labelling(model=str(DEMO / "tuned"), source=source, output=str(output), **given | changed)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_an_interrupted_labelling_goes_on_and_ends_the_same(made, hidden, tmp_pa
 def test_every_reason_to_drop_has_its_name(hidden, tmp_path):
     given = labelling(hidden, tmp_path)
     settings = dataclasses.replace(
-        pseudo_label.row_settings(given.source, [], given.data, for_training=True), language="Hebrew"
+        pseudo_label.row_settings(given.source, [], given, for_training=True), language="Hebrew"
     )
     text = "הילד אכל תפוח"
 

@@ -478,7 +478,7 @@ def test_equal_samples_are_counted_and_the_language_is_read():
         ({"reward_weights": RewardWeights(0, 0, 0, 0, 1, 0), "nonspeech_share": 0.0}, "the reward is constant"),
         ({"temperature": 0.0}, "must be above 0"),
         ({"rollout_engine": "vllm"}, "vLLM is not installed"),
-        ({"objective": "ppo"}, "gspo, grpo, mwer"),
+        ({"objective": "ppo"}, "gspo, grpo or mwer"),
         ({"use_specaugment": True}, "use_waveform_augmentation"),
         ({"updates_per_rollout": 0}, "updates_per_rollout"),
         ({"clip_low": 0.0}, "clip_low"),
@@ -525,8 +525,9 @@ def test_the_settings_of_a_round_3_run_are_read_by_what_comes_after_it(tmp_path)
     assert (audited.language, audited.eval_batch_size) == ("English", 3)
     assert audited.train_sources == config.train_sources and audited.text_rules == config.text_rules
     labelling = pseudo_label.parse([*given, "--source", "x", "--output", str(tmp_path / "out")])
-    assert labelling.language == "English" and labelling.data.text_rules == config.text_rules
-    assert average_checkpoints.settings_of(tmp_path) == config
+    assert labelling.language == "English" and labelling.text_rules == config.text_rules
+    averaged = dataclasses.asdict(average_checkpoints.settings_of(tmp_path))
+    assert averaged == {name: value for name, value in dataclasses.asdict(config).items() if name in averaged}
 
 
 def test_the_command_line_has_every_setting_of_both_rounds():
