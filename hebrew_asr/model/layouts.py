@@ -10,9 +10,7 @@ runs.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +27,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.models.qwen3_asr.configuration_qwen3_asr import Qwen3ASREncoderConfig
 
 from hebrew_asr.errors import InputError
+from hebrew_asr.files import UNFINISHED, digest, flush, sha256
 
 Layout = Literal["transformers", "thinker"]
 
@@ -120,18 +119,15 @@ def in_transformers_layout(name_or_path: str) -> str:
 def content_key(folder: Path) -> str:
     """Names the content of a checkpoint's files, and of this module, which decides what they become."""
     files = sorted({file for pattern in FILES for file in folder.glob(pattern)})
-    digest = hashlib.sha256()
-    for file in [*files, Path(__file__)]:
-        status = file.stat()
-        digest.update(f"{file.name} {_sha256(file, status.st_size, status.st_mtime_ns)}\n".encode())
-    return digest.hexdigest()[:32]
+    status = [(file, file.stat()) for file in [*files, Path(__file__)]]
+    content = [f"{file.name} {_sha256(file, found.st_size, found.st_mtime_ns)}" for file, found in status]
+    return digest("\n".join(content).encode())
 
 
 @functools.cache
 def _sha256(file: Path, size: int, modified: int) -> str:
-    """Of a file's content; size and time of change only tell whether it is still the file that was read."""
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    """Of a file's content; size and time of change only tell whether it is still the file that this process read."""
+    return sha256(file)
 
 
 def convert(source: str | Path, target: str | Path, to: Layout) -> None:
@@ -166,17 +162,13 @@ def convert(source: str | Path, target: str | Path, to: Layout) -> None:
 def whole_or_nothing(target: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `target` at the end; it is removed if anything is raised."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.unfinished{os.getpid()}")
+    unfinished = target.with_name(f".{UNFINISHED}{target.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
         yield unfinished
         for file in unfinished.iterdir():
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            flush(file)
         unfinished.replace(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
