@@ -8,7 +8,9 @@ its own:
     uv run python benchmarks/layout_parity.py --reference_python /tmp/qwen-asr/bin/python
 
 The reference also saves what it loaded, as its fine-tuning does; that folder is converted back and its weights are
-compared with the checkpoint's. Ends with 1 where a clip of a second or more differs.
+compared with the checkpoint's. And it builds Qwen3-ASR-1.7B without memory (on the meta device) from the converted
+configuration: every weight must have the name and shape that the conversion gives it. Ends with 1 where any of this
+fails, or a clip of a second or more differs.
 """
 
 import argparse
@@ -56,9 +58,10 @@ def transcripts(model, forward, processor, clips: np.lib.npyio.NpzFile, features
     return found
 
 
-def reference_side(checkpoint: str, clips: str, output: str, saved: str) -> None:
+def reference_side(checkpoint: str, clips: str, output: str, saved: str, full_size: str) -> None:
     """Runs under the other environment's Python."""
     import torch
+    import transformers
     from qwen_asr import Qwen3ASRModel
 
     loaded = Qwen3ASRModel.from_pretrained(checkpoint, dtype=torch.float32)
@@ -72,6 +75,22 @@ def reference_side(checkpoint: str, clips: str, output: str, saved: str) -> None
     np.savez(output, **found)
     type(model).from_pretrained(checkpoint, dtype=torch.bfloat16).save_pretrained(saved)
     processor.save_pretrained(saved)
+    with torch.device("meta"):
+        large = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(full_size))
+    shapes = {name: list(tensor.shape) for name, tensor in large.state_dict().items()}
+    Path(full_size, "shapes.json").write_text(json.dumps(shapes))
+
+
+def full_size_shapes(folder: Path) -> dict[str, list[int]]:
+    """Writes config.json of Qwen3-ASR-1.7B in the older layout; returns its weights' shapes by their older names."""
+    from hebrew_asr.model.costs import real_config
+    from hebrew_asr.model.layouts import expected_shapes, renamed, to_thinker, write_json
+
+    config = real_config().to_dict()
+    folder.mkdir()
+    special = {"audio_start": 151669, "audio_end": 151670}
+    write_json(folder / "config.json", to_thinker(config, special, folder))
+    return {renamed(name, "thinker"): shape for name, shape in expected_shapes(config, folder).items()}
 
 
 def own_side(checkpoint: Path, clips: Path) -> dict:
@@ -121,10 +140,12 @@ def main() -> None:
     from hebrew_asr.model.layouts import convert
 
     with tempfile.TemporaryDirectory() as place:
-        older, clips, output, saved = (Path(place, name) for name in ("older", "clips.npz", "output.npz", "saved"))
+        names = ("older", "clips.npz", "output.npz", "saved", "full_size")
+        older, clips, output, saved, full_size = (Path(place, name) for name in names)
         convert(options.model, older, "thinker")
         demo_clips(clips)
-        arguments = [options.reference_python, __file__, "--reference_side", older, clips, output, saved]
+        shapes = full_size_shapes(full_size)
+        arguments = [options.reference_python, __file__, "--reference_side", older, clips, output, saved, full_size]
         subprocess.run(list(map(str, arguments)), check=True)
         convert(saved, Path(place, "back"), "transformers")
         weights = same_weights(options.model, Path(place, "back"))
@@ -133,7 +154,12 @@ def main() -> None:
             seconds = {name: len(content[name]) / 16_000 for name in content.files}
         with np.load(output) as content:
             reference = dict(content)
-    result = {"weights_saved_by_the_reference_are_the_same": weights}
+        same_shapes = json.loads((full_size / "shapes.json").read_text()) == shapes
+    result = {
+        "weights_saved_by_the_reference_are_the_same": weights,
+        "weights_of_1.7B": len(shapes),
+        "of_the_names_and_shapes_that_the_reference_has": same_shapes,
+    }
     for part, wanted in (("at_least_1_s", True), ("below_1_s", False)):
         names = [name for name, length in seconds.items() if (length >= SHORTEST_SECONDS) == wanted]
         same = [name for name in names if np.array_equal(own[f"tokens/{name}"], reference[f"tokens/{name}"])]
@@ -147,7 +173,7 @@ def main() -> None:
         }
     print(json.dumps(result, indent=1))
     long = result["at_least_1_s"]
-    sys.exit(not (weights and long["clips"] == long["same_tokens"] == long["same_logits_to_the_bit"]))
+    sys.exit(not (weights and same_shapes and long["clips"] == long["same_tokens"] == long["same_logits_to_the_bit"]))
 
 
 if __name__ == "__main__":

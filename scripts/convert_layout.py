@@ -8,31 +8,26 @@ the other layout; the weights change their names and nothing else.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from hebrew_asr.errors import InputError
+from hebrew_asr.model.layouts import convert, layout_of
+from hebrew_asr.processes import launch
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="the checkpoint's folder")
     parser.add_argument("target", type=Path, help="a folder that is not there yet, or is empty")
     parser.add_argument("--to", choices=["thinker", "transformers"], help="default: the layout that SOURCE is not in")
-    options = parser.parse_args()
-    from hebrew_asr.model.layouts import convert, layout_of  # imports torch: not for --help
-
+    options = parser.parse_args(argv)
+    to = options.to or {"thinker": "transformers", "transformers": "thinker"}[layout_of(options.source)]
     try:
-        to = options.to or {"thinker": "transformers", "transformers": "thinker"}[layout_of(options.source)]
         convert(options.source, options.target, to)
-    except InputError as error:
-        sys.exit(f"error: {error}")
     except OSError as error:
-        sys.exit(f"error: {options.target} cannot be written: {error}")
+        raise InputError(f"{options.target} cannot be written: {error}") from error
     print(f"{options.target}: {options.source} in the {to} layout")
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

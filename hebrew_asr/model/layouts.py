@@ -325,10 +325,10 @@ def check_sizes(config: dict[str, Any], file: Path) -> None:
 
 
 def known_fields(config: dict[str, Any], kind: type[transformers.PreTrainedConfig]) -> dict[str, Any]:
-    """The fields that a class of transformers has beyond those of every configuration, and the type of the weights."""
-    base = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)} - {"dtype"}
+    """The fields that a class of transformers has beyond those of every configuration."""
+    base = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
     known = {field.name for field in dataclasses.fields(kind)} - base
-    return {name: value for name, value in config.items() if name in known and (name, value) != ("dtype", None)}
+    return {name: value for name, value in config.items() if name in known}
 
 
 def to_transformers(config: dict[str, Any], special: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -373,7 +373,8 @@ def to_transformers(config: dict[str, Any], special: dict[str, Any], source: Pat
 def to_thinker(config: dict[str, Any], special: dict[str, Any], source: Path) -> dict[str, Any]:
     """A checked config.json of transformers' layout in the older one."""
     file = source / "config.json"
-    audio, text = dict(config["audio_config"]), dict(config["text_config"])
+    # Without the parts' types: the older library would load the weights in these, whatever type it is asked for.
+    audio, text = ({n: v for n, v in config[part].items() if n != "dtype"} for part in ("audio_config", "text_config"))
     rope = text.pop("rope_parameters", None)
     if not isinstance(rope, dict) or type(rope.get("rope_theta")) not in (int, float):
         raise InputError(f"{file}: text_config.rope_parameters.rope_theta is missing; Qwen3-ASR has 1000000")
@@ -439,13 +440,13 @@ def convert_processor(source: Path, folder: Path, to: Layout, audio: dict[str, A
     """Feature extractor and chat template."""
     if to == "transformers":
         file = source / "preprocessor_config.json"
-        given = read_json(file)
+        given = _without_code(read_json(file))
         outer = {"processor_class": "Qwen3ASRProcessor", "timestamp_segment_time": 80}
         outer |= {name: given.pop(name) for name in ("processor_class", "timestamp_segment_time") if name in given}
         given = {"min_length": 8000, "n_window": audio["n_window"]} | given
         given["feature_extractor_type"] = "Qwen3ASRFeatureExtractor"
         written = {"feature_extractor": given, **outer}
-        write_json(folder / "processor_config.json", _without_code(written))
+        write_json(folder / "processor_config.json", written)
         (folder / "chat_template.jinja").write_text(chat_template(source), encoding="utf-8")
     else:
         file = source / "processor_config.json"
