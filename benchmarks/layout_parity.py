@@ -11,6 +11,10 @@ The reference also saves what it loaded, as its fine-tuning does; that folder is
 compared with the checkpoint's. And it builds Qwen3-ASR-1.7B without memory (on the meta device) from the converted
 configuration: every weight must have the name and shape that the conversion gives it. Ends with 1 where any of this
 fails, or a clip of a second or more differs.
+
+    uv run python benchmarks/layout_parity.py --cost
+
+says instead what the conversion of a whole 1.7B in bf16 takes; its 4 GB of zeros need 4 GB of room for the copy.
 """
 
 import argparse
@@ -93,6 +97,45 @@ def full_size_shapes(folder: Path) -> dict[str, list[int]]:
     return {renamed(name, "thinker"): shape for name, shape in expected_shapes(config, folder).items()}
 
 
+def cost() -> dict[str, float]:
+    """CPU seconds and memory of a conversion of the full size, and CPU seconds to name its content."""
+    import resource
+    import shutil
+    import time
+
+    from hebrew_asr.model.layouts import content_key, convert, read_json, write_json
+
+    with tempfile.TemporaryDirectory() as place:
+        older, target = Path(place, "older"), Path(place, "converted")
+        convert(ROOT / "demo/tuned", older, "thinker")
+        shapes = full_size_shapes(Path(place, "full"))
+        shapes.pop("thinker.lm_head.weight")  # tied
+        config = read_json(Path(place, "full", "config.json"))
+        config["thinker_config"]["audio_token_id"] = 5  # of the demo's tokenizer
+        write_json(older / "config.json", config)
+        header, end = {}, 0
+        for name, shape in shapes.items():
+            begin, end = end, end + 2 * int(np.prod(shape))
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+        written = json.dumps(header).encode()
+        with open(older / "model.safetensors", "wb") as file:
+            file.write(len(written).to_bytes(8, "little") + written)
+            file.truncate(8 + len(written) + end)  # zeros that take no room
+        started = time.process_time()
+        content_key(older)
+        named = time.process_time()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        convert(older, target, "transformers")
+        result = {
+            "gb": round(end / 1e9, 2),
+            "cpu_seconds_to_name_the_content": round(named - started, 1),
+            "cpu_seconds_to_convert": round(time.process_time() - named, 1),
+            "more_memory_at_the_peak_mb": round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024),
+        }
+        shutil.rmtree(target)
+    return result
+
+
 def own_side(checkpoint: Path, clips: Path) -> dict:
     import torch
     import transformers
@@ -135,8 +178,14 @@ def same_weights(one: Path, other: Path) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "demo/tuned", help="a checkpoint in transformers' layout")
-    parser.add_argument("--reference_python", required=True, help="Python of an environment with qwen-asr==0.0.6")
+    parser.add_argument("--reference_python", help="Python of an environment with qwen-asr==0.0.6")
+    parser.add_argument("--cost", action="store_true", help="only measure a conversion of the full size")
     options = parser.parse_args()
+    if options.cost:
+        print(json.dumps(cost(), indent=1))
+        return
+    if not options.reference_python:
+        parser.error("--reference_python is needed: the Python of an environment with qwen-asr==0.0.6")
     from hebrew_asr.model.layouts import convert
 
     with tempfile.TemporaryDirectory() as place:

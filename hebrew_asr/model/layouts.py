@@ -13,7 +13,7 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,7 +159,7 @@ def convert(source: str | Path, target: str | Path, to: Layout) -> None:
 
 
 @contextlib.contextmanager
-def whole_or_nothing(target: Path) -> Iterator[Path]:
+def whole_or_nothing(target: Path) -> Generator[Path]:
     """A folder to write into, which becomes `target` at the end; it is removed if anything is raised."""
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{UNFINISHED}{target.name}")
