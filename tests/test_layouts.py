@@ -217,6 +217,10 @@ def only_pickles(folder):
         (setting("text_config.hidden_act", "import os"), "config.json describes no model"),
         (setting("audio_token_id", 151646), "audio_token_id is 151646, but the tokenizer's <|audio_pad|> is 5"),
         (setting("classify_num", 5000), "is of a forced aligner"),
+        (
+            lambda folder: edit(folder / "tokenizer_config.json", lambda c: c.update(additional_special_tokens=7)),
+            "a field that is not of the kind its library writes",
+        ),
         (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json, and no vocab.json"),
         (tear("tokenizer.json", 300), "tokenizer.json is not there or no tokenizer"),
         (lambda folder: (folder / "chat_template.json").unlink(), "has no chat template"),
@@ -373,7 +377,6 @@ def test_a_copy_that_cannot_be_written_leaves_nothing(older, home, monkeypatch):
     with pytest.raises(InputError, match=r"cannot be written to .*No space left on device.*HF_HOME"):
         in_transformers_layout(str(older))
     assert [file.suffix for file in home.iterdir()] == [".lock"]
-    monkeypatch.undo()
 
 
 def test_a_plan_of_either_layout(older, home):
@@ -396,6 +399,7 @@ def test_a_repository_of_the_hub(hub, older, home):
 
 
 def test_the_command(older, tmp_path, capsys):
+    (tmp_path / "older").mkdir()
     convert_layout.main([str(TUNED), str(tmp_path / "older")])
     assert_same(older, tmp_path / "older")
     convert_layout.main([str(older), str(tmp_path / "own"), "--to", "transformers"])

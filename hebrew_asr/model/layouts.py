@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Generator
@@ -140,22 +141,30 @@ def convert(source: str | Path, target: str | Path, to: Layout) -> None:
         raise InputError(f"{source} is in the {to} layout already")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} exists and is not an empty folder: name another")
+    try:
+        with whole_or_nothing(target) as folder:
+            write_converted(source, folder, to)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{source} has a field that is not of the kind its library writes: {error!r}") from error
+
+
+def write_converted(source: Path, folder: Path, to: Layout) -> None:
+    """Writes every file of the other layout into an empty folder."""
     old = read_json(source / "config.json")
     check_sizes(old, source / "config.json")
-    with whole_or_nothing(target) as folder:
-        own_tokenizer = convert_tokenizer(source, folder, to)
-        special = special_ids(own_tokenizer, source)
-        new = to_transformers(old, special, source) if to == "transformers" else to_thinker(old, special, source)
-        own, checked = (new, old["thinker_config"]) if to == "transformers" else (old, old)
-        if checked.get("audio_token_id") != special["audio"]:
-            raise InputError(
-                f"{source / 'config.json'}: audio_token_id is {checked.get('audio_token_id')}, but the tokenizer's"
-                f" {AUDIO_TOKENS['audio_token']} is {special['audio']}"
-            )
-        write_json(folder / "config.json", new)
-        write_json(folder / "generation_config.json", generation_config(source, special))
-        convert_processor(source, folder, to, own["audio_config"])
-        convert_weights(source, folder, to, own)
+    own_tokenizer = convert_tokenizer(source, folder, to)
+    special = special_ids(own_tokenizer, source)
+    new = to_transformers(old, special, source) if to == "transformers" else to_thinker(old, special, source)
+    own, checked = (new, old["thinker_config"]) if to == "transformers" else (old, old)
+    if checked.get("audio_token_id") != special["audio"]:
+        raise InputError(
+            f"{source / 'config.json'}: audio_token_id is {checked.get('audio_token_id')}, but the tokenizer's"
+            f" {AUDIO_TOKENS['audio_token']} is {special['audio']}"
+        )
+    write_json(folder / "config.json", new)
+    write_json(folder / "generation_config.json", generation_config(source, special))
+    convert_processor(source, folder, to, own["audio_config"])
+    convert_weights(source, folder, to, own)
 
 
 @contextlib.contextmanager
@@ -340,7 +349,7 @@ def to_transformers(config: dict[str, Any], special: dict[str, Any], source: Pat
     if kind not in ("default", "mrope"):
         raise InputError(f"{file}: thinker_config.text_config.rope_scaling is of type {kind!r}, not default")
     theta = text.get("rope_theta")
-    if type(theta) not in (int, float) or theta <= 0:
+    if type(theta) not in (int, float) or not 0 < theta < math.inf:
         said = "is missing" if theta is None else f"is {theta!r}"
         raise InputError(f"{file}: thinker_config.text_config.rope_theta {said}; Qwen3-ASR has 1000000")
     tied = bool(text.get("tie_word_embeddings", False))  # the older class's default
