@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from hebrew_asr.command_line import help_of, parse_config, split_options
 from hebrew_asr.data.rows import SpeechRows, load_rows
 from hebrew_asr.errors import InputError
-from hebrew_asr.model.loading import checkpoint_problems, load_to_train
+from hebrew_asr.model.loading import load_processor, load_to_train
 from hebrew_asr.model.loss import IGNORED_LABEL, label_nats
 from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
 from hebrew_asr.text.scoring import count_errors, leaderboard_normalize
@@ -180,8 +180,7 @@ def main(argv: list[str]) -> None:
 
     # 2. Model and data: the first process of each machine reads and caches, the others find the cache
     with together():
-        with checkpoint_problems(config.model_name_or_path):
-            processor = transformers.AutoProcessor.from_pretrained(config.model_name_or_path)
+        processor = load_processor(config.model_name_or_path)
         use_bf16 = not cpu and torch.cuda.is_bf16_supported(False)
         model = load_to_train(dataclasses.replace(config, stages=[]), use_bf16)  # no weight is kept for training
     rows = load_in_turn(state, functools.partial(load_rows, config.train_sources, config, for_training=True))

@@ -139,7 +139,7 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(hub_upload, "FIRST_WAIT_SECONDS", 0.01)
         monkeypatch.setattr(hub_upload, "SILENT_SECONDS", 2.0)
-        hub.prepare_library()
+        hub_upload.prepare_library()
         huggingface_hub.utils._http.close_session()
         yield server
     huggingface_hub.utils._http.close_session()

@@ -16,6 +16,8 @@ def save_for_use(model: torch.nn.Module, processor: Any, folder: Path, dtype: to
     copy.load_state_dict(weights, assign=True)
     copy.tie_weights()
     copy.generation_config = model.generation_config
+    for part in (copy.config.audio_config, copy.config.text_config):
+        part.dtype = None  # of the model as it was loaded to train; the file has one type, which saving writes
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     copy.save_pretrained(unfinished)

@@ -24,6 +24,23 @@ tokens = model.generate(**inputs, max_new_tokens=256)[:, inputs["input_ids"].sha
 print(processor.decode(tokens[0], return_format="transcription_only"))
 """
 
+SERVE = """\
+In the layout of these files, that of transformers' own classes:
+
+- transformers 5.23: as above
+- vLLM 0.26 and later (0.33 brings transformers 5.20): `vllm serve {model_id}`
+
+In the older layout, which `python scripts/convert_layout.py FOLDER OLDER --to thinker` of the training code writes into
+the new folder OLDER (FOLDER holds these files):
+
+- qwen-asr 0.0.6: `Qwen3ASRModel.from_pretrained("OLDER")`
+- ms-swift 4.6: `swift infer --model OLDER`
+- SGLang 0.5.23: `python -m sglang.launch_server --model-path OLDER`
+- vLLM up to 0.25: `vllm serve OLDER`
+
+Versions as read in their source; under transformers and qwen-asr the conversion was run and compared.
+"""
+
 
 def write_model_card(
     folder: Path,
@@ -78,6 +95,7 @@ def write_model_card(
         f"Measured on this checkpoint as it is stored here, greedy decoding, the language {language}, text normalised"
         " as the ivrit.ai leaderboard does.\n\n"
         f"## Transcribe\n\n```python\n{SNIPPET.format(model_id=model_id)}```\n\n"
+        f"## Serve\n\n{SERVE.format(model_id=model_id)}\n"
         f"## Training\n\n{origin} Settings:\n\n"
         f"```json\n{json.dumps(settings, indent=2, ensure_ascii=False)}\n```\n",
         encoding="utf-8",

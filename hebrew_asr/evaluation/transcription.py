@@ -30,14 +30,14 @@ from hebrew_asr.data.rows import SpeechRows
 from hebrew_asr.data.utterances import log_mel
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import digest
-from hebrew_asr.model import generation, packing, prompts
+from hebrew_asr.model import generation, layouts, packing, prompts
 from hebrew_asr.model.generation import as_it_fits, generate, new_token_limit
 from hebrew_asr.model.loading import check_whole, checkpoint_problems, load_model, load_processor
 from hebrew_asr.model.packing import FRAMES_PER_CHUNK
 from hebrew_asr.model.prompts import Prompts
 from hebrew_asr.processes import in_processes
 
-CODE = (__file__, audio.__file__, utterances.__file__, packing.__file__, prompts.__file__, generation.__file__)
+CODE = [__file__, *(m.__file__ for m in (audio, utterances, packing, prompts, generation, layouts))]
 MOST_AT_ONCE = 256  # pieces of a batch, however short
 PROGRESS = "{desc}: {percentage:3.0f}% {bar} {n:.0f}/{total:.0f} s of audio, {elapsed} so far, {remaining} left"
 FRAME = 320  # samples in which loudness is measured: 20 ms

@@ -11,14 +11,15 @@ from transformers import Qwen3ASRProcessor
 
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.attention import set_attention
+from hebrew_asr.model.layouts import in_transformers_layout
 from hebrew_asr.model.loss import SpeechModel
 from hebrew_asr.model.stages import Stage, check_stages, ever_trained
 
 
 def load_processor(name: str) -> Qwen3ASRProcessor:
-    """The processor of a checkpoint (a folder or a Hub id)."""
+    """The processor of a checkpoint (a folder or a Hub id, in either layout)."""
     with checkpoint_problems(name):
-        return transformers.AutoProcessor.from_pretrained(name)
+        return transformers.AutoProcessor.from_pretrained(in_transformers_layout(name))
 
 
 def load_model(
@@ -34,19 +35,20 @@ def load_model(
     AdamW on bf16 weights loses most updates to rounding at these rates, so trained weights are never bf16.
 
     Args:
-        name: a folder or a Hub id.
+        name: a folder or a Hub id, in either layout.
         stages: what will train; none where the model only transcribes.
         attention: as `set_attention` takes it.
     """
     with checkpoint_problems(name):
-        model_config = transformers.AutoConfig.from_pretrained(name)
-        if model_config.model_type != "qwen3_asr" or "thinker_config" in model_config.to_dict():
+        folder = in_transformers_layout(name)
+        kind = transformers.AutoConfig.from_pretrained(folder).model_type
+        if kind != "qwen3_asr":
             raise InputError(
-                f"{name} is not a Qwen3-ASR checkpoint in transformers' layout"
-                f" (model_type {model_config.model_type}): use Qwen/Qwen3-ASR-1.7B-hf or Qwen/Qwen3-ASR-0.6B-hf"
+                f"{name} is not a Qwen3-ASR checkpoint (model_type {kind}): use Qwen/Qwen3-ASR-1.7B-hf or"
+                " Qwen/Qwen3-ASR-0.6B-hf"
             )
         model, loaded = SpeechModel.from_pretrained(
-            name,
+            folder,
             dtype=torch.bfloat16 if use_bf16 else torch.float32,
             output_loading_info=True,
         )

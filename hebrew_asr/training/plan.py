@@ -24,6 +24,8 @@ from hebrew_asr.data.mixture import Mixture
 from hebrew_asr.data.rows import load_rows
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.costs import PEAK_FLOPS, Work, flops, real_config
+from hebrew_asr.model.layouts import in_transformers_layout
+from hebrew_asr.model.loading import checkpoint_problems
 from hebrew_asr.model.loss import LOGITS_AT_ONCE
 from hebrew_asr.model.packing import SHORTEST_CLIP, TOKENS_PER_CHUNK, WINDOW_TOKENS, deal_step, rows_of
 from hebrew_asr.model.stages import trains_in
@@ -351,8 +353,9 @@ def durations(config: Settings) -> tuple[np.ndarray, float, str]:
 
 def model_config(name: str) -> transformers.Qwen3ASRConfig:
     if Path(name).is_dir():
-        return transformers.AutoConfig.from_pretrained(name)
-    if name != REAL_MODEL:
+        with checkpoint_problems(name):
+            return transformers.AutoConfig.from_pretrained(in_transformers_layout(name))
+    if name not in (REAL_MODEL, REAL_MODEL.removesuffix("-hf")):  # the older layout has the same sizes
         raise InputError(f"--plan knows {REAL_MODEL} without downloading it; of {name} give a local folder")
     return real_config()
 
