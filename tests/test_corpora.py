@@ -14,6 +14,7 @@ from conftest import first_rows
 
 from hebrew_asr.data import rows as hebrew_corpora
 from hebrew_asr.data.audio import decode_audio
+from hebrew_asr.data.decoding import NO_AUDIO
 from hebrew_asr.data.mixture import Mixture
 from hebrew_asr.data.rows import load_rows
 from hebrew_asr.data.selection import load_train_and_eval
@@ -42,11 +43,11 @@ def parquet(folder, rows: list[dict], name="train-00000.parquet"):
 
 
 def test_a_folder_of_audio_with_a_manifest(tmp_path):
-    for name in ("a", "b"):
-        wav(tmp_path / "audio" / f"{name}.wav")
+    for name, seconds in (("a", 1.0), ("b", 1.5)):
+        wav(tmp_path / "audio" / f"{name}.wav", seconds)
     (tmp_path / "audio" / "metadata.csv").write_text("file_name,transcription\na.wav,שלום\nb.wav,עולם\n")
     rows = load_rows([Source(str(tmp_path / "audio"))], DataConfig(), for_training=True)
-    assert rows.column("text") == ["שלום", "עולם"] and rows.seconds.tolist() == [1.0, 1.0]
+    assert rows.column("text") == ["שלום", "עולם"] and rows.seconds.tolist() == [1.0, 1.5]
     (tmp_path / "audio" / "metadata.csv").unlink()
     (tmp_path / "audio" / "metadata.jsonl").write_text('{"file_name": "b.wav", "text": "עולם"}\n')
     assert load_rows([Source(str(tmp_path / "audio"))], DataConfig(), for_training=True).column("text") == ["עולם"]
@@ -99,7 +100,7 @@ def test_what_cannot_be_used_is_dropped_with_its_reason(tmp_path):
         "timestamps go backwards": 1,
         "shorter than 0.3 s": 1,
         "longer than 2 s, without timestamps": 1,
-        "unreadable audio": 1,
+        NO_AUDIO: 1,
         "zero bytes of audio": 1,
     }
     (too_long,) = [drop for drop in kept.dropped if "longer" in drop.reason]

@@ -64,6 +64,10 @@ class Sound:
     is_cut: bool  # its end is missing: it holds less than it was written with
 
 
+def no_channel(channel: int, channels: int) -> str:
+    return f"no channel {channel}: it has {channels}, counted from 0"
+
+
 def tolerated(seconds: float) -> float:
     """Seconds that may be missing of a recording: rounded durations stay below, a lost word does not."""
     return max(0.1, 0.01 * seconds)
@@ -100,7 +104,14 @@ def structure(data: Data, name: str) -> Structure:
         return ogg_structure(data)
     if MP3_SYNC.match(data, start) and (found := mp3_structure(data, start)):
         return found
-    if data[:4] in (b"FORM", b".snd", b"caff", b"riff", b"RF64"):
+    if data[:4] == b"FORM":
+        return Structure("soundfile", is_cut=8 + int.from_bytes(data[4:8], "big") > len(data))
+    if data[:4] == b"riff":
+        return Structure("soundfile", is_cut=int.from_bytes(data[16:24], "little") > len(data))
+    if data[:4] == b".snd":
+        size = int.from_bytes(data[8:12], "big")
+        return Structure("soundfile", is_cut=len(data) < int.from_bytes(data[4:8], "big") + size < 1 << 32)
+    if data[:4] in (b"caff", b"RF64"):
         return Structure("soundfile")
     return Structure("ffmpeg", is_cut=data[4:8] == b"ftyp" and data.find(b"moov") < 0)
 
@@ -150,9 +161,12 @@ def flac_structure(data: Data, start: int) -> Structure:
     info = start + 8
     declared = int.from_bytes(data[info + 10 : info + 18], "big") & (1 << 36) - 1  # samples
     largest_block = int.from_bytes(data[info + 2 : info + 4], "big")
-    tail_start = max(0, len(data) - (1 << 20))
-    tail = data[tail_start:]
-    ends = (flac_frame_end(tail, frame.start(), largest_block) for frame in FLAC_FRAME.finditer(tail))
+    tail = data[-(1 << 20) :]  # holds the largest frame there may be
+    ends = (
+        flac_frame_end(tail, frame.start() + begin, largest_block)
+        for begin in (max(0, len(tail) - (1 << 15)), 0)  # the last frame is nearly always in the last 32 kB
+        for frame in FLAC_FRAME.finditer(tail[begin:])
+    )
     is_joined = data.find(b"fLaC\0\0\0\x22", start + 4) >= 0
     return Structure("soundfile" if declared and not is_joined and declared in ends else "ffmpeg")
 
@@ -309,6 +323,7 @@ BY_NAME = {".g722": "g722", ".gsm": "gsm"}  # FFmpeg's formats that have no head
 HEADERLESS_NAMES = {".raw", ".pcm", ".sln", ".ul", ".ulaw", ".al", ".alaw", ".vox", ".s16", ".sw"}
 EXACT_TIMES = {"mov", "mp3", "aac", "amr", "flac", "wav", "g722"}  # FFmpeg's formats whose packets have exact times
 INDEXED = {"mov", "wav"}  # of these, those that are searched in without reading all before
+FRAMES_AT_ONCE = 64  # about a second
 KNOWN_LENGTHS = {"mov", "matroska", "asf", "avi", "flv", "wav", "flac", "caf", "aiff", "ape", "tta"}  # not estimated
 
 
@@ -346,19 +361,21 @@ class FFmpegReader:
         is_late = start > PREROLL_SECONDS and self.format in EXACT_TIMES
         if is_late and self.format in INDEXED:
             self.container.seek(begin, stream=self.track)
-        ends = 0.0
+        ends = dict.fromkeys(range(len(self.container.streams)), 0)
         try:
             for packet in self.container.demux():
-                if packet.pts is not None:
-                    ends = max(ends, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-                is_before = is_late and packet.pts is not None and packet.pts + (packet.duration or 0) < begin
-                if packet.stream is self.track and not is_before:
+                track, end = packet.stream_index, begin if packet.pts is None else packet.pts + (packet.duration or 0)
+                ends[track] = max(ends[track], end)
+                if track == self.track.index and not (is_late and end < begin):
                     yield packet
         except av.FFmpegError:
             self.is_cut = True
         if self.format in KNOWN_LENGTHS and not start and self.container.duration:
             declared = self.container.duration / av.time_base
-            self.is_cut |= declared - ends > tolerated(declared)
+            found = max(
+                float(ends[track.index] * track.time_base) for track in self.container.streams if track.time_base
+            )
+            self.is_cut |= declared - found > tolerated(declared)
 
     def frames(self, start: float) -> Iterator[av.AudioFrame]:
         """Decoded frames; raises AudioError at the end if more was damaged than is tolerated."""
@@ -381,7 +398,7 @@ class FFmpegReader:
     def blocks(self, start: float, end: float | None) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (Hz, samples (samples, channels) float32) from `start` to `end` seconds; None: to the end."""
         place: int | None = None  # of the next frame, in samples at the frame's rate
-        rate, waiting = 0, []
+        rate, first, last, waiting = 0, 0, math.inf, []
         for frame in self.frames(start):
             block = samples_of(frame)
             if frame.sample_rate != rate or (waiting and waiting[0].shape[1] != block.shape[1]):
@@ -394,14 +411,17 @@ class FFmpegReader:
                 is_timed = self.format in EXACT_TIMES and frame.pts is not None
                 ticks = frame.pts - (self.track.start_time or 0) if is_timed else 0
                 place = round(ticks * frame.time_base * rate)
-            if self.format == "mov" and self.track.duration:  # the last packet is filled up
-                block = block[: max(0, round(self.track.duration * self.track.time_base * rate) - place)]
-            first, last = round(start * rate), math.inf if end is None else round(end * rate)
-            waiting.append(block[max(0, first - place) : max(0, min(len(block), last - place))])
-            place += len(block)
+                first, last = round(start * rate), math.inf if end is None else round(end * rate)
+                if self.format == "mov" and self.track.duration:  # the last packet is filled up
+                    last = min(last, round(self.track.duration * self.track.time_base * rate))
+            if place < first or place + len(block) > last:
+                block, place = block[max(0, first - place) : max(0, min(len(block), last - place))], place + len(block)
+            else:
+                place += len(block)
+            waiting.append(block)
             if place >= last:
                 break
-            if sum(len(one) for one in waiting) >= rate:
+            if len(waiting) == FRAMES_AT_ONCE:
                 yield rate, np.concatenate(waiting)
                 waiting = []
         if waiting:
@@ -481,7 +501,7 @@ def audio_blocks(
     with reader:
         for rate, block in reader.blocks(start, end):
             if channel is not None and channel >= block.shape[1]:
-                raise AudioError(f"no channel {channel}: it has {block.shape[1]}, counted from 0")
+                raise AudioError(no_channel(channel, block.shape[1]))
             mono = block.mean(axis=1) if channel is None else np.ascontiguousarray(block[:, channel])
             if channel is None and block.shape[1] > 1:
                 power += np.square(mono, dtype=np.float64).sum(), np.square(block, dtype=np.float64).mean(axis=1).sum()
