@@ -53,6 +53,7 @@ def parse(argv: list[str]) -> EvaluationConfig:
         default=5.0,
         help="points, or none; see EvaluationConfig",
     )
+    parser.add_argument("--max_broken_share", type=float, default=0.05, help="of a set, before it is refused")
     parser.add_argument("--num_workers", type=int, default=4)
     parser.add_argument("--update_card", action="store_true", help="write the figures into the model's card")
     for one in dataclasses.fields(Decoding):
@@ -76,6 +77,7 @@ def parse(argv: list[str]) -> EvaluationConfig:
         score=given.score,
         max_utterances=given.max_utterances,
         max_wer_rise=given.max_wer_rise,
+        max_broken_share=given.max_broken_share,
         quoted=[] if given.demo or given.score else list(QUOTED),
         num_workers=0 if given.demo else given.num_workers,
         update_card=given.update_card,
@@ -91,7 +93,7 @@ def parse(argv: list[str]) -> EvaluationConfig:
 def check_numbers(given: argparse.Namespace) -> None:
     """Raises InputError for a number that cannot mean anything."""
     least = {"longest_seconds": 1, "batch_seconds": 0, "num_beams": 1, "num_workers": 0, "max_new_tokens": 1}
-    least |= {"max_utterances": 1, "max_wer_rise": 0, "temperature": 0}
+    least |= {"max_utterances": 1, "max_wer_rise": 0, "temperature": 0, "max_broken_share": 0}
     for name, low in least.items():
         value = getattr(given, name)
         if value is not None and not (low <= value < math.inf):

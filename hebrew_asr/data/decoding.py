@@ -42,7 +42,7 @@ AUDIO_SUFFIXES = frozenset(
 
 HEADERLESS = "headerless audio: it does not say its rate or coding; `ffmpeg -f s16le -ar 8000 -ac 1 -i FILE out.wav`"
 NO_SOUND = "video without sound"
-NO_AUDIO = "unreadable audio: no recording in a format known here"
+NO_AUDIO = "unreadable audio"
 MANY_HOURS = f"more than {MOST_HOURS} hours in one piece: read it in slices"
 CANCELLED = "channels in antiphase: their average cancels the sound, so name one (`channel: 0`)"
 NO_FILE, NO_BYTES, NO_SAMPLES = "no such audio file", "zero bytes of audio", "no samples of audio"
@@ -341,8 +341,9 @@ class FFmpegReader:
             raise AudioError(HEADERLESS if suffix in HEADERLESS_NAMES else NO_AUDIO) from error
         tracks = self.container.streams
         if not tracks.audio or tracks.audio[0].codec_context is None:
+            reason = NO_SOUND if tracks.video and not tracks.audio else NO_AUDIO
             self.container.close()
-            raise AudioError(NO_SOUND if tracks.video and not tracks.audio else NO_AUDIO)
+            raise AudioError(reason)
         self.track = tracks.audio[0]
         self.track.codec_context.thread_count = 1
         self.format = self.container.format.name.split(",")[0]

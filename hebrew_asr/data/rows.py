@@ -5,6 +5,7 @@ found by the workers that decode, or beforehand by prepare_corpora.py. Imports n
 """
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ INDEX = datasets.Features(
         "dropped": datasets.Value("string"),  # why it cannot be used, or ""
     }
 )
-KEPT_COLUMNS = ("metadata", "prev_transcript", "segment_start", "segment_end", "segment_channel")
+KEPT_COLUMNS = ("metadata", "extra_data", "prev_transcript", "segment_start", "segment_end", "segment_channel")
 PAST_THE_END = "segment past the end of the audio"
 BROKEN = BROKEN_AUDIO | {  # reasons that count for max_broken_share
     "timestamps go backwards",
@@ -87,6 +88,7 @@ class RowSettings:
     require_hebrew: bool
     language: str | None
     channel: int | Literal["each"] | None
+    kept_flags: tuple[str, ...]
 
     @property
     def has_speech(self) -> bool:
@@ -106,6 +108,7 @@ def row_settings(source: Source, columns: list[str], config: DataConfig, for_tra
         require_hebrew=config.require_hebrew and source.language in (None, "Hebrew"),
         language=source.language,
         channel=source.channel,
+        kept_flags=tuple(config.keep_flags),
     )
 
 
@@ -132,6 +135,9 @@ def describe_row(row: dict[str, Any], settings: RowSettings) -> list[dict[str, A
         known |= {"start": begin, "seconds": end - begin}
         if sound.is_cut:
             raise AudioError(CUT)
+        flags = read_metadata(row.get("extra_data"))
+        if flagged := [name for name, value in flags.items() if value is True and name not in settings.kept_flags]:
+            raise ValueError(f"flagged as {flagged[0]}")
         spoken = by_channel(transcript, settings, row.get("segment_channel"), sound.channels)
     except ValueError as error:  # AudioError is one
         return [known | {"dropped": str(error)}]
@@ -322,7 +328,7 @@ class SpeechRows:
 
 def load_rows(sources: list[Source], config: DataConfig, for_training: bool) -> SpeechRows:
     """Loads sources; raises InputError when one cannot be read, nothing of it is left, or too much of it is broken."""
-    loaded, tables, dropped = [], [], []
+    loaded, described_rows, dropped, notes = [], [], [], []
     for number, source in enumerate(sources):
         rows = load_source(source)
         settings = row_settings(source, rows.column_names, config, for_training)
@@ -331,14 +337,20 @@ def load_rows(sources: list[Source], config: DataConfig, for_training: bool) -> 
         table = described(rows, source, settings, config.preprocessing_num_workers).with_format("arrow")[:]
         found = list(tally(table, str(source)).values())
         if sum(drop.utterances for drop in found) == len(table):
-            raise InputError(f"{source}: none of its {len(rows)} rows can be used: {counts(found)}")
+            raise InputError(f"{source}: none of its {len(rows)} rows can be used: {counts(found)}{remedy(found)}")
         check_broken(source, found, len(rows), config.max_broken_share)
+        if for_training:
+            total = pyarrow.compute.sum(table["seconds"]).as_py() / 3600
+            check_lost(source, found, total, config.max_dropped_share)
+        if source.is_table:
+            notes += [note for note in rows.info.description.splitlines() if note]
         loaded.append(rows.select_columns(["audio"]))
-        tables.append(table.append_column("source", pyarrow.array(np.full(len(table), number, np.int32))))
+        described_rows.append(table.append_column("source", pyarrow.array(np.full(len(table), number, np.int32))))
         dropped += found
-    index = pyarrow.concat_tables(tables)
+    index = pyarrow.concat_tables(described_rows)
     used = np.flatnonzero(pyarrow.compute.equal(index["dropped"], "").to_numpy())
     rows = SpeechRows(loaded, index, used, dropped)
+    rows.notes += notes
     return without_duplicates(rows, sources) if for_training and config.drop_duplicates else rows
 
 
@@ -357,7 +369,40 @@ def check_broken(source: Source, dropped: list[Dropped], rows: int, share: float
         names = [name for drop in broken for name in drop.examples]
         raise InputError(
             f"{source}: {sum(drop.utterances for drop in broken)} of its {rows} rows are broken, more than"
-            f" max_broken_share ({share:g}): {counts(broken)}, among them {', '.join(names[:5])}"
+            f" max_broken_share ({share:g}): {counts(broken)}, among them {', '.join(names[:5])}{remedy(broken)}"
+        )
+
+
+REMEDIES = {  # by the words that a reason begins with
+    "longer than": "`uv run scripts/align_recordings.py` cuts long recordings where their transcripts say",
+    "segment longer": "`uv run scripts/align_recordings.py` cuts long recordings where their transcripts say",
+    decoding.NO_AUDIO: "`ffmpeg -i FILE out.wav` may read what is in no format known here",
+    CUT: "copy or fetch the files again: they end before their own header says",
+    decoding.NO_FILE: "the table names files that are not beside it",
+    PAST_THE_END: "the table's times are not of these files",
+    "silent": "listen to one; a call may have its speech in one channel (`channel`)",
+    "clipped": "they were recorded or amplified too loudly",
+    targets.CONTROL_REASON: "take the token out of the transcripts",
+}
+LOST = ("longer than", "segment longer", "silent", "clipped", decoding.CANCELLED)  # reasons for max_dropped_share
+
+
+def remedy(dropped: list[Dropped]) -> str:
+    """What to do about the reason that costs most."""
+    worst = sorted(dropped, key=lambda drop: (-drop.utterances, drop.reason))
+    found = (text for drop in worst for reason, text in REMEDIES.items() if drop.reason.startswith(reason))
+    return "".join(f". {text[0].upper() if text[0] != '`' else '`'}{text[1:]}" for text in itertools.islice(found, 1))
+
+
+def check_lost(source: Source, dropped: list[Dropped], hours: float, share: float) -> None:
+    """Raises InputError when more than `share` of a source's hours are of no use for their length or sound."""
+    lost = [drop for drop in dropped if drop.source == str(source) and drop.reason.startswith(LOST)]
+    if (total := sum(drop.hours for drop in lost)) > share * hours:
+        names = [name for drop in lost for name in drop.examples]
+        raise InputError(
+            f"{source}: {sum(drop.utterances for drop in lost)} utterances, {total:.2f} of its {hours:.2f} hours,"
+            f" would be dropped, more than max_dropped_share ({share:g}): {counts(lost)}, among them"
+            f" {', '.join(names[:5])}{remedy(lost)}"
         )
 
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import datasets
 import huggingface_hub
+import pyarrow
+import pyarrow.parquet
 
 from hebrew_asr.data import tables
 from hebrew_asr.data.decoding import AUDIO_SUFFIXES
@@ -47,6 +49,13 @@ class Source:
     @property
     def has_speech(self) -> bool:
         return self.language != "None"
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is a table of files, or a folder with one, or of audio alone; see `table_rows`."""
+        path = Path(self.path)
+        is_saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+        return tables.is_table(path) or (path.is_dir() and not is_saved and not any(path.glob("**/*.parquet")))
 
     def __str__(self) -> str:
         """The path, with what else tells it from another source."""
@@ -94,6 +103,10 @@ class DataConfig:
     """Share of the audited utterances."""
     max_broken_share: float = 0.05
     """More unreadable rows than this share of a source end the run before it starts."""
+    max_dropped_share: float = 0.2
+    """More than this share of a source's hours dropped as too long, silent or clipped end the run before it starts."""
+    keep_flags: list[str] = field(default_factory=list)
+    """Rows whose `extra_data` has a flag (skipped, noisy, multiple_speakers, …) are dropped, but for these flags."""
     streaming: bool = False
     """Training data is read while it is trained on, for corpora that do not fit the disk: see corpus_stream.py."""
     steps_per_epoch: int | None = None
@@ -146,13 +159,13 @@ def load_source(source: Source, streaming: bool = False) -> datasets.Dataset | d
         if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
             rows = saved_rows(source)
         elif folder.suffix == ".parquet":
-            rows = datasets.load_dataset("parquet", data_files=source.path, **how)
-        elif tables.is_table(folder):
+            rows = datasets.load_dataset("parquet", data_files=source.path, **how, **parquet_form([source.path]))
+        elif source.is_table:
             rows = table_rows(source)
         elif any(folder.glob("**/*.parquet")):
-            rows = datasets.load_dataset(source.path, source.config_name, **how)
-        elif folder.is_dir():
-            rows = table_rows(source)
+            given = datasets.load_dataset_builder(source.path, source.config_name).config.data_files or {}
+            files = given.get(source.split.partition("[")[0], [])
+            rows = datasets.load_dataset(source.path, source.config_name, **how, **parquet_form(files))
         else:
             check_hub_id(source.path)
             rows = datasets.load_dataset(**hub_arguments(source), **how)
@@ -179,6 +192,42 @@ def load_source(source: Source, streaming: bool = False) -> datasets.Dataset | d
     if not is_audio and not {"bytes", "path"} <= set(getattr(rows.features["audio"], "keys", tuple)()):
         raise InputError(f"{source.path}: its column `audio` holds {rows.features['audio']}, no audio")
     return rows.cast_column("audio", datasets.Audio(decode=False)) if is_audio else rows
+
+
+PARQUET_ROWS = 100  # read at once; `datasets` takes the first row group's size, which is 0 in an empty file
+
+
+def parquet_form(files: list[str]) -> dict[str, Any]:
+    """One form for files whose columns differ (more of them, null in one, fields first seen late), as `load_dataset`
+    takes it; raises InputError with the file."""
+    kinds: dict[str, list[pyarrow.DataType]] = {}
+    for file in files:
+        try:
+            for column in pyarrow.parquet.read_schema(file):
+                kinds.setdefault(column.name, []).append(column.type)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise InputError(
+                f"{file}: no Parquet file that can be read ({error}). Fetch it again, or remove it"
+            ) from error
+    schema = pyarrow.schema([(name, one_kind(types, name, files)) for name, types in kinds.items()])
+    return {"features": datasets.Features.from_arrow_schema(schema), "batch_size": PARQUET_ROWS} if files else {}
+
+
+def one_kind(types: list[pyarrow.DataType], name: str, files: list[str]) -> pyarrow.DataType:
+    """The type of a column of all files: a text where some have numbers; raises InputError where there is none."""
+    known = [one for one in dict.fromkeys(types) if not pyarrow.types.is_null(one)]
+    if len(known) < 2:
+        return known[0] if known else pyarrow.string()
+    try:
+        schemas = [pyarrow.schema([(name, one)]) for one in known]
+        return pyarrow.unify_schemas(schemas, promote_options="permissive").field(name).type
+    except pyarrow.ArrowException as error:
+        if any(pyarrow.types.is_nested(one) for one in known):
+            raise InputError(
+                f"{Path(files[0]).parent}: the column {name} is {known[0]} in one file and {known[1]} in another. Write"
+                " them alike, or remove the column"
+            ) from error
+        return pyarrow.string()
 
 
 def hub_arguments(source: Source) -> dict[str, Any]:
