@@ -52,6 +52,8 @@ class EvaluationOptions(Decoding):
     max_wer_rise: Annotated[float, Range(0)] | None = 5.0
     """Points of WER that the model may be worse than the first it is compared with, on sets in other languages and
     guarded ones; null: any."""
+    max_broken_share: Annotated[float, Range(0, 1)] = 0.05
+    """Of a set's rows, before it is refused."""
     num_workers: Annotated[int, Range(0)] = 4
     update_card: bool = False
     """Write the figures into the model's card."""
@@ -79,6 +81,7 @@ def parse(argv: list[str]) -> EvaluationConfig:
         score=given.score,
         max_utterances=given.max_utterances,
         max_wer_rise=given.max_wer_rise,
+        max_broken_share=given.max_broken_share,
         quoted=[] if is_demo or given.score else list(QUOTED),
         num_workers=given.num_workers,
         update_card=given.update_card,

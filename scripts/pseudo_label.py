@@ -135,7 +135,7 @@ def utterances_of(rows: SpeechRows, longest: float, workers: int) -> SpeechRows:
 def audio_of(row: dict[str, Any]) -> dict[str, Any]:
     """A whole recording's bytes as they are; a piece of one as FLAC."""
     audio = row["audio"]
-    if row["end"] is None and not row["start"]:
+    if row["end"] is None and not row["start"] and row["channel"] is None:
         content = audio["bytes"] or Path(audio["path"]).read_bytes()
         return {"bytes": content, "path": Path(str(audio["path"])).name}
     file = io.BytesIO()

@@ -42,11 +42,11 @@ def parquet(folder, rows: list[dict], name="train-00000.parquet"):
 
 
 def test_a_folder_of_audio_with_a_manifest(tmp_path):
-    for name in ("a", "b"):
-        wav(tmp_path / "audio" / f"{name}.wav")
+    for name, seconds in (("a", 1.0), ("b", 1.5)):
+        wav(tmp_path / "audio" / f"{name}.wav", seconds)
     (tmp_path / "audio" / "metadata.csv").write_text("file_name,transcription\na.wav,שלום\nb.wav,עולם\n")
     rows = load_rows([Source(str(tmp_path / "audio"))], DataConfig(), for_training=True)
-    assert rows.column("text") == ["שלום", "עולם"] and rows.seconds.tolist() == [1.0, 1.0]
+    assert rows.column("text") == ["שלום", "עולם"] and rows.seconds.tolist() == [1.0, 1.5]
     (tmp_path / "audio" / "metadata.csv").unlink()
     (tmp_path / "audio" / "metadata.jsonl").write_text('{"file_name": "b.wav", "text": "עולם"}\n')
     assert load_rows([Source(str(tmp_path / "audio"))], DataConfig(), for_training=True).column("text") == ["עולם"]

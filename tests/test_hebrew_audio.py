@@ -14,6 +14,7 @@ from hebrew_asr.data import audio as ha
 from hebrew_asr.data import fingerprints as fingerprints_module
 from hebrew_asr.data.audio import SAMPLE_RATE, check_waveform, decode_audio
 from hebrew_asr.data.augmentation import WaveformAugmentation, augment
+from hebrew_asr.data.decoding import Sound, inspect_audio
 from hebrew_asr.data.fingerprints import fingerprint
 
 DEMO = Path(__file__).parent.parent / "demo"
@@ -64,7 +65,7 @@ KINDS = [(WAV, 8_000, 1), (WAV, 44_100, 3), (FLAC, 48_000, 2), (MP3, 44_100, 2),
 def test_every_format_becomes_16_khz_mono(format, rate, channels):
     levels = 2 * np.arange(1, channels + 1) / (channels + 1)  # 1 on average
     audio = encoded(tone(300, 2, rate)[:, None] * levels, rate, **format)
-    assert ha.audio_header(audio) == (pytest.approx(2.0, abs=0.05), rate, channels)
+    assert inspect_audio(audio) == Sound(pytest.approx(2.0, abs=0.05), rate, channels, is_cut=False)
     waveform = decode_audio(audio)
     assert waveform.dtype == np.float32 and waveform.shape == (pytest.approx(2 * SAMPLE_RATE, abs=800),)
     assert strongest_frequency(waveform) == pytest.approx(300, abs=1)
@@ -80,7 +81,7 @@ def test_a_slice_is_that_part_of_the_whole(speech, format, rate):
         assert len(part) == pytest.approx(2.5 * SAMPLE_RATE, abs=1)
         difference = part - whole[round(start * SAMPLE_RATE) :][: len(part)]
         assert np.abs(difference[100:-100]).max() < (0.01 if format == OPUS else 1e-3)  # resampling rings at the cuts
-    assert len(decode_audio(audio, ha.audio_header(audio)[0] - 0.5, 1e6)) == pytest.approx(0.5 * SAMPLE_RATE, abs=2)
+    assert len(decode_audio(audio, inspect_audio(audio).seconds - 0.5, 1e6)) == pytest.approx(0.5 * SAMPLE_RATE, abs=2)
     assert len(decode_audio(audio, 1e6)) == 0
 
 
@@ -96,22 +97,14 @@ def test_what_cannot_be_read_says_why(tmp_path):
     ]
     for audio, reason in cases:
         with pytest.raises(ha.AudioError, match=reason):
-            ha.audio_header(audio)
+            inspect_audio(audio)
     with pytest.raises(ha.AudioError, match="damaged"):
-        decode_audio({"bytes": flac[: len(flac) // 2], "path": None})
-
-
-@pytest.mark.parametrize("format", [WAV, MP3])
-def test_truncated_files_decode_shorter_than_their_header_says(speech, format):
-    data = encoded(np.concatenate(speech[:4]), **format)["bytes"]
-    for share, reason in ((1.0, None), (0.9, "truncated"), (0.5, "truncated")):
-        audio = {"bytes": data[: int(share * len(data))]}
-        assert check_waveform(decode_audio(audio), ha.audio_header(audio)[0]) == reason
+        decode_audio({"bytes": flac[:20_000] + bytes(9_000) + flac[29_000:], "path": None})
 
 
 @pytest.mark.parametrize("part", ["corpus", "heldout", "heldout_noisy", "english"])
 def test_demo_speech_passes(part):
-    assert {check_waveform(decode_audio(a), ha.audio_header(a)[0]) for a in demo_audio(part, 9)} == {None}
+    assert {check_waveform(decode_audio(a), inspect_audio(a).seconds) for a in demo_audio(part, 9)} == {None}
 
 
 def test_bad_clips_are_named(speech):
@@ -181,7 +174,7 @@ def test_wrong_settings_are_refused_at_once(tmp_path):
         with pytest.raises(ValueError, match=name + "|no audio files"):
             WaveformAugmentation(**{name: value})
     (tmp_path / "broken.wav").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"broken\.wav: unreadable"):
+    with pytest.raises(ValueError, match=r"broken\.wav: zero bytes"):
         WaveformAugmentation(noise_folder=str(tmp_path))
 
 

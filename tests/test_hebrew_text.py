@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 
 import pytest
 
@@ -133,12 +134,12 @@ def test_transcripts_are_read_along_their_timestamps(transcript, closed, open_ta
         ("א<|0.00|>ב<|1.00|>", "text outside of the segments"),
         ("<|0.00|>א<|1.00|>ב<|2.00|>ג<|3.00|>", "text outside of the segments"),
         ("<|0.00|>א<|1.00|>ב", "text outside of the segments"),
-        ("<|he|><|0.00|>א<|1.00|>", "unknown token in the text"),
-        ("שלום<|im_end|>", "unknown token in the text"),
+        ("<|he|><|0.00|>א<|1.00|>", "control token in the text: <|he|>"),
+        ("שלום<|im_end|>", "control token in the text: <|im_end|>"),
     ],
 )
 def test_broken_transcripts_are_refused_with_the_reason(transcript, reason):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
         read_segments(transcript)
 
 

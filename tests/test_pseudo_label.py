@@ -14,7 +14,7 @@ import torch
 from conftest import DEMO, first_rows
 from test_corpora import parquet, wav
 
-from hebrew_asr.data.audio import audio_header, decode_audio
+from hebrew_asr.data.audio import decode_audio, inspect_audio
 from hebrew_asr.data.rows import load_rows
 from hebrew_asr.data.sources import DataConfig, Source
 from hebrew_asr.errors import InputError
@@ -83,7 +83,7 @@ def test_what_is_kept_is_a_corpus_in_the_training_schema_with_its_confidence(mad
     for row, one in zip(kept, chosen, strict=True):
         assert row["metadata"]["quality_score"] == one["confidence"] >= 0.7
         assert row["metadata"]["source"] == str(hidden) and row["metadata"]["entry_id"] == one["recording"]
-        assert audio_header(row["audio"])[0] == pytest.approx(one["seconds"], abs=0.05)
+        assert inspect_audio(row["audio"]).seconds == pytest.approx(one["seconds"], abs=0.05)
     for one in labels:
         assert confidence([one["text"], *one["samples"]]) == pytest.approx(one["confidence"], abs=0.05)
     report = json.loads((made.with_name("corpus.labels") / "report.json").read_text())["utterances"]

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 import torchaudio.functional
 
-from hebrew_asr.data.audio import SAMPLE_RATE, AudioError, audio_header, decode_audio
+from hebrew_asr.data.decoding import AUDIO_SUFFIXES, SAMPLE_RATE, AudioError, decode_audio, inspect_audio
 
-AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus"}
 FFT_MULTIPLE = 4096  # samples; a convolution whose length is a multiple of it is 5 times as fast as one of any length
 
 
@@ -46,17 +45,18 @@ class WaveformAugmentation:
 
 
 @lru_cache
-def audio_files(folder: str) -> list[str]:
-    """Lists a folder's audio files; raises a ValueError that names the first one without a readable header."""
+def audio_files(folder: str) -> dict[str, float]:
+    """A folder's audio files, each with its seconds; raises a ValueError that names the first that cannot be read."""
     files = sorted(str(file) for file in Path(folder).rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
     if not files:
         raise ValueError(f"{folder}: no audio files ({', '.join(sorted(AUDIO_SUFFIXES))}) in it")
+    seconds = {}
     for file in files:
         try:
-            audio_header({"path": file})
+            seconds[file] = inspect_audio({"path": file}).seconds
         except AudioError as error:
             raise ValueError(f"{file}: {error}") from error
-    return files
+    return seconds
 
 
 @lru_cache(maxsize=256)
@@ -69,9 +69,10 @@ def room_response(file: str) -> torch.Tensor:
 def draw_noise(samples: int, folder: str | None, random: np.random.Generator) -> np.ndarray:
     """Returns (samples,) of a random place of a random file, or generated; pink noise has power 1 / frequency."""
     if folder:
-        file, seconds = {"path": str(random.choice(audio_files(folder)))}, samples / SAMPLE_RATE
-        start = random.random() * max(0.0, audio_header(file)[0] - seconds)
-        return np.resize(decode_audio(file, start, start + seconds + 0.01), samples)
+        files, seconds = audio_files(folder), samples / SAMPLE_RATE
+        file = str(random.choice(list(files)))
+        start = random.random() * max(0.0, files[file] - seconds)
+        return np.resize(decode_audio({"path": file}, start, start + seconds + 0.01), samples)
     colour = random.choice(["white", "pink", "hum"])
     if colour == "hum":
         harmonics = random.choice([50, 60]) * np.arange(1, 9)  # Hz; all of them repeat after 0.1 s
@@ -98,7 +99,7 @@ def augment(waveform: np.ndarray, settings: WaveformAugmentation, random: np.ran
         # 18079 Hz of 16000 would take a filter bank of 16000 phases.
         mixed = torchaudio.functional.resample(mixed, round(100 * random.choice(settings.speeds)), 100)
     if settings.rir_folder and random.random() < settings.rir_probability:
-        response = room_response(str(random.choice(audio_files(settings.rir_folder))))
+        response = room_response(str(random.choice(list(audio_files(settings.rir_folder)))))
         padded = torch.nn.functional.pad(mixed, (0, -(len(mixed) + len(response) - 1) % FFT_MULTIPLE))
         reverberant = torchaudio.functional.fftconvolve(padded, response)[: len(mixed)]
         mixed = reverberant * (mixed.norm() / reverberant.norm().clamp_min(1e-9))

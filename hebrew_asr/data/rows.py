@@ -5,12 +5,12 @@ found by the workers that decode, or beforehand by prepare_corpora.py. Imports n
 """
 
 import contextlib
+import itertools
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -19,8 +19,9 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from hebrew_asr.data import audio as hebrew_audio
-from hebrew_asr.data import sources
-from hebrew_asr.data.audio import AudioError, audio_header, check_waveform, decode_audio
+from hebrew_asr.data import decoding, sources, tables
+from hebrew_asr.data.audio import check_blocks, check_waveform
+from hebrew_asr.data.decoding import BROKEN_AUDIO, CUT, AudioError, audio_blocks, inspect_audio
 from hebrew_asr.data.sources import DataConfig, Source, content_of, load_source, text_column
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import digest
@@ -33,9 +34,11 @@ from hebrew_asr.text.targets import (
     has_hebrew,
     normalize_target,
     read_segments,
+    without_prefix,
 )
 
-CODE = (__file__, sources.__file__, hebrew_audio.__file__, targets.__file__)  # what an index depends on
+MODULES = (decoding, hebrew_audio, sources, tables, targets)
+CODE = (__file__, *(module.__file__ for module in MODULES))  # what an index depends on
 INDEX = datasets.Features(
     {
         "row": datasets.Value("int64"),  # in its source
@@ -50,22 +53,24 @@ INDEX = datasets.Features(
         "words": datasets.Value("string"),  # digest of the words alone, to find the same sentence elsewhere
         "word_count": datasets.Value("int32"),
         "language": datasets.Value("string"),  # as its source has it; null: the run's
+        "channel": datasets.Value("int32"),  # of the row's audio, from 0; null: the average of all
         "dropped": datasets.Value("string"),  # why it cannot be used, or ""
     }
 )
-BROKEN = {  # reasons that count for max_broken_share
-    "zero bytes of audio",
-    "unreadable audio",
-    "no samples of audio",
-    "no such audio file",
-    "damaged audio",
+KEPT_COLUMNS = ("metadata", "extra_data", "prev_transcript", "segment_start", "segment_end", "segment_channel")
+PAST_THE_END = "segment past the end of the audio"
+BROKEN = BROKEN_AUDIO | {  # reasons that count for max_broken_share
     "timestamps go backwards",
     "text outside of the segments",
-    "unknown token in the text",
     "text is not a string",
-    "truncated",  # these two only where the audio was listened to, see prepare_corpora.py
-    "not finite",
+    PAST_THE_END,
+    "not finite",  # only where the audio was listened to, see prepare.py
 }
+
+
+def is_broken(reason: str | None) -> bool:
+    """Whether a reason counts for max_broken_share."""
+    return reason in BROKEN or (bool(reason) and reason.startswith(targets.CONTROL_REASON))
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class RowSettings:
     min_quality: float | None
     require_hebrew: bool
     language: str | None
+    channel: int | Literal["each"] | None
+    kept_flags: tuple[str, ...]
 
     @property
     def has_speech(self) -> bool:
@@ -100,6 +107,8 @@ def row_settings(source: Source, columns: list[str], config: DataConfig, for_tra
         min_quality=config.min_quality_score if for_training else None,
         require_hebrew=config.require_hebrew and source.language in (None, "Hebrew"),
         language=source.language,
+        channel=source.channel,
+        kept_flags=tuple(config.keep_flags),
     )
 
 
@@ -112,45 +121,94 @@ def describe_rows(rows: dict[str, list], numbers: list[int], settings: RowSettin
     return {name: [piece.get(name) for piece in described] for name in INDEX}
 
 
-OFFICIAL_PREFIX = re.compile(r"^language [A-Za-z]+<asr_text>")  # of the targets in the official script's JSONL
-
-
 def describe_row(row: dict[str, Any], settings: RowSettings) -> list[dict[str, Any]]:
-    """Reads one row's text and audio header; evaluation audio is decoded once too, so that it cannot fail later."""
+    """Reads one row's text and the structure of its audio; evaluation audio is decoded once too, so that it cannot fail
+    later."""
     known = {"start": 0.0, "text": "", "previous": "", "seconds": 0.0, "dropped": "", "language": settings.language}
     audio = row["audio"] or {"bytes": None, "path": None}
     transcript = "" if settings.column is None else row[settings.column]
     metadata = read_metadata(row.get("metadata"))
     known["recording"] = str(metadata.get("entry_id") or audio["path"] or "")
-    content = content_of(audio)
     try:
-        seconds, _, _ = audio_header(audio)
-        known["seconds"] = seconds
-        if not settings.for_training and (problem := check_waveform(decode_audio(audio), seconds)) in BROKEN:
-            raise AudioError(problem)
-        if not settings.has_speech:
-            transcript = transcript or ""
-        if not isinstance(transcript, str):
-            raise ValueError("empty text" if transcript is None else "text is not a string")
-        transcript = OFFICIAL_PREFIX.sub("", transcript)
-        pieces, gaps = cut_into_pieces(read_segments(transcript), seconds, settings.longest)
+        sound = inspect_audio(audio)
+        begin, end = segment_of(row, sound.seconds)
+        known |= {"start": begin, "seconds": end - begin}
+        if sound.is_cut:
+            raise AudioError(CUT)
+        flags = read_metadata(row.get("extra_data"))
+        if flagged := [name for name, value in flags.items() if value is True and name not in settings.kept_flags]:
+            raise ValueError(f"flagged as {flagged[0]}")
+        spoken = by_channel(transcript, settings, row.get("segment_channel"), sound.channels)
     except ValueError as error:  # AudioError is one
         return [known | {"dropped": str(error)}]
-    quality = metadata.get("quality_score")
+    content, is_whole = content_of(audio), begin == 0 and end == sound.seconds
+    pieces = []
+    for channel, text in spoken:
+        place = known | {"channel": channel}
+        try:
+            heard = (audio | {"channel": channel}, begin, None if is_whole else end)
+            if not settings.for_training and (problem := check_blocks(audio_blocks(*heard), end - begin)) in BROKEN:
+                raise AudioError(problem)
+            pieces += describe_text(text, row, place, content, is_whole, settings)
+        except ValueError as error:
+            pieces.append(place | {"dropped": str(error)})
+    return pieces
+
+
+def segment_of(row: dict[str, Any], seconds: float) -> tuple[float, float]:
+    """Start and end of the part of its recording that a row is about; raises ValueError where there is no such part."""
+    begin, end = row.get("segment_start") or 0.0, row.get("segment_end")
+    if end is None:
+        end = seconds
+    if begin >= seconds or end > seconds + max(targets.PAST_THE_END, decoding.tolerated(end - begin)) or end <= begin:
+        raise ValueError(PAST_THE_END)
+    return begin, min(end, seconds)
+
+
+def by_channel(transcript: Any, settings: RowSettings, own: int | None, channels: int) -> list[tuple[int | None, Any]]:
+    """Each channel of a row that is used (None: their average), with its transcript; raises ValueError."""
+    channel = settings.channel if own is None else own
+    if channel == "each" and channels > 1:
+        if settings.column is None or not transcript:
+            return [(number, transcript) for number in range(channels)]
+        if not isinstance(transcript, list) or len(transcript) != channels:
+            raise ValueError(f"one transcript for {channels} channels")
+        return list(enumerate(transcript))
+    if channel == "each":
+        return [(None, transcript)]
+    if channel is not None and channel >= channels:
+        raise AudioError(decoding.no_channel(channel, channels))
+    return [(channel, transcript)]
+
+
+def describe_text(
+    transcript: Any, row: dict[str, Any], known: dict[str, Any], content: str, is_whole: bool, settings: RowSettings
+) -> list[dict[str, Any]]:
+    """The pieces of a recording (or of a segment of one, which `known` places); raises ValueError."""
+    begin, seconds = known["start"], known["seconds"]
+    if not settings.has_speech:
+        transcript = transcript or ""
+    if not isinstance(transcript, str):
+        raise ValueError("empty text" if transcript is None else "text is not a string")
+    pieces, gaps = cut_into_pieces(read_segments(without_prefix(transcript)), seconds, settings.longest)
+    quality = read_metadata(row.get("metadata")).get("quality_score")
     is_poor = settings.min_quality is not None and isinstance(quality, int | float) and quality < settings.min_quality
-    described = [known | {"start": g.start, "seconds": g.end - g.start, "dropped": g.reason} for g in gaps]
+    described = [known | {"start": begin + g.start, "seconds": g.end - g.start, "dropped": g.reason} for g in gaps]
     previous = row.get("prev_transcript")
     previous = clean_previous(previous, settings.text_rules) if isinstance(previous, str) else ""
+    channel = "" if known["channel"] is None else f" {known['channel']}"
     for piece in pieces:
         text = normalize_target(piece.text, settings.text_rules)
+        targets.refuse_control_tokens(text)
         words = [spoken for word in text.split() if (spoken := "".join(SPOKEN.findall(word)).lower())]
         length = (seconds if piece.end is None else piece.end) - piece.start
+        start, end = begin + piece.start, piece.end if is_whole else begin + piece.start + length
         dropped = "quality score too low" if is_poor else why_unusable(text, length, settings)
         described.append(
             known
-            | {"start": piece.start, "end": piece.end, "seconds": length, "text": text, "previous": previous}
+            | {"start": start, "end": end, "seconds": length, "text": text, "previous": previous}
             | {"reference": piece.text, "dropped": dropped}
-            | {"digest": f"{content} {piece.start:.2f}", "words": digest(" ".join(words).encode())}
+            | {"digest": f"{content} {start:.2f}{channel}", "words": digest(" ".join(words).encode())}
             | {"word_count": len(words)}
         )
         previous = text
@@ -247,7 +305,7 @@ class SpeechRows:
         """One piece: the columns of INDEX, and `audio` with its compressed bytes."""
         (piece,) = self.index.slice(int(self.used[number]), 1).to_pylist()
         piece["seconds"] = float(self.seconds[number])
-        return piece | {"audio": self.sources[piece["source"]][piece["row"]]["audio"]}
+        return piece | {"audio": self.sources[piece["source"]][piece["row"]]["audio"] | {"channel": piece["channel"]}}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[number] for number in range(len(self)))
@@ -270,23 +328,29 @@ class SpeechRows:
 
 def load_rows(sources: list[Source], config: DataConfig, for_training: bool) -> SpeechRows:
     """Loads sources; raises InputError when one cannot be read, nothing of it is left, or too much of it is broken."""
-    loaded, tables, dropped = [], [], []
+    loaded, described_rows, dropped, notes = [], [], [], []
     for number, source in enumerate(sources):
         rows = load_source(source)
         settings = row_settings(source, rows.column_names, config, for_training)
-        wanted = {"audio", settings.column, "metadata", "prev_transcript"}
+        wanted = {"audio", settings.column, *KEPT_COLUMNS}
         rows = rows.select_columns([name for name in rows.column_names if name in wanted])
         table = described(rows, source, settings, config.preprocessing_num_workers).with_format("arrow")[:]
         found = list(tally(table, str(source)).values())
         if sum(drop.utterances for drop in found) == len(table):
-            raise InputError(f"{source}: none of its {len(rows)} rows can be used: {counts(found)}")
+            raise InputError(f"{source}: none of its {len(rows)} rows can be used: {counts(found)}{remedy(found)}")
         check_broken(source, found, len(rows), config.max_broken_share)
+        if for_training:
+            total = pyarrow.compute.sum(table["seconds"]).as_py() / 3600
+            check_lost(source, found, total, config.max_dropped_share)
+        if source.is_table:
+            notes += [note for note in rows.info.description.splitlines() if note]
         loaded.append(rows.select_columns(["audio"]))
-        tables.append(table.append_column("source", pyarrow.array(np.full(len(table), number, np.int32))))
+        described_rows.append(table.append_column("source", pyarrow.array(np.full(len(table), number, np.int32))))
         dropped += found
-    index = pyarrow.concat_tables(tables)
+    index = pyarrow.concat_tables(described_rows)
     used = np.flatnonzero(pyarrow.compute.equal(index["dropped"], "").to_numpy())
     rows = SpeechRows(loaded, index, used, dropped)
+    rows.notes += notes
     return without_duplicates(rows, sources) if for_training and config.drop_duplicates else rows
 
 
@@ -300,12 +364,45 @@ def counts(dropped: list[Dropped]) -> dict[str, int]:
 
 def check_broken(source: Source, dropped: list[Dropped], rows: int, share: float) -> None:
     """Raises InputError, with names, when more than `share` of a source's rows are broken."""
-    broken = [drop for drop in dropped if drop.source == str(source) and drop.reason in BROKEN]
+    broken = [drop for drop in dropped if drop.source == str(source) and is_broken(drop.reason)]
     if sum(drop.utterances for drop in broken) > share * rows:
         names = [name for drop in broken for name in drop.examples]
         raise InputError(
             f"{source}: {sum(drop.utterances for drop in broken)} of its {rows} rows are broken, more than"
-            f" max_broken_share ({share:g}): {counts(broken)}, among them {', '.join(names[:5])}"
+            f" max_broken_share ({share:g}): {counts(broken)}, among them {', '.join(names[:5])}{remedy(broken)}"
+        )
+
+
+REMEDIES = {  # by the words that a reason begins with
+    "longer than": "`uv run scripts/align_recordings.py` cuts long recordings where their transcripts say",
+    "segment longer": "`uv run scripts/align_recordings.py` cuts long recordings where their transcripts say",
+    decoding.NO_AUDIO: "`ffmpeg -i FILE out.wav` may read what is in no format known here",
+    CUT: "copy or fetch the files again: they end before their own header says",
+    decoding.NO_FILE: "the table names files that are not beside it",
+    PAST_THE_END: "the table's times are not of these files",
+    "silent": "listen to one; a call may have its speech in one channel (`channel`)",
+    "clipped": "they were recorded or amplified too loudly",
+    targets.CONTROL_REASON: "take the token out of the transcripts",
+}
+LOST = ("longer than", "segment longer", "silent", "clipped", decoding.CANCELLED)  # reasons for max_dropped_share
+
+
+def remedy(dropped: list[Dropped]) -> str:
+    """What to do about the reason that costs most."""
+    worst = sorted(dropped, key=lambda drop: (-drop.utterances, drop.reason))
+    found = (text for drop in worst for reason, text in REMEDIES.items() if drop.reason.startswith(reason))
+    return "".join(f". {text[0].upper() if text[0] != '`' else '`'}{text[1:]}" for text in itertools.islice(found, 1))
+
+
+def check_lost(source: Source, dropped: list[Dropped], hours: float, share: float) -> None:
+    """Raises InputError when more than `share` of a source's hours are of no use for their length or sound."""
+    lost = [drop for drop in dropped if drop.source == str(source) and drop.reason.startswith(LOST)]
+    if (total := sum(drop.hours for drop in lost)) > share * hours:
+        names = [name for drop in lost for name in drop.examples]
+        raise InputError(
+            f"{source}: {sum(drop.utterances for drop in lost)} utterances, {total:.2f} of its {hours:.2f} hours,"
+            f" would be dropped, more than max_dropped_share ({share:g}): {counts(lost)}, among them"
+            f" {', '.join(names[:5])}{remedy(lost)}"
         )
 
 

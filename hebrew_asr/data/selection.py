@@ -10,8 +10,18 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from hebrew_asr.data.audio import SOUND_VERSION, AudioError, decode_audio
-from hebrew_asr.data.rows import SpeechRows, check_broken, drop, load_rows, total_dropped
+from hebrew_asr.data.audio import SOUND_VERSION, AudioError, audio_blocks, check_blocks, decode_audio
+from hebrew_asr.data.rows import (
+    Dropped,
+    SpeechRows,
+    check_broken,
+    check_lost,
+    counts,
+    drop,
+    load_rows,
+    remedy,
+    total_dropped,
+)
 from hebrew_asr.data.sources import DataConfig, Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import DIGEST, digest
@@ -96,7 +106,46 @@ def with_prepared(train: SpeechRows, config: DataConfig) -> SpeechRows:
         train, problems = drop(train, config.train_sources, mask, reason), problems[~mask]
     for source, size in zip(config.train_sources, sizes, strict=True):
         check_broken(source, train.dropped, size, config.max_broken_share)
+    check_all_lost(train, config)
     return train
+
+
+def check_all_lost(train: SpeechRows, config: DataConfig) -> None:
+    """`check_lost` of every source; raises InputError."""
+    kept = np.bincount(train.source_numbers, train.seconds, len(config.train_sources)) / 3600
+    for source, hours in zip(config.train_sources, kept.tolist(), strict=True):
+        mine = [one for one in train.dropped if one.source == str(source)]
+        check_lost(source, mine, hours + sum(one.hours for one in mine), config.max_dropped_share)
+
+
+SAMPLE = 32  # utterances of a source that are listened to before a run
+
+
+def check_sound(train: SpeechRows, config: DataConfig) -> None:
+    """Listens to a sample of every source; raises InputError when more than `max_dropped_share` of it is of no use.
+
+    A source whose clips are all silent, clipped or in antiphase is so refused at the start, not dropped clip by clip.
+    """
+    for number, source in enumerate(config.train_sources):
+        mine = np.flatnonzero(train.source_numbers == number)
+        sample = mine[np.linspace(0, len(mine) - 1, min(SAMPLE, len(mine))).astype(int)].tolist()
+        problems: dict[str, list[str]] = {}
+        for piece in (train[place] for place in sample):
+            try:
+                heard = audio_blocks(piece["audio"], piece["start"], piece["end"])
+                problem = check_blocks(heard, piece["seconds"])
+            except AudioError as error:
+                problem = str(error)
+            if problem and not (problem == "silent" and not source.has_speech):
+                problems.setdefault(problem, []).append(piece["recording"])
+        found = [Dropped(str(source), reason, len(names), 0.0, names[:5]) for reason, names in problems.items()]
+        if sum(one.utterances for one in found) > config.max_dropped_share * len(sample):
+            names = [name for one in found for name in one.examples]
+            raise InputError(
+                f"{source}: of {len(sample)} utterances that were listened to, more than max_dropped_share"
+                f" ({config.max_dropped_share:g}) cannot be used: {counts(found)}, among them {', '.join(names[:5])}"
+                f"{remedy(found)}"
+            )
 
 
 def without_leaks(train: SpeechRows, heldout: SpeechRows, config: DataConfig) -> SpeechRows:
@@ -172,6 +221,7 @@ def load_train_and_eval(config: DataConfig, seed: int) -> tuple[SpeechRows, Spee
     train = without_leaks(with_prepared(train, config), heldout, config)
     if config.audit_scores:
         train = without_worst(train, config)
+    check_sound(train, config)
     heldout = without_too_many(heldout, config)
     if not config.eval_sources:
         heldout = drop(heldout, config.train_sources, ~np.array([decodes(row) for row in heldout]), "does not decode")

@@ -1,18 +1,25 @@
 """Where rows come from: folders, manifests, the Hub; and the settings of the data."""
 
 import contextlib
+import difflib
+import hashlib
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import datasets
+import huggingface_hub
+import pyarrow
+import pyarrow.parquet
 
 from hebrew_asr.command_line import Range
+from hebrew_asr.data import tables
+from hebrew_asr.data.decoding import AUDIO_SUFFIXES
 from hebrew_asr.errors import InputError
-from hebrew_asr.files import digest
+from hebrew_asr.files import DIGEST, digest
 from hebrew_asr.text.targets import TextRules
 
 
@@ -21,8 +28,8 @@ class Source:
     """One dataset of recordings with transcripts."""
 
     path: str
-    """Hub id, a parquet file, a .jsonl file with `audio` (a path) and `text`, or a folder: of parquet files, of
-    `save_to_disk`, or of audio with a metadata.csv or .jsonl that has a column `file_name`."""
+    """Hub id, a parquet file, a table (.csv, .tsv, .jsonl) that names audio files and their texts, or a folder: of
+    parquet files, of `save_to_disk`, or of audio with such a table in it (docs/data.md)."""
     config_name: str | None = None
     revision: str | None = None
     """Branch, tag or commit on the Hub; where a dataset is a script, `refs/convert/parquet` is the Hub's copy of it."""
@@ -36,10 +43,20 @@ class Source:
     language: str | None = None
     """What is spoken, as Qwen3-ASR names it (`English`); `None`, its name for no speech: nobody speaks, and the right
     transcript is empty. Left out (null): the language of the run."""
+    channel: int | Literal["each"] | None = None
+    """Of recordings with several channels, the one to use (0 is the first), or `each`: every channel is an utterance of
+    its own, with a text of its own (a list in the text's column) or without any. None: their average."""
 
     @property
     def has_speech(self) -> bool:
         return self.language != "None"
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is a table of files, or a folder with one, or of audio alone; see `table_rows`."""
+        path = Path(self.path)
+        is_saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+        return tables.is_table(path) or (path.is_dir() and not is_saved and not any(path.glob("**/*.parquet")))
 
     def __str__(self) -> str:
         """The path, with what else tells it from another source."""
@@ -87,6 +104,10 @@ class DataConfig:
     """Share of the audited utterances."""
     max_broken_share: float = 0.05
     """More unreadable rows than this share of a source end the run before it starts."""
+    max_dropped_share: float = 0.2
+    """More than this share of a source's hours dropped as too long, silent or clipped end the run before it starts."""
+    keep_flags: list[str] = field(default_factory=list)
+    """Rows whose `extra_data` has a flag (skipped, noisy, multiple_speakers, …) are dropped, but for these flags."""
     streaming: bool = False
     """Training data is read while it is trained on, for corpora that do not fit the disk: see corpus_stream.py."""
     steps_per_epoch: int | None = None
@@ -129,7 +150,7 @@ class DataConfig:
 
 
 STREAM_SHARDS = 64  # of a local dataset that is not in parquet files, when it is streamed
-TEXT_COLUMNS = ("transcript", "text", "sentence", "transcription")
+HUB_SECONDS = 20  # to say whether it has a dataset
 
 
 def load_source(source: Source, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
@@ -139,16 +160,15 @@ def load_source(source: Source, streaming: bool = False) -> datasets.Dataset | d
         if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
             rows = saved_rows(source)
         elif folder.suffix == ".parquet":
-            rows = datasets.load_dataset("parquet", data_files=source.path, **how)
-        elif folder.suffix == ".jsonl":
-            rows = listed_rows(source)
+            rows = datasets.load_dataset("parquet", data_files=source.path, **how, **parquet_form([source.path]))
+        elif source.is_table:
+            rows = table_rows(source)
         elif any(folder.glob("**/*.parquet")):
-            rows = datasets.load_dataset(source.path, source.config_name, **how)
-        elif folder.is_dir():
-            rows = manifest_rows(source)
-        elif source.path.startswith((".", "/", "~")) and not folder.exists():
-            raise InputError(f"{source.path}: no such folder")
+            given = datasets.load_dataset_builder(source.path, source.config_name).config.data_files or {}
+            files = given.get(source.split.partition("[")[0], [])
+            rows = datasets.load_dataset(source.path, source.config_name, **how, **parquet_form(files))
         else:
+            check_hub_id(source.path)
             rows = datasets.load_dataset(**hub_arguments(source), **how)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise InputError(
@@ -175,6 +195,42 @@ def load_source(source: Source, streaming: bool = False) -> datasets.Dataset | d
     return rows.cast_column("audio", datasets.Audio(decode=False)) if is_audio else rows
 
 
+PARQUET_ROWS = 100  # read at once; `datasets` takes the first row group's size, which is 0 in an empty file
+
+
+def parquet_form(files: list[str]) -> dict[str, Any]:
+    """One form for files whose columns differ (more of them, null in one, fields first seen late), as `load_dataset`
+    takes it; raises InputError with the file."""
+    kinds: dict[str, list[pyarrow.DataType]] = {}
+    for file in files:
+        try:
+            for column in pyarrow.parquet.read_schema(file):
+                kinds.setdefault(column.name, []).append(column.type)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise InputError(
+                f"{file}: no Parquet file that can be read ({error}). Fetch it again, or remove it"
+            ) from error
+    schema = pyarrow.schema([(name, one_kind(types, name, files)) for name, types in kinds.items()])
+    return {"features": datasets.Features.from_arrow_schema(schema), "batch_size": PARQUET_ROWS} if files else {}
+
+
+def one_kind(types: list[pyarrow.DataType], name: str, files: list[str]) -> pyarrow.DataType:
+    """The type of a column of all files: a text where some have numbers; raises InputError where there is none."""
+    known = [one for one in dict.fromkeys(types) if not pyarrow.types.is_null(one)]
+    if len(known) < 2:
+        return known[0] if known else pyarrow.string()
+    try:
+        schemas = [pyarrow.schema([(name, one)]) for one in known]
+        return pyarrow.unify_schemas(schemas, promote_options="permissive").field(name).type
+    except pyarrow.ArrowException as error:
+        if any(pyarrow.types.is_nested(one) for one in known):
+            raise InputError(
+                f"{Path(files[0]).parent}: the column {name} is {known[0]} in one file and {known[1]} in another. Write"
+                " them alike, or remove the column"
+            ) from error
+        return pyarrow.string()
+
+
 def hub_arguments(source: Source) -> dict[str, Any]:
     """What `datasets.load_dataset` takes for a Hub id; in the Hub's parquet copies a config is a folder."""
     config = {"data_dir" if source.revision == "refs/convert/parquet" else "name": source.config_name}
@@ -193,65 +249,130 @@ def saved_rows(source: Source) -> datasets.Dataset:
     return saved
 
 
-def manifest_rows(source: Source) -> datasets.Dataset:
-    """A folder of audio files with a metadata.csv or metadata.jsonl, in it or in its subfolder `split`.
-
-    `datasets`' own audiofolder gives the same rows, but needs torchcodec and FFmpeg to build them.
-    """
-    name, bracket, part = source.split.partition("[")
-    inside = Path(source.path) / name
-    folder = inside if inside.is_dir() else Path(source.path)
-    if folder != inside and name != "train":
-        raise InputError(f"{source.path}: no split {name!r}: a folder of audio has its splits in subfolders")
-    manifests = {folder / "metadata.csv": "csv", folder / "metadata.jsonl": "json"}
-    found = [(file, kind) for file, kind in manifests.items() if file.exists()]
-    if not found:
-        raise InputError(f"{folder}: no parquet files, no saved dataset, no metadata.csv or metadata.jsonl")
-    file, kind = found[0]
-    table = datasets.load_dataset(kind, data_files=str(file), split=f"train{bracket}{part}")
-    if "file_name" not in table.column_names:
-        raise InputError(f"{file}: no column `file_name`, there are {', '.join(table.column_names)}")
-    return with_audio_files(table, folder, table["file_name"])
-
-
-def listed_rows(source: Source) -> datasets.Dataset:
-    """The official script's JSONL: `audio`, a path (a relative one begins beside the file), and `text`."""
-    table = datasets.load_dataset("json", data_files=source.path, split=source.split)
-    if missing := {"audio", source.text_column or "text"} - set(table.column_names):
+def check_hub_id(path: str) -> None:
+    """Raises InputError for a path that is plainly no Hub id, or one that nothing is known of while offline."""
+    if Path(path).exists():
+        return  # what is wrong with it is said by what loads it
+    is_local = path.startswith((".", "/", "~", "\\")) or path.count("/") > 1
+    is_local |= "/" in path and Path(path.split("/")[0]).is_dir()
+    if is_local or Path(path).suffix.lower() in (*tables.TABLE_SUFFIXES, *AUDIO_SUFFIXES):
+        parent = Path(path).parent
+        names = [str(one) for one in parent.iterdir()] if parent.is_dir() else []
+        near = difflib.get_close_matches(str(Path(path)), names, 1)
+        raise InputError(f"{path}: no such folder or file{f'; did you mean {near[0]}?' if near else ''}")
+    cached = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}"
+    if cached.exists() or (Path(datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___")).exists():
+        return
+    try:
+        huggingface_hub.HfApi().dataset_info(path, timeout=HUB_SECONDS)
+    except huggingface_hub.errors.HfHubHTTPError:
+        pass  # not found, or gated: said by what loads it
+    except Exception as error:  # the HTTP client's own, by the phase that it is in
         raise InputError(
-            f"{source.path}: no column {' and '.join(sorted(missing))}, there are {', '.join(table.column_names)}"
-        )
-    return with_audio_files(table.remove_columns("audio"), Path(source.path).parent, table["audio"])
+            f"{path}: no such folder, no such dataset in the cache ({cached.parent}), and the Hub cannot be reached:"
+            f" {error}"
+        ) from error
 
 
-def with_audio_files(table: datasets.Dataset, folder: Path, names: Iterable[Any]) -> datasets.Dataset:
-    """The files' sizes and times are part of the dataset's fingerprint: a file that was mended is read again."""
-    audio = [{"bytes": None, "path": str(folder / str(name)) if name else None} for name in names]
-    contents = [content_of(one) for one in audio]
-    return table.add_column(
-        "audio",
-        audio,
-        new_fingerprint=datasets.fingerprint.Hasher.hash([table._fingerprint, contents]),
-        feature={"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+def table_rows(source: Source) -> datasets.Dataset:
+    """Rows of a table, or of a folder with tables; without any, the folder's audio files if `text_column` is empty.
+
+    They are kept in the cache of `datasets`, by their content and the files' sizes and times: what is mended is read
+    again. What is to be said of them is in the dataset's `info.description`.
+    """
+    path, (name, bracket, part) = Path(source.path), source.split.partition("[")
+    wanted = list(
+        dict.fromkeys([*filter(None, [source.text_column]), *tables.TEXT_COLUMNS, "prev_transcript", "metadata"])
     )
+    is_file = path.is_file()
+    if is_file and name not in ("train", path.stem):
+        raise InputError(f"{path}: no split {name!r}: a table is one split")
+    folder = path / name if (path / name).is_dir() else path
+    files = [path] if is_file else tables.tables_of(path, name)
+    if not files and folder == path and name != "train":
+        raise InputError(
+            f"{path}: no split {name!r}: a folder of audio has its splits in subfolders, or a table of each"
+        )
+    if files:
+        table = tables.read_tables(files, None if is_file else path, name, wanted, source.channel == "each")
+        if not table.rows:
+            raise InputError(f"{path}: it has no rows")
+        column = text_column(source, [*table.columns, *(["text"] if "messages" in table.columns else [])], files[0])
+    elif source.text_column != "":
+        raise InputError(
+            f"{folder}: no parquet files, no saved dataset, no table (metadata.csv, .tsv or .jsonl). Without"
+            ' transcripts the audio itself can be transcribed: scripts/pseudo_label.py, or `text_column: ""`'
+        )
+    else:
+        column, rows = None, [{"audio": file} for file in tables.audio_files(folder)]
+        if not rows:
+            raise InputError(f"{folder}: no audio files in it")
+        table = tables.Table(rows, [])
+    features = {
+        "audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+        "segment_start": datasets.Value("float64"),
+        "segment_end": datasets.Value("float64"),
+        "segment_channel": datasets.Value("int32"),
+        "prev_transcript": datasets.Value("string"),
+        "metadata": datasets.Value("string"),
+    }
+    if column:
+        features[column] = (
+            datasets.List(datasets.Value("string")) if source.channel == "each" else datasets.Value("string")
+        )
+    columns = {name: [row.get(name) for row in table.rows] for name in features}
+    columns["audio"] = [{"bytes": None, "path": file} for file in columns["audio"]]
+    states = [file_state(one["path"]) for one in columns["audio"]]
+    key = datasets.fingerprint.Hasher.hash([columns, states])
+    kept = Path(datasets.config.HF_DATASETS_CACHE) / "tables" / key
+    if not kept.exists():
+        rows = datasets.Dataset.from_dict(columns, datasets.Features(features))
+        rows._fingerprint = key
+        unfinished = kept.with_name(f"{key}.{os.getpid()}")
+        rows.save_to_disk(unfinished)
+        with contextlib.suppress(OSError):  # another process was first
+            unfinished.rename(kept)
+    rows = datasets.load_from_disk(kept)
+    if bracket:
+        (span,) = datasets.ReadInstruction.from_spec(f"train[{part}").to_absolute({"train": len(rows)})
+        rows = rows.select(range(span.from_, span.to))
+    rows.info.description = "\n".join(table.notes)
+    return rows
 
 
-def text_column(source: Source, columns: list[str]) -> str | None:
-    if source.text_column == "":
-        return None
-    wanted = [source.text_column] if source.text_column else TEXT_COLUMNS
-    found = [name for name in wanted if name in columns]
-    if not found:
-        raise InputError(f"{source.path}: no column {' or '.join(wanted)}, there are {', '.join(columns)}")
-    return found[0]
+@lru_cache(maxsize=4096)
+def file_digest(path: str, _: str) -> str:
+    """A digest of a file's bytes; the second argument is its state, under which this is remembered."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST // 2)).hexdigest()
+
+
+def file_state(path: str | None) -> str:
+    """A file's path, size and time of change."""
+    if path is None:
+        return ""
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        return f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}"
+    return path
 
 
 def content_of(audio: dict[str, Any]) -> str:
-    """A digest of the audio's bytes; of a file its path, size and time of change, so that it need not be read."""
+    """A digest of the audio's bytes, its file's if it has none itself: copies under another name are equal."""
     if audio["bytes"]:
         return digest(audio["bytes"])
-    path = os.path.abspath(str(audio["path"]))
-    with contextlib.suppress(OSError):
-        status = os.stat(path)
-        path += f" {status.st_size} {status.st_mtime_ns}"
-    return digest(path.encode())
+    path = str(audio["path"])
+    return file_digest(path, file_state(path)) if os.path.isfile(path) else digest(path.encode())
+
+
+def text_column(source: Source, columns: list[str], file: Path | None = None) -> str | None:
+    if source.text_column == "":
+        return None
+    wanted = [source.text_column] if source.text_column else tables.TEXT_COLUMNS
+    found = [name for name in wanted if name in columns]
+    if not found:
+        raise InputError(
+            f"{file or source.path}: no column {' or '.join(wanted)}, there are {', '.join(columns)}. Name the"
+            " transcript's with `text_column`"
+        )
+    return found[0]

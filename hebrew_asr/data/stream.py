@@ -96,7 +96,10 @@ class EndlessPieces:
             state |= {"pass": state["pass"] + 1, "block": 0, "rows": None, "taken": 0}
 
     def described(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        pieces = [piece | {"audio": row["audio"]} for piece in describe_row(row, self.stream.settings)]
+        pieces = [
+            piece | {"audio": row["audio"] and row["audio"] | {"channel": piece.get("channel")}}
+            for piece in describe_row(row, self.stream.settings)
+        ]
         return [p if p["dropped"] else p | {"dropped": self.stream.leaks.reason(p)} for p in pieces]
 
 

@@ -71,6 +71,8 @@ class EvaluationConfig:
     """Files of transcripts made elsewhere, in place of models."""
     max_utterances: int | None = None
     """Of each set, spread evenly over it; None: all."""
+    max_broken_share: float = 0.05
+    """More unreadable rows than this share of a set end the evaluation before it starts."""
     max_wer_rise: float | None = 5.0
     """Points of WER that the model in question may be worse than the first it is compared with, on sets in other
     languages and guarded ones, and points of share that it may name the language, or answer silence with silence,
@@ -104,6 +106,7 @@ def load_set(one: EvaluationSet, config: EvaluationConfig) -> SpeechRows:
     settings = DataConfig(
         eval_sources=[one.source],
         max_eval_utterances=config.max_utterances,
+        max_broken_share=config.max_broken_share,
         preprocessing_num_workers=max(1, config.num_workers),
     )
     rows = load_rows([dataclasses.replace(one.source, language=one.language)], settings, for_training=False)

@@ -110,7 +110,7 @@ def shorten_runs(text: str) -> str:
 
 def clean_previous(prev_transcript: str, rules: TextRules) -> str:
     """Returns the previous slice's transcript as context: without timestamps, written like a target."""
-    return normalize_target(SPECIAL_TOKEN.sub(" ", prev_transcript), rules)
+    return normalize_target(CONTROL_TOKEN.sub(" ", without_prefix(prev_transcript)), rules)
 
 
 def has_hebrew(text: str) -> bool:
@@ -126,7 +126,7 @@ def script_shares(text: str) -> dict[str, float]:
 
 # ——— Timestamps ———
 TIMESTAMP = re.compile(r"<\|(\d+\.\d+)\|>")  # seconds from the slice's start, in the corpora on a grid of 0.02
-SPECIAL_TOKEN = re.compile(r"<\|[^|<>]*\|>")  # any token of Whisper or Qwen, timestamps among them
+CONTROL_REASON = "control token in the text:"
 PAST_THE_END = 0.1  # seconds that a timestamp may lie behind the end of the audio: rounding, and padding of codecs
 
 
@@ -166,6 +166,33 @@ class Dropped:
     reason: str
 
 
+# The model's own output begins with it; files written from its outputs have it, with marks and spaces around it too
+PREFIX = re.compile(rf"(?:[\s{INVISIBLE.pattern[1:-1]}]*language\s+[a-z]+\s*<asr_text>)+", re.IGNORECASE)
+IN_BRACKETS = re.compile(r"<[^<>]*>")
+CONTROL_TOKEN = re.compile(
+    r"<\|[^<>]*?\|>|</?(?:asr_text|timestamp|think|tool_call|tool_response|unk|pad|bos|eos|mask|s)>", re.IGNORECASE
+)  # of this model and of those that transcripts come from
+
+
+def without_hidden(text: str) -> str:
+    """The text with hidden characters and points taken out of what stands in <…>: a token that they hide is one."""
+    if "<" not in text:
+        return text
+    return IN_BRACKETS.sub(lambda found: POINT.sub("", INVISIBLE.sub("", found[0])), text)
+
+
+def without_prefix(transcript: str) -> str:
+    """The transcript without `language Hebrew<asr_text>` before it, which is the model's own."""
+    transcript = without_hidden(transcript)
+    return transcript[found.end() :] if (found := PREFIX.match(transcript)) else transcript
+
+
+def refuse_control_tokens(text: str) -> None:
+    """Raises ValueError, with its name, for a control token in a transcript or a target."""
+    if found := CONTROL_TOKEN.search(without_hidden(text)):
+        raise ValueError(f"{CONTROL_REASON} {found[0]}")
+
+
 def read_segments(transcript: str) -> Segments:
     """Reads `<|0.00|>text<|2.40|><|2.40|>more<|5.00|>`, as the corpora write it.
 
@@ -177,11 +204,12 @@ def read_segments(transcript: str) -> Segments:
     Raises:
         ValueError: timestamps that go backwards, text outside of the segments, or a token that is no timestamp.
     """
+    transcript = without_hidden(transcript)
     texts = TIMESTAMP.split(transcript)  # text, time, text, time, …, text
     times = [float(time) for time in texts[1::2]]
     texts = [text.strip() for text in texts[0::2]]
-    if any(SPECIAL_TOKEN.search(text) for text in texts):
-        raise ValueError("unknown token in the text")
+    for text in texts:
+        refuse_control_tokens(text)
     if not times:
         return Segments(closed=None, open_tail=False, text=texts[0])
     if times != sorted(times):
