@@ -71,7 +71,7 @@ def parse(argv: list[str]) -> EvaluationConfig:
         raise InputError("give either --model (or --demo), or --score")
     if given.score and (given.update_card or given.compare or given.sets or given.max_utterances):
         raise InputError("--score takes files alone: leave --compare, --sets, --max_utterances and --update_card out")
-    if given.update_card and (given.max_utterances or not (Path(given.model) / "README.md").is_file()):
+    if given.update_card and (given.max_utterances or not (Path(given.model or "") / "README.md").is_file()):
         raise InputError("--update_card needs a local folder with a README.md as --model, and whole sets")
     known = {one.name: one for one in (DEMO_SETS if is_demo else LEADERBOARD)}
     config = EvaluationConfig(

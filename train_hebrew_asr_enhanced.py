@@ -17,7 +17,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -275,7 +275,7 @@ class TrainingConfig(Settings):
                 f" here: {self.hub_save_total_limit}"
             )
         self.check_sources()
-        if self.uploads and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.hf_repo_id):
+        if self.uploads and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.hf_repo_id or ""):
             raise InputError(f"hf_repo_id must be owner/name, got {self.hf_repo_id!r} (from HF_REPO_ID?)")
 
 
@@ -383,6 +383,8 @@ class GradualUnfreezeTrainer(ResumableTrainer):
     one optimizer step when `gradient_accumulation_steps` is 1, and `create_optimizer` and `create_scheduler` are hooks.
     """
 
+    config: TrainingConfig
+    eval_dataset: SpeechDataset
     loss_is_nats = True  # so that it compares with the evaluation's
     panels: ClassVar[dict[str, list[str]]] = PANELS  # of curves.png
     chosen_by = "eval/wer"  # the metric whose lowest value makes the best checkpoint
@@ -500,7 +502,9 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         """A schedule whose rate is a pure function of (group, step): see `learning_rate`."""
         optimizer = optimizer or self.optimizer
         self.factor = schedule_factor(self.config, num_training_steps)
-        rates = [functools.partial(self.learning_rate, g["component"], g["depth"]) for g in optimizer.param_groups]
+        rates: list[Any] = [
+            functools.partial(self.learning_rate, g["component"], g["depth"]) for g in optimizer.param_groups
+        ]
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
         self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -513,9 +517,9 @@ class GradualUnfreezeTrainer(ResumableTrainer):
 
     # Step
 
-    def get_batch_samples(self, *args: Any) -> tuple[list, torch.Tensor | int | None]:
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any) -> tuple[list, torch.Tensor | int | None]:
         began = time.perf_counter()
-        samples = super().get_batch_samples(*args)
+        samples = super().get_batch_samples(epoch_iterator, *args)
         self.window.waited += time.perf_counter() - began
         return samples
 
@@ -524,7 +528,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
 
     def training_step(
         self,
-        model: torch.nn.Module,
+        model: Any,
         inputs: tuple[list[dict[str, torch.Tensor]], list[str]],
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -631,7 +635,8 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         """Hypothesis, language, mean nats of the batch, and target tokens of each utterance of one batch."""
         loss, generated, labels = self.prediction_step(module, batch, prediction_loss_only=False)
         outputs = self.processor.decode(generated, return_format="parsed")
-        tokens = (labels != IGNORED_LABEL).sum(dim=1).tolist()
+        assert labels is not None
+        tokens = labels.ne(IGNORED_LABEL).sum(dim=1).tolist()
         return [Output(o["transcription"], o["language"], loss.item(), n) for o, n in zip(outputs, tokens, strict=True)]
 
     @torch.compiler.set_stance("force_eager")  # decoding a token at a time would compile the layers again and again

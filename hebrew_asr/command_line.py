@@ -24,7 +24,10 @@ import yaml
 
 from hebrew_asr.errors import InputError
 
-Config = TypeVar("Config")  # a dataclass
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 WIDTH = 110  # columns of the help
 
 
@@ -116,7 +119,7 @@ def read_file(file: Path, defaults: Any, of_another: bool = False) -> dict[str, 
     return {name: value for name, value in written.items() if name in names}
 
 
-def split_options(argv: list[str], of: type) -> tuple[list[str], list[str]]:
+def split_options(argv: list[str], of: "type[DataclassInstance]") -> tuple[list[str], list[str]]:
     """The options that are fields of a dataclass, and the others."""
     names = {field.name for field in dataclasses.fields(of)}
     mine: list[str] = []
@@ -338,7 +341,9 @@ def option_lines(option: str, what: str, meaning: str) -> list[str]:
 def described(of: type) -> Iterator[tuple[str, str, str]]:
     """Of each field of a class: the comment that opens its group (or ""), its name, its docstring."""
     source = textwrap.dedent(inspect.getsource(of))
-    lines, body = source.splitlines(), ast.parse(source).body[0].body
+    lines, (made,) = source.splitlines(), ast.parse(source).body
+    assert isinstance(made, ast.ClassDef)
+    body = made.body
     group = (inspect.getdoc(of) or of.__name__).splitlines()[0]
     for node, following in zip(body, [*body[1:], None], strict=True):
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
@@ -347,6 +352,6 @@ def described(of: type) -> Iterator[tuple[str, str, str]]:
         if above.startswith("# "):
             group = above[2:]
         is_doc = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-        meaning = " ".join(inspect.cleandoc(following.value.value).split()) if is_doc else ""
+        meaning = " ".join(inspect.cleandoc(str(following.value.value)).split()) if is_doc else ""
         yield group, node.target.id, meaning
         group = ""

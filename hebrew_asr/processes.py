@@ -26,8 +26,8 @@ class Task(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, number: int) -> Any:
-        return self.function(self.items[number])
+    def __getitem__(self, index: int) -> Any:
+        return self.function(self.items[index])
 
 
 def in_processes(items: list[Any], function: Callable[[Any], Any], workers: int) -> Iterator[Any]:

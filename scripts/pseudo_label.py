@@ -15,7 +15,7 @@ import io
 import itertools
 import json
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -193,7 +193,7 @@ def label(rows: SpeechRows, texts: list[list[Transcript]], given: Labelling) -> 
 
 
 def report_of(labels: list[dict[str, Any]], rows: SpeechRows, given: Labelling) -> dict[str, Any]:
-    hours = Counter({"kept": 0.0})
+    hours = defaultdict(float, kept=0.0)
     counts = Counter({"kept": 0})
     for one in labels:
         counts[one["dropped"] or "kept"] += 1

@@ -134,6 +134,7 @@ def recipe(argv: list[str]) -> tuple[TrainingConfig, list[str]]:
 
 def check_forgetting(config: TrainingConfig, arguments: list[str]) -> None:
     """Evaluates in a process of its own, without torchrun; raises InputError where the gate is shut."""
+    assert config.output_dir is not None
     folder = Path(config.output_dir)
     models = ["--model", str(folder / "final_model"), "--compare", config.model_name_or_path]
     workers = ["--num_workers", str(config.dataloader_num_workers)]

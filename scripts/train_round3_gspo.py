@@ -55,6 +55,7 @@ from hebrew_asr.rl.rollouts import (
 )
 from hebrew_asr.rl.vllm_sampler import VllmSampler, check_installed
 from hebrew_asr.text.scoring import repeats
+from hebrew_asr.training.feed import ListedFeed, TrainingData
 from hebrew_asr.training.resuming import Stopped
 from hebrew_asr.training.run_log import PANELS, curve
 from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig, main
@@ -210,6 +211,8 @@ class GspoTrainer(GradualUnfreezeTrainer):
     by utterance, so that a resumed run trains on the same.
     """
 
+    config: GspoConfig
+    feed: ListedFeed
     loss_is_nats = False
     panels: ClassVar[dict[str, list[str]]] = {
         "reward": ["train/reward", *(f"train/reward_{part.name}" for part in dataclasses.fields(RewardWeights))],
@@ -253,8 +256,10 @@ class GspoTrainer(GradualUnfreezeTrainer):
         )
 
     @staticmethod
-    def load_data(config: GspoConfig, state: accelerate.PartialState) -> tuple[SpeechRows, SpeechRows]:
+    def load_data(config: TrainingConfig, state: accelerate.PartialState) -> tuple[TrainingData, SpeechRows]:
+        assert isinstance(config, GspoConfig)
         train, heldout = GradualUnfreezeTrainer.load_data(config, state)
+        assert isinstance(train, SpeechRows), "a stream is refused"
         if config.noisy_eval_sources:
             noisy = load_in_turn(state, functools.partial(load_noisy, config))
             train = without_leaks(train, noisy, config)
@@ -264,7 +269,7 @@ class GspoTrainer(GradualUnfreezeTrainer):
 
     # Rollouts
 
-    def get_batch_samples(self, epoch_iterator: Iterator, *args: Any) -> tuple[list, Any]:
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any) -> tuple[list, Any]:
         """The inputs of the next step; reads and samples those of the next few where none are left."""
         if not self.steps_prepared:
             began, done = time.perf_counter(), self.state.global_step
@@ -296,6 +301,7 @@ class GspoTrainer(GradualUnfreezeTrainer):
         for mine, dropped in items:
             kept = [u for u in mine if of_key[u["epoch"], u["index"]].advantages()]
             budget = self.config.tokens_per_micro_batch
+            assert budget is not None, "refused by check"
             whole_groups = self.config.objective == "mwer"
             of_kept = [of_key[u["epoch"], u["index"]] for u in kept]
             packed = micro_batches_of(kept, of_kept, self.collator, budget, whole_groups)

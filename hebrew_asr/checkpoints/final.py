@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen3ASRForConditionalGeneration
 
 
-def save_for_use(model: torch.nn.Module, processor: Any, folder: Path, dtype: torch.dtype) -> None:
+def save_for_use(model: Qwen3ASRForConditionalGeneration, processor: Any, folder: Path, dtype: torch.dtype) -> None:
     """Writes weights in one type (safetensors) with the processor; `folder` is replaced once all of it is written."""
     with torch.device("meta"):
         copy = Qwen3ASRForConditionalGeneration(type(model.config).from_dict(model.config.to_dict()))

@@ -321,8 +321,8 @@ def table_rows(source: Source) -> datasets.Dataset:
             datasets.List(datasets.Value("string")) if source.channel == "each" else datasets.Value("string")
         )
     columns = {name: [row.get(name) for row in table.rows] for name in features}
+    states = [file_state(file) for file in columns["audio"]]
     columns["audio"] = [{"bytes": None, "path": file} for file in columns["audio"]]
-    states = [file_state(one["path"]) for one in columns["audio"]]
     key = datasets.fingerprint.Hasher.hash([columns, states])
     kept = Path(datasets.config.HF_DATASETS_CACHE) / "tables" / key
     if not kept.exists():

@@ -44,15 +44,21 @@ class SpeechDataset(torch.utils.data.Dataset):
     def __init__(
         self, rows: SpeechRows | None, processor: Qwen3ASRProcessor, config: UtteranceSettings, training: bool
     ):
-        self.rows, self.config, self.training = rows, config, training
+        self.config, self.training = config, training
+        self._rows = rows
         self.feature_extractor = processor.feature_extractor
+
+    @property
+    def rows(self) -> SpeechRows:
+        assert self._rows is not None, "a stream's rows are not known"
+        return self._rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, index: tuple[int, int]) -> dict[str, Any]:
         """One utterance, or, in training, `dropped` with the reason why it cannot be heard."""
-        epoch, number = draw
+        epoch, number = index
         return self.utterance(self.rows[number], epoch, number)
 
     def utterance(self, row: dict[str, Any], epoch: int, number: int) -> dict[str, Any]:

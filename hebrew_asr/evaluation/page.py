@@ -236,7 +236,7 @@ def write_page(file: Path, results: Results, utterances: pyarrow.Table, audio: A
     fetch anything. Where the texts of the worst utterances alone would fill the page, fewer are shown.
     """
     columns, worst = read_columns(utterances), WORST
-    values = {
+    values: dict[str, Any] = {
         "results": results,
         "measured": cells_of(results),
         "plots": rate_plots(results, columns),

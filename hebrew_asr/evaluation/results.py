@@ -191,10 +191,11 @@ def score_files(config: EvaluationConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     names = display_names(config.score)
     one = EvaluationSet("transcripts", Source(config.score[0]))
-    found, records, references = [], {}, None
+    found, records = [], {}
+    references: list[str] = []
     for path, name in zip(config.score, names, strict=True):
         pairs = read_pairs(Path(path))
-        if references not in (None, [pair["reference"] for pair in pairs]):
+        if references not in ([], [pair["reference"] for pair in pairs]):
             raise InputError(f"{path} has other references than {config.score[0]}: they cannot be compared")
         references = [pair["reference"] for pair in pairs]
         mine = [
@@ -203,8 +204,8 @@ def score_files(config: EvaluationConfig) -> None:
             | {"recording": str(pair.get("recording") or i), "seconds": pair["seconds"]}
             for i, pair in enumerate(pairs)
         ]
-        found.append({"model": name, "set": one.name, "reason": None} | summarize(mine, one))
-        found[-1] |= {"dropped": {}, "audio_seconds_per_second": None, "peak_memory_gb": None}
+        unknown = {"dropped": {}, "audio_seconds_per_second": None, "peak_memory_gb": None}
+        found.append({"model": name, "set": one.name, "reason": None} | summarize(mine, one) | unknown)
         records[name, one.name] = mine
     known = describe_set(one, None) | {"utterances": len(references)}
     results = {

@@ -11,7 +11,7 @@ import json
 import math
 import resource
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -374,13 +374,13 @@ def read_transcripts(folder: Path, count: int) -> Transcribed:
 
 def joined(pieces: list[tuple[Transcript, float, float | None]]) -> Transcript:
     """One transcript of a recording's pieces; its language is the one most of the audio was heard as."""
-    seconds: Counter[str | None] = Counter()
+    seconds: defaultdict[str | None, float] = defaultdict(float)
     for transcript, length, _ in pieces:
         seconds[transcript.language] += length
     text = " ".join(transcript.text for transcript, *_ in pieces if transcript.text)
     known = [transcript.truncated for transcript, *_ in pieces if transcript.truncated is not None]
     truncated = any(known) if known else None
-    return Transcript(text, seconds.most_common(1)[0][0], truncated)
+    return Transcript(text, max(seconds, key=lambda language: seconds[language]), truncated)
 
 
 @contextlib.contextmanager

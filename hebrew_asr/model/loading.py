@@ -73,9 +73,11 @@ class ModelSettings(Protocol):
 
     model_name_or_path: str
     stages: list[Stage]
-    attention: str
     gradient_checkpointing: bool
     torch_compile: bool
+
+    @property
+    def attention(self) -> str: ...
 
 
 def load_to_train(config: ModelSettings, use_bf16: bool) -> SpeechModel:

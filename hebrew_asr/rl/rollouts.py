@@ -69,7 +69,8 @@ class Group:
 
 
 def group_from_json(values: dict[str, Any]) -> Group:
-    return Group(**values | {"samples": [Sample(**sample) for sample in values["samples"]]})
+    samples = [Sample(**sample) for sample in values["samples"]]
+    return Group(**{name: value for name, value in values.items() if name != "samples"}, samples=samples)
 
 
 # ------------------------------------------------------------------------------------------------------------- Sampling

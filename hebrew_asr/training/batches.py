@@ -11,7 +11,6 @@ import torch
 
 from hebrew_asr.data.mixture import Mixture
 from hebrew_asr.data.rows import SpeechRows
-from hebrew_asr.data.sources import DataConfig
 from hebrew_asr.data.utterances import has_context
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.packing import SHORTEST_CLIP, TOKENS_PER_CHUNK, deal_step
@@ -24,7 +23,7 @@ TEXTS_TOKENISED = 1000  # to learn how many tokens a character is
 class UtteranceTokens:
     """How many tokens each utterance has, from its seconds and characters: nothing is decoded, few texts tokenised."""
 
-    def __init__(self, rows: SpeechRows, around: int, tokenize: Callable[[str], list[int]], config: DataConfig):
+    def __init__(self, rows: SpeechRows, around: int, tokenize: Callable[[str], list[int]], config: Settings):
         """`around`: tokens of the prompt without audio, of the language's name and of the end."""
         self.seed, self.context_prob = config.seed, config.prev_context_prob
         sample = np.unique(np.linspace(0, len(rows) - 1, min(TEXTS_TOKENISED, len(rows))).astype(int))

@@ -131,7 +131,7 @@ class StreamFeed:
         processes: int,
     ):
         self.config, self.rank, self.processes = config, rank, processes
-        self.sampler = StreamSteps(config.steps_per_epoch)
+        self.sampler = StreamSteps(config.steps_per_epoch or 0)
         stream = SpeechStream(
             streams,
             dataset.utterance,
@@ -155,7 +155,8 @@ class StreamFeed:
         return len(self.sampler)
 
     def loader(self) -> torch.utils.data.DataLoader:
-        return torch.utils.data.DataLoader(self.reader, batch_sampler=self.sampler, collate_fn=lambda step: step)
+        steps: Any = self.sampler
+        return torch.utils.data.DataLoader(self.reader, batch_sampler=steps, collate_fn=lambda step: step)
 
     def facts(self) -> dict[str, Any]:
         return {}

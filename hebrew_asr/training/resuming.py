@@ -311,7 +311,7 @@ class ResumableTrainer(Trainer):
 
     # Stopping
 
-    def while_running(self, loader: torch.utils.data.DataLoader) -> Iterator[Any]:
+    def while_running(self, loader: torch.utils.data.DataLoader | list[Any]) -> Iterator[Any]:
         """A loader's batches; raises Stopped on all processes between two batches when one of them is asked to stop."""
         batches = Batches(iter(loader), lambda done: iter(skip_first_batches(loader, done)), self.worker_died)
         for _ in range(max(self.watch.gather(len(loader)))):

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed
@@ -44,7 +44,9 @@ class Watch:
         self.where = "the start"
         self._stop_time = self._marked = time.monotonic()
         self._thread: threading.Thread | None = None
-        self._control = self._barrier = None  # process groups of their own: gloo, whatever training uses
+        # Process groups of their own: gloo, whatever training uses
+        self._control: Any = None
+        self._barrier: Any = None
 
     def __enter__(self) -> "Watch":
         """Begins to listen; every process does it at the same place."""
@@ -205,7 +207,7 @@ class Batches:
                         " dataloader_num_workers), or a recording that the decoder does not survive"
                     ) from error
             with contextlib.suppress(AttributeError):  # a loader within the training process has none
-                self.batches._shutdown_workers()  # the others; they would go on holding memory
+                cast(Any, self.batches)._shutdown_workers()  # the others; they would go on holding memory
             self.batches = self.again(self.done)
 
 
