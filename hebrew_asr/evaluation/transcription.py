@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 
 from hebrew_asr.command_line import Range
-from hebrew_asr.data import audio, utterances
+from hebrew_asr.data import audio, decoding, utterances
 from hebrew_asr.data.audio import SAMPLE_RATE, AudioError, decode_audio
 from hebrew_asr.data.rows import SpeechRows
 from hebrew_asr.data.utterances import log_mel
