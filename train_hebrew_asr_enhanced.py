@@ -37,6 +37,7 @@ from hebrew_asr.command_line import Between, Range, check_ranges, parse_config
 from hebrew_asr.data.augmentation import WaveformAugmentation
 from hebrew_asr.data.prepare import prepare
 from hebrew_asr.data.rows import BROKEN, SpeechRows
+from hebrew_asr.data.sources import check_language
 from hebrew_asr.data.utterances import SpeechDataset
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.attention import is_inside_utterances
@@ -248,6 +249,7 @@ class TrainingConfig(Settings):
 
     def check(self, processes: int) -> None:
         """Raises InputError for settings that cannot mean what they say, before anything is loaded."""
+        check_language(self.language)
         if not self.stages:
             raise InputError("stages is empty: name at least one stage")
         last_epochs = [stage.last_epoch for stage in self.stages]

@@ -17,6 +17,8 @@ from hebrew_asr.text.targets import (
     normalize_target,
     read_segments,
     script_shares,
+    spoken_language,
+    without_prefix,
 )
 
 SWITCHES = ("unicode_form", "niqqud", "invisible_marks", "dashes", "repeated_punctuation", "whitespace")
@@ -141,6 +143,16 @@ def test_transcripts_are_read_along_their_timestamps(transcript, closed, open_ta
 def test_broken_transcripts_are_refused_with_the_reason(transcript, reason):
     with pytest.raises(ValueError, match=re.escape(reason)):
         read_segments(transcript)
+
+
+def test_a_raw_output_is_its_language_and_its_text():
+    for raw in (
+        "language Hebrew<asr_text>שלום",
+        "\u200elanguage hebrew<asr_text>שלום",
+        " Language Hebrew<asr_text>שלום",
+    ):
+        assert (spoken_language(raw), without_prefix(raw)) == ("Hebrew", "שלום")
+    assert (spoken_language("שלום"), without_prefix("שלום")) == (None, "שלום")
 
 
 def test_previous_transcripts_lose_their_timestamps_and_are_written_like_targets():

@@ -172,9 +172,9 @@ def flac_structure(data: Data, start: int) -> Structure:
 
 
 def flac_frame_end(data: bytes, place: int, largest_block: int) -> int | None:
-    """The number of the sample after a frame, by its header; None where the header breaks off."""
-    head = data[place : place + 16]
-    if len(head) < 16 or not (code := head[2] >> 4):
+    """The number of the sample after a frame, by its header; None: it is none."""
+    head = data[place : place + 16].ljust(16, b"\0")  # a frame of silence is shorter
+    if not (code := head[2] >> 4):
         return None
     has_sample_number = head[1] & 1
     ones = 8 - (head[4] ^ 0xFF).bit_length()  # the number is coded like UTF-8
@@ -484,7 +484,7 @@ def inspect_audio(audio: dict[str, Any]) -> Sound:
         if isinstance(reader, SoundfileReader):
             seconds = reader.sound.frames / reader.rate if found.seconds is None else found.seconds
             return Sound(seconds, reader.rate, reader.channels, found.is_cut)
-        seconds = sum(len(block) / rate for rate, block in reader.blocks(0.0, None))
+        seconds = math.fsum(len(block) / rate for rate, block in reader.blocks(0.0, None))
         if not seconds:
             raise AudioError(CUT if found.is_cut else NO_SAMPLES)
         return Sound(seconds, reader.rate, reader.channels, found.is_cut or reader.is_cut)

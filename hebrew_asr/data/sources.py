@@ -64,6 +64,18 @@ class Source:
         return f"{self.path} ({extra})" if extra else self.path
 
 
+LANGUAGE_CODES = {"he": "Hebrew", "iw": "Hebrew", "heb": "Hebrew", "en": "English", "ar": "Arabic", "ru": "Russian"}
+
+
+def check_language(language: str, where: str = "") -> None:
+    """Raises InputError for a language that is not named in English: the model would learn to write that instead."""
+    if not re.fullmatch("[A-Z][a-z]+", language):
+        meant = LANGUAGE_CODES.get(language.strip().lower()[:2] if "-" in language else language.strip().lower())
+        meant = meant or (language.strip().capitalize() if language.strip().isascii() else "")
+        hint = f": {meant}?" if re.fullmatch("[A-Z][a-z]{3,}", meant) else ""
+        raise InputError(f"{where}language is {language!r}, must be a name like English, or None{hint}")
+
+
 @dataclass
 class DataConfig:
     """What is trained and evaluated on; TrainingConfig adds the rest of the settings."""
@@ -122,8 +134,8 @@ class DataConfig:
         if not self.train_sources:
             raise InputError("train_sources is empty: name at least one dataset")
         for source in [*self.train_sources, *self.eval_sources]:
-            if source.language is not None and not re.fullmatch("[A-Z][a-z]+", source.language):
-                raise InputError(f"{source}: language is {source.language!r}, must be a name like English, or None")
+            if source.language is not None:
+                check_language(source.language, f"{source}: ")
         if self.eval_sources and not any(source.has_speech for source in self.eval_sources):
             raise InputError("nobody speaks in eval_sources, so there is no error rate: name a set with speech")
         if not 0 <= self.drop_worst_share < 1 or (self.audit_scores is None) != (self.drop_worst_share == 0):

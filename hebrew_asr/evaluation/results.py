@@ -24,6 +24,7 @@ from hebrew_asr.evaluation.sets import EvaluationConfig, EvaluationSet, describe
 from hebrew_asr.evaluation.transcription import Transcript, read_transcripts
 from hebrew_asr.text import error_classes
 from hebrew_asr.text.scoring import ErrorCounts, leaderboard_normalize
+from hebrew_asr.text.targets import refuse_control_tokens, spoken_language, without_prefix
 
 # ------------------------------------------------------------------------------------------------------------- Writing
 UTTERANCE = pyarrow.schema(
@@ -241,6 +242,10 @@ def read_pairs(file: Path) -> list[dict[str, Any]]:
             if not all(isinstance(text, str) for text in texts):
                 raise TypeError("reference, hypothesis and language must be texts")
             "".join(texts).encode()  # refuses half a surrogate pair
+            pair["language"] = pair.get("language") or spoken_language(pair["hypothesis"])
+            for name in ("reference", "hypothesis"):  # raw outputs begin with the language's name
+                pair[name] = without_prefix(pair[name])
+                refuse_control_tokens(pair[name])
             pair["seconds"] = float(pair.get("seconds") or 0)
             if not math.isfinite(pair["seconds"]):
                 raise ValueError("seconds must be a number")

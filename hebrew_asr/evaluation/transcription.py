@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES, 
 
 from hebrew_asr.command_line import Range
 from hebrew_asr.data import audio, utterances
+from hebrew_asr.data import decoding as audio_decoding
 from hebrew_asr.data.audio import SAMPLE_RATE, AudioError, decode_audio
 from hebrew_asr.data.rows import SpeechRows
 from hebrew_asr.data.utterances import log_mel
@@ -37,7 +38,8 @@ from hebrew_asr.model.packing import FRAMES_PER_CHUNK
 from hebrew_asr.model.prompts import Prompts
 from hebrew_asr.processes import in_processes
 
-CODE = [__file__, *(m.__file__ for m in (audio, utterances, packing, prompts, generation, layouts))]
+MODULES = (audio, audio_decoding, utterances, packing, prompts, generation, layouts)
+CODE = [__file__, *(module.__file__ for module in MODULES)]
 MOST_AT_ONCE = 256  # pieces of a batch, however short
 PROGRESS = "{desc}: {percentage:3.0f}% {bar} {n:.0f}/{total:.0f} s of audio, {elapsed} so far, {remaining} left"
 FRAME = 320  # samples in which loudness is measured: 20 ms

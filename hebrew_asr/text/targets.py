@@ -187,6 +187,12 @@ def without_prefix(transcript: str) -> str:
     return transcript[found.end() :] if (found := PREFIX.match(transcript)) else transcript
 
 
+def spoken_language(output: str) -> str | None:
+    """The language that a model's raw output names before its transcript; None where it names none."""
+    found = PREFIX.match(without_hidden(output))
+    return re.findall(r"language\s+([a-z]+)", found[0], re.IGNORECASE)[-1].capitalize() if found else None
+
+
 def refuse_control_tokens(text: str) -> None:
     """Raises ValueError, with its name, for a control token in a transcript or a target."""
     if found := CONTROL_TOKEN.search(without_hidden(text)):
