@@ -1,7 +1,10 @@
 """Files that are there whole or not at all, and their hashes."""
 
+import contextlib
 import hashlib
 import os
+import shutil
+from collections.abc import Generator
 from pathlib import Path
 
 UNFINISHED = "unfinished-"  # what the name of a file or folder that is being written begins with
@@ -27,9 +30,36 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def whole_or_nothing(target: Path) -> Generator[Path]:
+    """A path beside `target`, for a file or for a folder, which takes its place once all in it is on the disk.
+
+    What stands at `target` is replaced. When the block raises, or the machine dies, `target` is as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{UNFINISHED}{os.getpid()}-{target.name}")
+    remove(unfinished)
+    try:
+        yield unfinished
+        for path in [*unfinished.rglob("*"), unfinished]:
+            flush(path)
+        if unfinished.is_dir():
+            remove(target)
+        unfinished.replace(target)
+        flush(target.parent)
+    finally:
+        remove(unfinished)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def put(file: Path, content: str) -> None:
     """Replaces a small file in one step."""
-    unfinished = file.with_name(f".{file.name}.{UNFINISHED}{os.getpid()}")
-    unfinished.write_text(content)
-    flush(unfinished)
-    unfinished.replace(file)
+    with whole_or_nothing(file) as unfinished:
+        unfinished.write_text(content, encoding="utf-8")

@@ -31,6 +31,7 @@ from hebrew_asr.command_line import help_of, parse_config, split_options
 from hebrew_asr.data.rows import SpeechRows, load_rows
 from hebrew_asr.data.utterances import SpeechDataset
 from hebrew_asr.errors import InputError
+from hebrew_asr.files import whole_or_nothing
 from hebrew_asr.model.loading import load_processor, load_to_train
 from hebrew_asr.model.loss import IGNORED_LABEL, label_nats
 from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
@@ -124,8 +125,8 @@ def key(config: TrainingConfig, rows: SpeechRows) -> str:
 
 
 def write_whole(table: pyarrow.Table, file: Path) -> None:
-    pyarrow.parquet.write_table(table, file.with_suffix(".unfinished"))
-    file.with_suffix(".unfinished").rename(file)
+    with whole_or_nothing(file) as unfinished:
+        pyarrow.parquet.write_table(table, unfinished)
 
 
 def read_parts(folder: Path) -> pyarrow.Table:

@@ -94,6 +94,7 @@ class Transcriber(Protocol):
     """A model that transcribes; `features` runs in worker processes."""
 
     dtype: str
+    decoding: Decoding
 
     def features(self, waveform: np.ndarray) -> Any: ...
 
@@ -156,7 +157,7 @@ class PipelineModel:
     def __init__(self, name: str, decoding: Decoding, device: torch.device, bf16: bool):
         if decoding.context or decoding.temperature:
             raise InputError(f"{name}: only Qwen3-ASR takes a context, and is sampled from")
-        self.dtype = "bfloat16" if bf16 else "float32"
+        self.decoding, self.dtype = decoding, "bfloat16" if bf16 else "float32"
         is_ctc = transformers.AutoConfig.from_pretrained(name).model_type in MODEL_FOR_CTC_MAPPING_NAMES
         kind = transformers.AutoModelForCTC if is_ctc else transformers.AutoModelForSpeechSeq2Seq
         model, loaded = kind.from_pretrained(name, dtype=getattr(torch, self.dtype), output_loading_info=True)
