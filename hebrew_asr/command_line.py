@@ -29,6 +29,13 @@ if typing.TYPE_CHECKING:
 
 Config = TypeVar("Config", bound="DataclassInstance")
 WIDTH = 110  # columns of the help
+NOT_OPTIONS = {  # what other trainers call an option, and where it is here
+    "learning_rate": ": the learning rates are in --stages, one for each component",
+    "lr": ": the learning rates are in --stages, one for each component",
+    "per_device_train_batch_size": " (did you mean --target_effective_batch, or --tokens_per_micro_batch?)",
+    "num_train_epochs": " (did you mean --num_epochs?)",
+    "fp16": " (did you mean --bf16?)",
+}
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,8 @@ def options_of(argv: list[str], defaults: Any) -> dict[str, str]:
     for option, words in options_and_words(argv):
         name, _, part = option.partition(".")
         if name not in names and option != "config":
-            raise InputError(f"there is no option --{option}{meant(name, [*names, 'config', 'help'], '--')}")
+            hint = NOT_OPTIONS.get(name) or meant(name, [*names, "config", "help"], "--")
+            raise InputError(f"there is no option --{option}{hint}")
         if part and part not in (parts := parts_of(hints[name])):
             raise InputError(f"there is no option --{option}{meant(part, parts, f'--{name}.')}")
         if not part:

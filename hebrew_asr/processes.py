@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +17,8 @@ import transformers
 from accelerate.utils import gather_object
 
 from hebrew_asr.errors import InputError
+
+REPORT_SECONDS = 60.0  # for the launcher to end after a command that failed
 
 
 class Task(torch.utils.data.Dataset):
@@ -81,15 +85,38 @@ def launch(command: Callable[[list[str]], None]) -> None:
         command(sys.argv[1:])
     except InputError as error:
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            say_last(f"error: {error}")
         leave_process_group()
         sys.exit(1)
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print("\ninterrupted", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)
     except Exception:
         if not torch.distributed.is_initialized():
             raise
         traceback.print_exc()
         sys.stdout.flush()
         os._exit(1)
+
+
+def say_last(message: str) -> None:
+    """Prints an error where it is the last thing on the screen: under torchrun, below the report of the launcher."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        print(message, file=sys.stderr, flush=True)
+        return
+    launcher, began = os.getppid(), time.monotonic()
+    sys.stderr.flush()
+    if os.fork():
+        return
+    try:  # a process of its own, which holds nothing but the screen and outlives the launcher by a moment
+        os.setsid()
+        os.closerange(3, 4096)
+        while os.path.exists(f"/proc/{launcher}") and time.monotonic() - began < REPORT_SECONDS:
+            time.sleep(0.005)
+        os.write(2, f"{message}\n".encode())
+    finally:
+        os._exit(0)
 
 
 def leave_process_group() -> None:

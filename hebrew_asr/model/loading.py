@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -103,6 +104,8 @@ def check_whole(name: str, loaded: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def checkpoint_problems(name: str):
     """Turns what transformers raises for a checkpoint that is not there or not whole into one message."""
+    if (Path(name) / "final_model").is_dir() and not (Path(name) / "config.json").exists():
+        raise InputError(f"{name} is the folder of a run: name its model, {Path(name) / 'final_model'}")
     try:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
