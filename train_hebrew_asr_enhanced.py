@@ -206,9 +206,9 @@ class TrainingConfig(Settings):
     inspect_data: bool = False
     """Only read the corpora and write their report (corpus.html, .md, .json) into the run's folder."""
     prepare: bool = False
-    """Only listen to the corpora (prepare_corpora.py) and write their report; later starts use what was heard."""
+    """Only listen to the corpora once and write their report; later starts use what was heard (docs/data.md)."""
     find_token_budget: bool = False
-    """Only try, on the GPUs given, how large tokens_per_micro_batch may be (token_budget.py), and print it."""
+    """Only try, on the GPUs given, how large tokens_per_micro_batch may be, and print it (docs/training.md)."""
     output_dir: str | None = None
     """None: a folder under runs/ with a name of the settings, the same for the same command."""
     seed: int = 42
@@ -655,7 +655,8 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             model: another model than the one in training; its result is logged but never becomes the best checkpoint.
 
         Returns:
-            `eval/wer`, `eval/cer`, `eval/loss` and the other numbers of `hebrew_scoring.score`, under the prefix.
+            `eval/wer`, `eval/cer`, `eval/loss` and the other numbers of `score` in
+            hebrew_asr/text/scoring.py, under the prefix.
         """
         started = time.perf_counter()
         metrics, references, hypotheses = self.measure(
@@ -880,5 +881,9 @@ def publish(config: TrainingConfig, folder: Path, run_log: RunLog) -> None:
     store.update_status(folder, uploaded=address)
 
 
+def parse(argv: list[str]) -> TrainingConfig:
+    return parse_config(argv, TrainingConfig(), about=__doc__)
+
+
 if __name__ == "__main__":
-    launch(lambda arguments: main(parse_config(arguments, TrainingConfig(), about=__doc__)))
+    launch(lambda arguments: main(parse(arguments)))

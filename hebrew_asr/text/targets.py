@@ -1,7 +1,7 @@
 """Hebrew transcripts as training targets: how their text is written, and which words belong to which seconds.
 
 Imports nothing of this project. The rules here are for what the model learns to write; error rates are computed
-under the leaderboard's own rules, in hebrew_scoring.py.
+under the leaderboard's own rules, in hebrew_asr/text/scoring.py.
 """
 
 import re
