@@ -74,15 +74,16 @@ def parse(argv: list[str]) -> EvaluationConfig:
     if given.update_card and (given.max_utterances or not (Path(given.model or "") / "README.md").is_file()):
         raise InputError("--update_card needs a local folder with a README.md as --model, and whole sets")
     known = {one.name: one for one in (DEMO_SETS if is_demo else LEADERBOARD)}
+    sets = [read_set(name, known) for name in given.sets] or list(known.values())
     config = EvaluationConfig(
         models=[given.model, *given.compare] if given.model else [],
-        sets=[read_set(name, known) for name in given.sets] or list(known.values()),
+        sets=sets,
         decoding=Decoding(**{one.name: getattr(given, one.name) for one in dataclasses.fields(Decoding)}),
         score=given.score,
         max_utterances=given.max_utterances,
         max_wer_rise=given.max_wer_rise,
         max_broken_share=given.max_broken_share,
-        quoted=[] if is_demo or given.score else list(QUOTED),
+        quoted=list(QUOTED) if not given.score and any(one in LEADERBOARD for one in sets) else [],
         num_workers=given.num_workers,
         update_card=given.update_card,
     )

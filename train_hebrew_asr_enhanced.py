@@ -136,7 +136,7 @@ class TrainingConfig(Settings):
     target_effective_batch: Annotated[int, Range(1)] = 64
     """Utterances of one optimizer step, over all processes."""
     tokens_per_micro_batch: Annotated[int, Range(1)] | None = 3072
-    """Tokens (audio and text) of one forward pass of one process; it governs. None: batch_size does, in padded rows."""
+    """Token budget (audio and text) of one forward pass on one GPU; None: use batch_size (padded rows)."""
     batch_size: Annotated[int, Range(1)] = 2
     """Utterances of one forward pass of one process, where tokens_per_micro_batch is None."""
     gradient_checkpointing: bool = False
@@ -186,7 +186,7 @@ class TrainingConfig(Settings):
     check_ranks_steps: Annotated[int, Range(1)] = 100
     """Steps from one comparison of the processes' weights to the next."""
 
-    # What the run is held to at its end
+    # Success criteria, checked after training
     target_loss: float = 11.0
     """Nats per target token. The figure is Round 2's; a run whose prompt and labels are right starts below 2."""
     target_wer: float = 11.0
@@ -206,9 +206,9 @@ class TrainingConfig(Settings):
     inspect_data: bool = False
     """Only read the corpora and write their report (corpus.html, .md, .json) into the run's folder."""
     prepare: bool = False
-    """Only listen to the corpora (prepare_corpora.py) and write their report; later starts use what was heard."""
+    """Only listen to the corpora once and write their report; later starts use what was heard (docs/data.md)."""
     find_token_budget: bool = False
-    """Only try, on the GPUs given, how large tokens_per_micro_batch may be (token_budget.py), and print it."""
+    """Only try, on the GPUs given, how large tokens_per_micro_batch may be, and print it (docs/training.md)."""
     output_dir: str | None = None
     """None: a folder under runs/ with a name of the settings, the same for the same command."""
     seed: int = 42
@@ -216,7 +216,7 @@ class TrainingConfig(Settings):
     """How long processes wait for one another at the start, above all while the first one reads the corpora."""
 
     def gradient_accumulation_steps(self, processes: int) -> float:
-        """Micro-batches of one process in a step where batch_size governs, and then a whole number."""
+        """Micro-batches of one process in a step; a whole number where batch_size is used (no token budget)."""
         return self.target_effective_batch / (self.batch_size * processes)
 
     @property
@@ -235,12 +235,12 @@ class TrainingConfig(Settings):
         return [tag for tag, is_on in on.items() if is_on]
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide what the run computes, as they are in JSON."""
+        """The settings that identify the run, as JSON has them; a resumed run must match them."""
         settings = json.loads(json.dumps(dataclasses.asdict(self)))
         return {name: value for name, value in settings.items() if name not in MAY_CHANGE}
 
     def stage_of_epoch(self, epoch: int) -> Stage:
-        """The stage that `epoch` (from 1) belongs to; the last one goes on for ever."""
+        """The stage that `epoch` (from 1) belongs to; epochs after the last stage use the last stage."""
         return next((stage for stage in self.stages if epoch <= stage.last_epoch), self.stages[-1])
 
     def first_epoch_of(self, stage: Stage) -> int:
@@ -494,7 +494,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
                     key, {"component": component, "depth": key[1], "weight_decay": weight_decay, "params": []}
                 )
                 group["params"].append(parameter)
-            # The schedule's factor is the rate itself, so every group starts from a rate of 1.
+            # The base learning rate is 1, and the lambda of create_scheduler returns the learning rate.
             self.optimizer = torch.optim.AdamW(list(groups.values()), lr=1.0, fused=torch.cuda.is_available() or None)
         return self.optimizer
 
@@ -655,7 +655,8 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             model: another model than the one in training; its result is logged but never becomes the best checkpoint.
 
         Returns:
-            `eval/wer`, `eval/cer`, `eval/loss` and the other numbers of `hebrew_scoring.score`, under the prefix.
+            `eval/wer`, `eval/cer`, `eval/loss` and the other numbers of `score` in
+            hebrew_asr/text/scoring.py, under the prefix.
         """
         started = time.perf_counter()
         metrics, references, hypotheses = self.measure(
@@ -880,5 +881,9 @@ def publish(config: TrainingConfig, folder: Path, run_log: RunLog) -> None:
     store.update_status(folder, uploaded=address)
 
 
+def parse(argv: list[str]) -> TrainingConfig:
+    return parse_config(argv, TrainingConfig(), about=__doc__)
+
+
 if __name__ == "__main__":
-    launch(lambda arguments: main(parse_config(arguments, TrainingConfig(), about=__doc__)))
+    launch(lambda arguments: main(parse(arguments)))

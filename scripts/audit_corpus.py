@@ -1,7 +1,8 @@
 """Scores every training utterance with a checkpoint, to find the transcripts that are not what is spoken.
 
-    uv run torchrun --nproc_per_node=8 audit_corpus.py --model runs/NAME/final_model --config runs/NAME/config.yaml
-    uv run audit_corpus.py --model CHECKPOINT --demo
+    uv run torchrun --nproc_per_node=8 scripts/audit_corpus.py --model runs/NAME/final_model \\
+        --config runs/NAME/config.yaml
+    uv run scripts/audit_corpus.py --model CHECKPOINT --demo
 
 Beside `--model` and `--audit_output` it takes every setting of train_round2_gradual.py. The scores go to audit.parquet
 in `--output_dir`, or else beside the checkpoint's folder. A second start goes on where the first one stopped.

@@ -1,6 +1,7 @@
 """Transcribes audio without transcripts, and makes a training corpus of what a checkpoint agrees with itself on.
 
-    uv run torchrun --nproc_per_node=8 pseudo_label.py --model runs/NAME/final_model --source DATA --output data/more
+    uv run torchrun --nproc_per_node=8 scripts/pseudo_label.py --model runs/NAME/final_model \\
+        --source DATA --output data/more
 
 DATA is a path or Hub id of any form that training reads, or a source as JSON; its transcripts, if any, are not read. An
 utterance is transcribed greedily and `--samples` times at a temperature; its confidence is 1 less the mean distance of

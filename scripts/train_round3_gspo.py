@@ -1,10 +1,11 @@
 """Round 3: reinforcement learning on the error rate itself, from a checkpoint that Round 2 wrote.
 
-    uv run torchrun --nproc_per_node=8 train_round3_gspo.py --model runs/NAME/final_model
-    uv run torchrun --nproc_per_node=2 train_round3_gspo.py --demo    the small model on the corpus in demo/, no GPU
+    uv run torchrun --nproc_per_node=8 scripts/train_round3_gspo.py --model runs/NAME/final_model
+    uv run torchrun --nproc_per_node=2 scripts/train_round3_gspo.py --demo    the small model in demo/, no GPU
 
-For each utterance `group_size` transcripts are sampled and rewarded (rewards.py); those that earn more than the mean of
-their group become likelier (policy_losses.py). Every field of GspoConfig can be given after the command.
+For each utterance `group_size` transcripts are sampled and rewarded (hebrew_asr/rl/rewards.py); those that earn more
+than the mean of their group become likelier (hebrew_asr/rl/losses.py). Every field of GspoConfig can be given after the
+command.
 """
 
 import dataclasses
@@ -102,7 +103,7 @@ class GspoConfig(TrainingConfig):
     nonspeech_share: Annotated[float, Range(0, 0.9)] = 0.05
     """Of the utterances: heard are silence or noise instead, and the right transcript is empty."""
     difficulty_scores: str | None = None
-    """Scores that audit_corpus.py wrote, to choose utterances by how hard they are."""
+    """Scores that scripts/audit_corpus.py wrote, to choose utterances by how hard they are."""
     difficulty_range: tuple[float, float] = (0.0, 1.0)
     """Quantiles between which an utterance is kept; 1 is the one whose transcript is most likely wrong."""
 

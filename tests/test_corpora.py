@@ -238,7 +238,7 @@ def test_every_piece_has_exactly_the_words_spoken_in_it(tmp_path):
             assert of_rows[1] == ["אלף בית", "גימל דלת", "הא"]
             assert pieces[1]["previous"] == "אלף בית", "the piece before it"
         reasons = {drop.reason for drop in pieces.dropped}
-        assert "open last segment" in reasons
+        assert "last segment without an end timestamp" in reasons
         assert ("longer than 10 s, without timestamps" in reasons) == (longest == 10.0)
 
 

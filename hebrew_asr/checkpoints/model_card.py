@@ -30,7 +30,7 @@ In the layout of these files, that of transformers' own classes:
 - transformers 5.23: as above
 - vLLM 0.26 and later (0.33 brings transformers 5.20): `vllm serve {model_id}`
 
-In the older layout, which `python scripts/convert_layout.py FOLDER OLDER --to thinker` of the training code writes into
+In the older layout, which `uv run scripts/convert_layout.py FOLDER OLDER --to thinker` of the training code writes into
 the new folder OLDER (FOLDER holds these files):
 
 - qwen-asr 0.0.6: `Qwen3ASRModel.from_pretrained("OLDER")`

@@ -1,6 +1,6 @@
 """One pass over the audio of the training corpora, kept beside them: what only decoding shows, and how it sounds.
 
-    uv run train_round2_gradual.py --prepare [any other settings]
+    uv run train_round2_gradual.py --prepare
 
 Later starts know each utterance's exact length, leave out what cannot be heard before the first step, and what sounds
 like an utterance of the evaluation set. A second start goes on where the first one stopped, and listens only to what is

@@ -37,7 +37,7 @@ class Source:
     """A split, or a slice of one as `datasets` writes it (`train[:1000]`); folders name theirs in the file names."""
     text_column: str | None = None
     """The transcript's column; None takes the first of transcript, text, sentence, transcription. Empty: there is none,
-    or it is not to be read, for pseudo_label.py and where nobody speaks."""
+    or it is not to be read, for scripts/pseudo_label.py and where nobody speaks."""
     probability: float | None = None
     """Share of an epoch's utterances; for all sources or for none, where an epoch is every utterance once."""
     language: str | None = None
@@ -111,7 +111,8 @@ class DataConfig:
     leak_min_words: int = 4
     """A training utterance with the same words as an evaluation utterance of at least so many is removed."""
     audit_scores: str | None = None
-    """Scores that audit_corpus.py wrote; with drop_worst_share, what is most likely a wrong transcript is dropped."""
+    """Scores that scripts/audit_corpus.py wrote; with drop_worst_share, the transcripts that are most likely wrong are
+    dropped."""
     drop_worst_share: float = 0.0
     """Share of the audited utterances."""
     max_broken_share: float = 0.05
@@ -121,7 +122,7 @@ class DataConfig:
     keep_flags: list[str] = field(default_factory=list)
     """Rows whose `extra_data` has a flag (skipped, noisy, multiple_speakers, …) are dropped, but for these flags."""
     streaming: bool = False
-    """Training data is read while it is trained on, for corpora that do not fit the disk: see corpus_stream.py."""
+    """Training data is read while it is trained on, for corpora that do not fit the disk."""
     steps_per_epoch: int | None = None
     """Steps that are called an epoch when streaming, where nobody knows how many there are."""
     preprocessing_num_workers: int = 8

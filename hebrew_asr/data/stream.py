@@ -193,7 +193,7 @@ class StreamReader(torch.utils.data.Dataset):
         self.items: Iterator | None = None
 
     def go_on_from(self, state: dict[str, Any], seed: int) -> None:
-        """Forgets what was read ahead; raises InputError for a state of another number of workers."""
+        """Drops what was read ahead; raises InputError for a state of another number of workers."""
         if state["num_workers"] != self.workers:
             raise InputError(
                 f"a streamed run goes on with as many workers as before: {state['num_workers']}, not {self.workers}"

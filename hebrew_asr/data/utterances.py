@@ -36,7 +36,7 @@ def log_mel(feature_extractor: transformers.Qwen3ASRFeatureExtractor, waveform: 
 
 
 class SpeechDataset(torch.utils.data.Dataset):
-    """Utterances with log-mel features, addressed by (epoch, number): what is drawn for one depends on nothing else.
+    """Utterances with log-mel features, addressed by (epoch, number), which alone seed their augmentation.
 
     Features are taken of each clip alone: in a batch the extractor gives most clips one more valid frame.
     """

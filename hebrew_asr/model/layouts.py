@@ -92,7 +92,7 @@ def in_transformers_layout(name_or_path: str) -> str:
     """A folder or Hub id that transformers' own classes load.
 
     That is the argument itself, unless it is a Qwen3-ASR checkpoint in the older layout: it is then converted once,
-    into a folder under HF_HOME (`hebrew_asr/layouts`) that is named after the content of its files.
+    into a folder of `$HF_HOME/hebrew_asr/layouts` that is named after the content of its files.
     """
     file = transformers.utils.cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False)
     if file is None or _layout(read_json(Path(file))) != "thinker":

@@ -118,7 +118,7 @@ def token_log_probs(
     """log p of each target, through which gradients flow, and the entropy in nats of what it was chosen from.
 
     Logits are divided by the temperature. Those of a chunk are made again in the backward pass: the gradient that
-    comes from outside is not known on the way forward.
+    comes from outside is not known during forward.
     """
 
     def of_chunk(part: torch.Tensor, aims: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -260,7 +260,7 @@ class PackedGroups:
             setattr(sample, name, [next(each) for _ in sample.tokens])
 
     def policy(self) -> dict[str, torch.Tensor]:
-        """What the objectives take, see policy_losses.py."""
+        """What the objectives take, see hebrew_asr/rl/losses.py."""
         found: dict[int, tuple[int, float, float, float]] = {}
         for number, group in enumerate(self.groups):
             advantages = group.advantages() or [0.0] * len(group.samples)

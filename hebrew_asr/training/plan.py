@@ -182,7 +182,7 @@ def standing(
     Args:
         stages: of each stage, whether a parameter trains; Adam's moments are those of all stages so far.
         is_averaged: a moving average of what trains is kept.
-        sharded: over the processes, as `sharding.py` does.
+        sharded: over the processes, as `hebrew_asr/model/sharding.py` does.
     """
     share = processes if sharded else 1
     trains = stages[number]

@@ -434,7 +434,7 @@ class CheckpointEvents(TrainerCallback):
 
 
 def finite(number: float) -> float | None:
-    """A number as JSON can have it."""
+    """None for NaN and infinity, which JSON does not have."""
     return number if math.isfinite(number) else None
 
 

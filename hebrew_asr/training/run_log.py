@@ -128,7 +128,7 @@ class RunLog:
             self.bar.set_postfix(self.on_bar, refresh=False)
 
     def go_back(self, rows: list[Row], step: int) -> None:
-        """Forgets what was logged after a step, which is about to be logged again; `rows` is what there was by then."""
+        """Truncates the log to a step, to log the later ones again; `rows` is what was logged by then."""
         self.rows = rows
         if self.is_main:
             unfinished = self.folder / ".metrics.jsonl"
@@ -244,10 +244,10 @@ def success_criteria(rows: list[Row], target_loss: float, target_wer: float, voc
     first, last, guessing = np.mean(losses[:fifth]), np.mean(losses[-fifth:]), math.log(vocab_size)
     checks = {
         f"loss {last:.3f} nats per token, target below {target_loss:g}": last < target_loss,
-        f"no plateau: loss from {first:.3f} to {last:.3f}, guessing is {guessing:.2f}": (
+        f"no plateau: loss from {first:.3f} to {last:.3f} (a model that guesses has {guessing:.2f})": (
             last < 0.95 * first and abs(last - guessing) > 0.5
         ),
         f"WER {final_wer:.2f} %, target below {target_wer:g} %": final_wer < target_wer,
-        f"metrics work: eval/wer from {wers[0]:.2f} to {wers[-1]:.2f} over {len(wers)} evaluations": len(set(wers)) > 1,
+        f"the WER changes: from {wers[0]:.2f} % to {wers[-1]:.2f} % over {len(wers)} evaluations": len(set(wers)) > 1,
     }
     return [f"{'met' if is_met else 'NOT met'}: {line}" for line, is_met in checks.items()]

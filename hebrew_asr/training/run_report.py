@@ -76,7 +76,7 @@ def announce(trainer: ResumableTrainer, eval_rows: SpeechRows, processes: int) -
     say(
         f"{trainer.total_steps} steps, {len(trainer.feed)} an epoch | {config.batch_size} utterances ×"
         f" {config.gradient_accumulation_steps(processes):g} micro-batches × {processes} processes ="
-        f" {config.target_effective_batch} a step{f', dealt by tokens, at most {budget} at once' if budget else ''} |"
+        f" {config.target_effective_batch} a step{f', at most {budget} tokens in a forward pass' if budget else ''} |"
         f" {'bf16 autocast' if trainer.use_bf16 else 'fp32'} on {trainer.args.device.type}"
         f"{f' | what trains is sharded over the {processes} processes' if is_sharded(trainer.model) else ''}"
     )
