@@ -66,7 +66,13 @@ from hebrew_asr.training.measuring import Output, pool, transcribe_batches
 from hebrew_asr.training.moving_average import MovingAverage
 from hebrew_asr.training.plan import lines_of, make_plan
 from hebrew_asr.training.resuming import ResumableTrainer, StepEvents, ends_early, train, training_arguments
-from hebrew_asr.training.run_folder import check_disk, checkpoint_to_resume, failures_noted, open_run_folder
+from hebrew_asr.training.run_folder import (
+    check_disk,
+    checkpoint_to_resume,
+    failures_noted,
+    open_run_folder,
+    settle,
+)
 from hebrew_asr.training.run_log import PANELS, RunLog, success_criteria
 from hebrew_asr.training.run_report import announce, describe_result, facts_of_run, report_data, warn_of_a_wrong_start
 from hebrew_asr.training.settings import Settings
@@ -777,11 +783,12 @@ def main(
         return
     (status,) = broadcast_object_list([store.read_status(folder)])
     if status["state"] == "finished":
-        run_log.say(f"the run in {folder} is finished; for another one choose another --output_dir, or --resume never")
+        never = "" if config.output_dir else ", or --resume never"
+        run_log.say(f"the run in {folder} is finished; for another one choose another --output_dir{never}")
         leave_process_group()
         if state.is_main_process:
             before_upload()
-            if config.uploads and not status["uploaded"]:
+            if config.uploads and not status.get("uploaded"):
                 publish(config, folder, run_log)
         return
     with together():
@@ -837,8 +844,9 @@ def run(
         use_bf16,
     )
     if found:
-        trainer.resume(found)
-    else:
+        trainer.resume(found)  # raises where it cannot go on, before anything in the folder is moved
+    trainer.resumed = settle(found, trainer.writer.parent)
+    if not found:
         run_log.go_back([], 0)
     announce(trainer, eval_rows, state.num_processes)
     run_log.say(stage_line(model, trainer.stage))

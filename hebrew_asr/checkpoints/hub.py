@@ -299,8 +299,8 @@ class CheckpointUploader:
         """For status.json."""
         if self.repo_id is None:
             return {}
-        newest = next(iter(store.names(self.parent)), None)
-        behind = store.number_of(newest) - self.step if newest else 0
+        newest = store.newest_name(self.parent)
+        behind = store.number_of(Path(newest)) - self.step if newest else 0
         state = {"repository": self.repo_id, "branch": self.branch, "checkpoint": self.uploaded, "lag_steps": behind}
         return {"hub": state | {"failures": self.failures, "problem": self.problem}}
 
