@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from transformers import Qwen3ASRProcessor
 
 from hebrew_asr.checkpoints import store
+from hebrew_asr.checkpoints.final import damage_of, finish
 from hebrew_asr.checkpoints.hub import CheckpointUploader, check_upload, upload, upload_command
 from hebrew_asr.command_line import Between, Range, check_ranges, parse_config
 from hebrew_asr.data.augmentation import WaveformAugmentation
@@ -782,7 +783,7 @@ def main(
         leave_process_group()
         return
     (status,) = broadcast_object_list([store.read_status(folder)])
-    if status["state"] == "finished":
+    if status["state"] == "finished" and is_whole(folder, state, run_log):
         never = "" if config.output_dir else ", or --resume never"
         run_log.say(f"the run in {folder} is finished; for another one choose another --output_dir{never}")
         leave_process_group()
@@ -868,11 +869,27 @@ def run(
         final = evaluate_final(trainer)
     if state.is_main_process:
         describe_result(trainer, final)
-        step = trainer.state.global_step
-        store.write_status(folder, "finished", step=step, uploaded=None, **trainer.uploader.facts())
+        finish(trainer.final_folder)
+        facts = {"step": trainer.state.global_step, "failed_saves": trainer.writer.failures, "uploaded": None}
+        store.write_status(folder, "finished", **facts, **trainer.uploader.facts())
     run_log.finish()
     leave_process_group()
     return trainer.uploader
+
+
+def is_whole(folder: Path, state: accelerate.PartialState, run_log: RunLog) -> bool:
+    """Whether a finished run's final model is as it was written; False: it is made anew from the checkpoints."""
+    with together():
+        problem = damage_of(folder / "final_model") if state.is_main_process else None
+        if problem and not store.names(folder / "checkpoints"):
+            raise InputError(
+                f"{folder}/final_model is damaged ({problem}), and no checkpoint is left to make it of: take it from"
+                " where it was uploaded or copied to, or train in another --output_dir"
+            )
+        if problem:
+            run_log.say(f"warning: {folder}/final_model is damaged ({problem}): it is made anew")
+    (problem,) = broadcast_object_list([problem])
+    return problem is None
 
 
 def publish(config: TrainingConfig, folder: Path, run_log: RunLog) -> None:

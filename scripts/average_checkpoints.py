@@ -24,7 +24,7 @@ from accelerate.utils import broadcast_object_list
 
 from hebrew_asr.checkpoints import averages as averaging
 from hebrew_asr.checkpoints import store
-from hebrew_asr.checkpoints.final import save_for_use
+from hebrew_asr.checkpoints.final import finish, save_for_use
 from hebrew_asr.checkpoints.hub import upload, upload_command
 from hebrew_asr.checkpoints.model_card import write_model_card
 from hebrew_asr.checkpoints.store import Checkpoint
@@ -44,7 +44,7 @@ from hebrew_asr.evaluation.transcription import (
     transcribe_set,
     transcription_problems,
 )
-from hebrew_asr.files import put, sha256
+from hebrew_asr.files import flush, put, sha256
 from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
 from hebrew_asr.training.watch import take_lock
 from train_hebrew_asr_enhanced import TrainingConfig
@@ -161,8 +161,11 @@ def take(
         settings=dataclasses.asdict(config),
         tags=config.tags,
     )
+    for path in (*unfinished.iterdir(), unfinished):
+        flush(path)
     shutil.rmtree(final, ignore_errors=True)
     unfinished.rename(final)
+    finish(final)
 
 
 def settings_of(run: Path) -> RunSettings:

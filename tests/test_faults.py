@@ -1,17 +1,26 @@
-"""Faults that a run meets on other people's machines: nothing is lost, nothing wrong is called right, and it is said."""
+"""Faults that a run meets on other people's machines: nothing is lost, nothing wrong is called right, all is said."""
 
+import dataclasses
 import errno
 import json
 import os
+import shutil
 import stat
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import small_config
 
 from hebrew_asr.checkpoints import store
+from hebrew_asr.checkpoints.final import damage_of
+from hebrew_asr.checkpoints.hub import upload
 from hebrew_asr.checkpoints.store import UnreadableCheckpoint
 from hebrew_asr.errors import InputError
+from hebrew_asr.training.final_model import write_final_model
 from hebrew_asr.training.run_folder import check_same_run
+from train_hebrew_asr_enhanced import main
 
 FACTS = {"wer": None, "settings": {}}
 
@@ -125,3 +134,122 @@ def test_a_status_that_is_none_is_unknown(tmp_path, text):
     assert store.read_status(tmp_path) == {"state": "unknown"}
     store.update_status(tmp_path, step=3)
     assert json.loads((tmp_path / "status.json").read_text())["step"] == 3
+
+
+# -------------------------------------------------------------------------------------------------------------- A run
+def short(config, **changed):
+    """Two steps of one stage, evaluated at the end."""
+    stages = [dataclasses.replace(config.stages[0], last_epoch=5)]
+    return dataclasses.replace(config, stages=stages, num_epochs=1, max_steps=2, save_steps=1, **changed)
+
+
+def status_of(config):
+    return store.read_status(Path(config.output_dir))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, corpus, heldout):
+    """A run of two steps that nothing hit, and its settings."""
+    config = short(small_config(corpus, heldout, tmp_path_factory.mktemp("finished") / "run"))
+    main(config)
+    return config
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of it that a test may damage."""
+    shutil.copytree(finished.output_dir, tmp_path / "run")
+    return dataclasses.replace(finished, output_dir=str(tmp_path / "run"))
+
+
+def test_a_run_whose_last_saves_fail_does_not_end_finished_and_goes_on_when_there_is_room(
+    config, monkeypatch, finished
+):
+    config, write = short(config), store.write
+
+    def full(parent, step, *rest):
+        if step > 1:
+            raise OSError(errno.EIO, "Input/output error")
+        return write(parent, step, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "write", full)
+        with pytest.raises(InputError, match=r"at its last step, 2, which could not be saved \(.*step-00000001\. Make"):
+            main(config)
+    status = status_of(config)
+    assert (status["state"], status["failed_saves"], status["checkpoint"]) == ("failed", 2, "step-00000001")
+    assert not (Path(config.output_dir) / "final_model").exists()
+    main(config)
+    assert status_of(config)["state"] == "finished" and status_of(config)["failed_saves"] == 0
+    one, two = (Path(c.output_dir) / "final_model" / "model.safetensors" for c in (config, finished))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_the_card_says_when_the_best_step_could_not_be_saved(copied):
+    trainer = SimpleNamespace(
+        writer=SimpleNamespace(wait=lambda: None, parent=Path(copied.output_dir) / "checkpoints"),
+        args=SimpleNamespace(process_index=0),
+        run_log=SimpleNamespace(say=print),
+        config=copied,
+        processor=SimpleNamespace(save_pretrained=lambda folder: None),
+        final_folder=Path(copied.output_dir) / "final_model",
+        best_wer=1.0,
+        best_step=1,
+    )
+    write_final_model(trainer)
+    assert trainer.final_origin == (
+        "The checkpoint with the lowest WER of those that could be saved, at step 2: that of step 1, whose WER was"
+        " 1.00 %, could not."
+    )
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "gone"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "README.md"])
+def test_a_damaged_final_model_is_seen_and_not_uploaded(copied, name, damage):
+    folder = Path(copied.output_dir) / "final_model"
+    assert damage_of(folder) is None
+    (folder / "README.md").write_text("edited by its user")
+    assert damage_of(folder) is None
+    file = folder / name
+    if damage == "gone":
+        if name == "README.md":
+            return
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-5] if damage == "cut" and name != "README.md" else b"")
+    assert name in damage_of(folder)
+    with pytest.raises(InputError, match="is damaged and is not uploaded"):
+        upload(copied, folder, print)
+    (folder / "manifest.json").unlink()  # as an older version left it
+    if name == "model.safetensors" or damage == "empty":
+        assert damage_of(folder) is not None
+
+
+def test_a_finished_run_whose_model_a_power_cut_emptied_makes_it_anew(copied, finished, capsys):
+    folder = Path(copied.output_dir) / "final_model"
+    for name in ("config.json", "README.md", "tokenizer.json"):
+        (folder / name).write_bytes(b"")
+    main(copied)
+    assert "final_model is damaged" in capsys.readouterr().out
+    assert damage_of(folder) is None and status_of(copied)["state"] == "finished"
+    whole = Path(finished.output_dir) / "final_model"
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    (folder / "model.safetensors").write_bytes(b"")
+    shutil.rmtree(folder.parent / "checkpoints")
+    with pytest.raises(InputError, match="no checkpoint is left to make it of"):
+        main(copied)
+    assert (folder / "config.json").exists()
+
+
+def test_a_start_that_fails_after_the_checkpoint_was_chosen_leaves_the_folder_as_it_was(copied, finished, tmp_path):
+    run = Path(copied.output_dir)
+    (run / "status.json").unlink()
+    before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
+    for name in (str(run), finished.output_dir):
+        asked = f"{name}/checkpoints/step-00000001"
+        with pytest.raises(InputError):
+            main(dataclasses.replace(copied, resume=asked, model_name_or_path=str(tmp_path / "gone")))
+        with pytest.raises(InputError, match="is of another run"):
+            main(dataclasses.replace(copied, resume=asked, bf16=True))
+    assert {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()} == before

@@ -147,11 +147,15 @@ class Writer:
         say: Say,
         done: Callable[[Checkpoint], None],
         in_use: Callable[[], Collection[Path]] = tuple,
+        failed: Callable[[], None] = lambda: None,
     ):
-        """`done` is called, in the thread, with each checkpoint that is on the disk; `in_use` are not pruned."""
+        """`done` is called, in the thread, with each checkpoint that is on the disk, `failed` for each that is not;
+        `in_use` are not pruned."""
         self.parent, self.keep, self.say, self.done, self.in_use = parent, keep, say, done, in_use
+        self.failed = failed
         self.newest: Checkpoint | None = None
         self.failures = 0
+        self.problem = ""  # why the last one that is not there was not written
         self.stalls: list[float] = []  # seconds that training stood still for each save
         self._host: dict[str, torch.Tensor] = {}  # buffers in host memory, used again by the next save
         self._thread: threading.Thread | None = None
@@ -195,8 +199,10 @@ class Writer:
             self.newest = write(self.parent, step, tensors, documents, facts)
         except (OSError, SafetensorError) as error:  # safetensors has errors of its own for a full disk
             self.failures += 1
+            self.problem = str(error)
             last = self.newest.folder.name if self.newest else "none"
             self.say(f"warning: no checkpoint of step {step} ({error}); the last one is {last}, training goes on")
+            self.failed()
             return
         except Exception as error:
             self._bug = error

@@ -31,6 +31,7 @@ from hebrew_asr.errors import InputError
 from hebrew_asr.model.costs import Work
 from hebrew_asr.model.sharding import gather_for_others, sharded_like, whole
 from hebrew_asr.model.stages import Stage
+from hebrew_asr.processes import together
 from hebrew_asr.training.feed import Feed
 from hebrew_asr.training.moving_average import MovingAverage
 from hebrew_asr.training.run_folder import changes, find_checkpoint, first_line, note_failure, settle
@@ -102,6 +103,7 @@ class ResumableTrainer(Trainer):
             self.run_log.say,
             self.checkpoint_written,
             lambda: self.uploader.in_use,
+            lambda: store.update_status(folder, failed_saves=self.writer.failures),
         )
         self.watch = Watch(
             self.args.process_index,
@@ -213,6 +215,25 @@ class ResumableTrainer(Trainer):
         if self.moving_average:
             tensors[AVERAGE] = self.moving_average.weights
         self.writer.save(step, tensors, documents, facts)
+
+    def save_last(self) -> None:
+        """Makes sure that the last step is on the disk, by a second attempt if need be; InputError on all processes."""
+        step, place = self.state.global_step, self.writer.parent
+        for is_last_attempt in (False, True):
+            self.writer.wait()
+            newest = store.newest_name(place)
+            if self.watch.gather(newest is not None and store.number_of(Path(newest)) == step)[0]:
+                return
+            if is_last_attempt:
+                break
+            self.saved_step = 0
+            self.save_checkpoint()
+        with together():
+            raise InputError(
+                f"the run is at its last step, {step}, which could not be saved ({self.writer.problem}); the newest"
+                f" checkpoint is {newest or 'none'}. Make room in {place}, or mend the disk: the same command goes on"
+                " from there"
+            )
 
     def checkpoint_written(self, checkpoint: Checkpoint) -> None:
         """Called in the writer's thread for each checkpoint that is on the disk."""
@@ -467,6 +488,7 @@ def train(trainer: ResumableTrainer) -> None:
                 trainer.train()
             if trainer.stopped:
                 raise Stopped
+            trainer.save_last()
             return
         except BadSteps as problem:
             trainer.go_back(problem)
