@@ -871,6 +871,7 @@ def run(
         describe_result(trainer, final)
         finish(trainer.final_folder)
         facts = {"step": trainer.state.global_step, "failed_saves": trainer.writer.failures, "uploaded": None}
+        facts["failed_log_writes"] = run_log.failed_writes
         store.write_status(folder, "finished", **facts, **trainer.uploader.facts())
     run_log.finish()
     leave_process_group()

@@ -4,22 +4,32 @@ import dataclasses
 import errno
 import json
 import os
+import re
+import resource
 import shutil
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import small_config
+from conftest import ROOT, small_config
+from tqdm import tqdm
 
 from hebrew_asr.checkpoints import store
 from hebrew_asr.checkpoints.final import damage_of
 from hebrew_asr.checkpoints.hub import upload
 from hebrew_asr.checkpoints.store import UnreadableCheckpoint
+from hebrew_asr.console import Console
 from hebrew_asr.errors import InputError
+from hebrew_asr.files import Appended
+from hebrew_asr.processes import launch
 from hebrew_asr.training.final_model import write_final_model
 from hebrew_asr.training.run_folder import check_same_run
+from hebrew_asr.training.run_log import RunLog
 from train_hebrew_asr_enhanced import main
 
 FACTS = {"wer": None, "settings": {}}
@@ -42,7 +52,7 @@ def unreadable(monkeypatch, name: str, number: int) -> None:
     monkeypatch.setattr(store, "sha256", lambda path: refuse(path) or sha256(path))
 
 
-# --------------------------------------------------------------------------------------------- A checkpoint unreadable
+# ---- A checkpoint unreadable
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ETIMEDOUT])
 @pytest.mark.parametrize("name", ["step-00000002/manifest.json", "step-00000002/model.safetensors"])
 def test_a_checkpoint_that_cannot_be_read_stops_the_start_and_nothing_is_moved(tmp_path, monkeypatch, number, name):
@@ -86,7 +96,7 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path):
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o640}
 
 
-# --------------------------------------------------------------------------------------------------- Another checkpoint
+# ---- Another checkpoint
 def test_a_copy_of_another_runs_checkpoint_that_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
     mine, other = tmp_path / "mine", tmp_path / "other"
     save(mine, 5), save(mine, 10)
@@ -101,7 +111,7 @@ def test_a_copy_of_another_runs_checkpoint_that_fails_leaves_the_folder_as_it_wa
     assert dict(settled.tensors("model.safetensors"))["a"][0] == 2.0
 
 
-# -------------------------------------------------------------------------------------------------------------- Folders
+# ---- Folders
 @pytest.mark.parametrize("name", ["final_model", "checkpoints"])
 def test_what_stands_in_the_output_folder_and_is_of_no_run_is_refused_by_name(config, tmp_path, name):
     (tmp_path / "run" / name).mkdir(parents=True)
@@ -136,7 +146,111 @@ def test_a_status_that_is_none_is_unknown(tmp_path, text):
     assert json.loads((tmp_path / "status.json").read_text())["step"] == 3
 
 
-# -------------------------------------------------------------------------------------------------------------- A run
+# ---- A full disk
+def test_a_log_that_the_disk_does_not_take_is_kept_said_once_counted_and_written_when_there_is_room(tmp_path, capsys):
+    log = RunLog(tmp_path, rank=0)
+    log.log({"train/loss": 3.0}, 1)
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "kept")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    for step in (2, 3, 4):
+        log.log({"train/loss": 3.0}, step)
+    assert log.failed_writes == 3
+    assert capsys.readouterr().err.count("metrics.jsonl cannot be written ([Errno 28]") == 1
+    (tmp_path / "kept").replace(tmp_path / "metrics.jsonl")
+    log.finish()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_a_torn_write_is_taken_back_and_what_is_kept_has_a_bound(tmp_path, monkeypatch):
+    file = Appended(tmp_path / "log")
+    assert file.write("one\n") is None
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        assert isinstance(file.write("two\n" * 5), OSError)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert (tmp_path / "log").read_text() == "one\n"
+    assert file.write("") is None and (tmp_path / "log").read_text() == "one\n" + "two\n" * 5
+    monkeypatch.setattr(Appended, "MOST", 10)
+    full = Appended(Path("/dev/full"))
+    full.write("x" * 25)
+    assert (full.waiting, full.lost) == ("x" * 10, 15)
+
+
+def test_the_status_never_says_running_after_the_end_on_a_full_disk(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store.write_status(tmp_path, "running", pid=1)
+    monkeypatch.setattr(store, "put", full)
+    store.write_status(tmp_path, "finished", step=2)
+    assert store.read_status(tmp_path)["state"] == "finished"
+    store.update_status(tmp_path, uploaded="there")
+    monkeypatch.setattr("builtins.open", full)
+    store.write_status(tmp_path, "failed")
+    monkeypatch.undo()
+    assert not (tmp_path / "status.json").exists()
+
+
+def console_on(path, encoding="utf-8") -> Console:
+    return Console(open(path, "w", encoding=encoding))
+
+
+def test_a_full_console_keeps_its_newest_text_and_writes_it_when_there_is_room(tmp_path, monkeypatch):
+    monkeypatch.setattr("hebrew_asr.console.MOST_BYTES", 6)
+    console = console_on("/dev/full")
+    for text in ("one\n", "two\n", "three\n"):
+        tqdm.write(text, file=console, end="")
+    tqdm(range(3), file=console).update()
+    assert console.lost > 8
+    with open(tmp_path / "room", "w") as room:
+        os.dup2(room.fileno(), console.descriptor)
+    console.write("four\n")
+    assert re.fullmatch(
+        r".{6}four\nwarning: \d+ bytes of the console's text could not be written\n",
+        (tmp_path / "room").read_text(),
+        re.DOTALL,
+    )
+
+
+def test_a_closed_pipe_and_a_narrow_encoding_do_not_end_a_command(tmp_path):
+    code = "from hebrew_asr import console as c\nc.use_console()\nfor n in range(99999): print('שלום', n, flush=True)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"}
+    running = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=-1, stderr=-1)
+    assert running.stdout.readline() == b"\\u05e9\\u05dc\\u05d5\\u05dd 0\n"
+    running.stdout.close()
+    assert running.wait(timeout=120) == 0 and running.stderr.read() == b""
+
+
+def test_a_command_has_that_console(monkeypatch):
+    used = []
+    monkeypatch.setattr("hebrew_asr.processes.use_console", lambda: used.append(True))
+    launch(lambda arguments: used.append(arguments))
+    assert used == [True, sys.argv[1:]]
+
+
+# ---- Names and texts
+def test_line_breaks_in_names_and_torn_lines_do_not_hinder_a_run_that_goes_on(tmp_path):
+    log, dropped = RunLog(tmp_path, rank=0), tmp_path / "dropped-0.txt"
+    log.note_dropped(["silent: a\nb\u2028c.wav", "silent: d.wav"], 3)
+    assert dropped.read_text().splitlines() == ["step 3: silent: a\\nb\\u2028c.wav", "step 3: silent: d.wav"]
+    log.note_dropped(["silent: e.wav"], 5)
+    with open(dropped, "a") as file:
+        file.write("ste")
+    log.go_back([], 4)
+    assert len(dropped.read_text().splitlines()) == 2
+
+
+def test_what_a_terminal_would_act_on_is_written_out(tmp_path, capsys):
+    RunLog(tmp_path, rank=0).say("\x1b]0;title\x07 שלום \u202eabc\r\nnext\tcolumn")
+    assert capsys.readouterr().out == "\\x1b]0;title\\x07 שלום \\u202eabc\\r\nnext\tcolumn\n"
+
+
+# ---- A run
 def short(config, **changed):
     """Two steps of one stage, evaluated at the end."""
     stages = [dataclasses.replace(config.stages[0], last_epoch=5)]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -539,5 +540,7 @@ def test_neither_a_token_nor_the_permission_in_an_address_is_in_a_message():
 
 
 def test_the_name_of_a_run_is_one_that_a_branch_may_have():
-    names = {"runs/hebrew-asr-0f3c": "hebrew-asr-0f3c", "/x/סבב 2": "2", "/x/a.b..lock": "a-b-lock", "/": "run"}
-    assert {folder: hub_upload.run_name(Path(folder)) for folder in names} == names
+    names = {"runs/hebrew-asr-0f3c": "hebrew-asr-0f3c", "/x/סבב 2": "2-", "/x/a.b..lock": "a-b-lock-", "/": "run-"}
+    found = {folder: hub_upload.run_name(Path(folder)) for folder in names}
+    assert {folder: re.sub("-[0-9a-f]{8}$", "-", name) for folder, name in found.items()} == names
+    assert len({hub_upload.run_name(Path(name)) for name in ("סבב א", "סבב ב", "a.b", "a-b", "a b")}) == 5

@@ -33,7 +33,7 @@ from hebrew_asr.checkpoints import store
 from hebrew_asr.checkpoints.final import damage_of
 from hebrew_asr.checkpoints.store import MANIFEST, NAME, UNFINISHED, InvalidCheckpoint, Say
 from hebrew_asr.errors import InputError
-from hebrew_asr.files import flush, sha256
+from hebrew_asr.files import digest, flush, sha256
 
 MAIN = "main"
 CONNECT_SECONDS = 20.0
@@ -233,8 +233,10 @@ def put_tag(api: HfApi, repo_id: str, tag: str, revision: str) -> None:
 
 # ---------------------------------------------------------------------------------------------- Checkpoints to the Hub
 def run_name(folder: Path) -> str:
-    """The name of the run's folder, as a branch or a tag may have it."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name).strip("-") or "run"
+    """The name of the run's folder, as a branch or a tag may have it; another one for every folder's name."""
+    name = folder.resolve().name
+    allowed = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "run"
+    return allowed if allowed == name else f"{allowed}-{digest(name.encode())[:8]}"
 
 
 def branch_of(folder: Path) -> str:

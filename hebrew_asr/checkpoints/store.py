@@ -399,10 +399,19 @@ def set_aside_after(parent: Path, step: int) -> None:
 
 
 def write_status(folder: Path, state: str, **facts: Any) -> None:
-    """Says in status.json how the run stands; a full disk does not end the run over it."""
-    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    """Says in status.json how the run stands; a full disk does not end the run over it, and it never says another."""
+    file, now = folder / "status.json", time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    content = json.dumps({"state": state, "at": now, **facts}, indent=1)
     with STATUS_LOCK, contextlib.suppress(OSError):
-        put(folder / "status.json", json.dumps({"state": state, "at": now, **facts}, indent=1))
+        try:
+            put(file, content)
+        except OSError:
+            try:
+                with open(file, "r+") as there:  # in the blocks that it has already
+                    there.write(content)
+                    there.truncate()
+            except OSError:
+                file.unlink()
 
 
 def update_status(folder: Path, **facts: Any) -> None:
