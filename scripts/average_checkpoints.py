@@ -107,7 +107,7 @@ def write_average(average: Average, folder: Path, dtype: torch.dtype) -> None:
         return
     like = average.found[0].folder
     model = averaging.model_of(average.found, average.is_moving)
-    save_for_use(model, transformers.AutoProcessor.from_pretrained(like), folder, dtype)
+    save_for_use(model, transformers.AutoProcessor.from_pretrained(like, trust_remote_code=False), folder, dtype)
     put(note, json.dumps(made_of))
 
 
@@ -127,7 +127,7 @@ def measure_average(
     decoding = Decoding(language=config.language if config.eval_prefill_language else None)
     with together():
         model = load_speech_model(str(folder), decoding, state.device)
-    (done,) = broadcast_object_list([key(str(folder), model.dtype, decoding, rows)])
+    (done,) = broadcast_object_list([key(model, decoding, rows)])
     parts = place / "transcripts" / done
     parts.mkdir(parents=True, exist_ok=True)
     state.wait_for_everyone()

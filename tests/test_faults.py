@@ -1,5 +1,6 @@
 """Faults that a run meets on other people's machines: nothing is lost, nothing wrong is called right, all is said."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -25,7 +26,9 @@ from hebrew_asr.checkpoints.hub import upload
 from hebrew_asr.checkpoints.store import UnreadableCheckpoint
 from hebrew_asr.console import Console
 from hebrew_asr.errors import InputError
+from hebrew_asr.evaluation.transcription import Decoding, key, load_speech_model
 from hebrew_asr.files import Appended
+from hebrew_asr.model.loading import load_processor
 from hebrew_asr.processes import launch
 from hebrew_asr.training.final_model import write_final_model
 from hebrew_asr.training.run_folder import check_same_run
@@ -231,6 +234,36 @@ def test_a_command_has_that_console(monkeypatch):
     monkeypatch.setattr("hebrew_asr.processes.use_console", lambda: used.append(True))
     launch(lambda arguments: used.append(arguments))
     assert used == [True, sys.argv[1:]]
+
+
+# ---- A model
+def test_transcripts_are_named_by_the_weights_that_were_loaded(tmp_path, eval_rows):
+    folder = shutil.copytree(ROOT / "demo" / "base", tmp_path / "model")
+    model = load_speech_model(str(folder), Decoding(), torch.device("cpu"))
+    named = key(model, Decoding(), eval_rows)
+    weights, times = folder / "model.safetensors", (folder / "model.safetensors").stat()
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)  # as averaging does, while sets are measured
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert key(model, Decoding(), eval_rows) == named
+    again = load_speech_model(str(folder), Decoding(), torch.device("cpu"))
+    assert key(again, Decoding(), eval_rows) != named
+
+
+def test_a_checkpoint_that_brings_code_is_not_asked_about_and_runs_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    for name in ("processor_config.json", "config.json", "preprocessor_config.json"):
+        folder = shutil.copytree(ROOT / "demo" / "base", tmp_path / name)
+        for file in (folder / name, folder / "tokenizer_config.json"):
+            settings = json.loads(file.read_text()) if file.exists() else {}
+            settings["auto_map"] = {"AutoProcessor": "theirs.Theirs", "AutoConfig": "theirs.Theirs"}
+            file.write_text(json.dumps(settings))
+        (folder / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+        with contextlib.suppress(InputError):
+            load_processor(str(folder))
+            load_speech_model(str(folder), Decoding(), torch.device("cpu"))
+    assert not (tmp_path / "ran").exists()
 
 
 # ---- Names and texts
