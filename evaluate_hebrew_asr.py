@@ -130,7 +130,7 @@ def main(config: EvaluationConfig) -> None:
         for one in config.sets:
             if one.name not in rows:
                 continue
-            (done,) = broadcast_object_list([key(path, model.dtype, config.decoding, rows[one.name])])
+            (done,) = broadcast_object_list([key(model, config.decoding, rows[one.name])])
             parts = folder / "transcripts" / done
             parts.mkdir(parents=True, exist_ok=True)
             state.wait_for_everyone()

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from transformers import Qwen3ASRProcessor
 
 from hebrew_asr.checkpoints import store
+from hebrew_asr.checkpoints.final import damage_of, finish
 from hebrew_asr.checkpoints.hub import CheckpointUploader, check_upload, upload, upload_command
 from hebrew_asr.command_line import Between, Range, check_ranges, parse_config
 from hebrew_asr.data.augmentation import WaveformAugmentation
@@ -67,7 +68,13 @@ from hebrew_asr.training.measuring import Output, pool, transcribe_batches
 from hebrew_asr.training.moving_average import MovingAverage
 from hebrew_asr.training.plan import lines_of, make_plan
 from hebrew_asr.training.resuming import ResumableTrainer, StepEvents, ends_early, train, training_arguments
-from hebrew_asr.training.run_folder import check_disk, checkpoint_to_resume, failures_noted, open_run_folder
+from hebrew_asr.training.run_folder import (
+    check_disk,
+    checkpoint_to_resume,
+    failures_noted,
+    open_run_folder,
+    settle,
+)
 from hebrew_asr.training.run_log import PANELS, RunLog, success_criteria
 from hebrew_asr.training.run_report import announce, describe_result, facts_of_run, report_data, warn_of_a_wrong_start
 from hebrew_asr.training.settings import Settings
@@ -784,12 +791,13 @@ def main(
         leave_process_group()
         return
     (status,) = broadcast_object_list([store.read_status(folder)])
-    if status["state"] == "finished":
-        run_log.say(f"the run in {folder} is finished; for another one choose another --output_dir, or --resume never")
+    if status["state"] == "finished" and is_whole(folder, state, run_log):
+        never = "" if config.output_dir else ", or --resume never"
+        run_log.say(f"the run in {folder} is finished; for another one choose another --output_dir{never}")
         leave_process_group()
         if state.is_main_process:
             before_upload()
-            if config.uploads and not status["uploaded"]:
+            if config.uploads and not status.get("uploaded"):
                 publish(config, folder, run_log)
         return
     with together():
@@ -845,8 +853,9 @@ def run(
         use_bf16,
     )
     if found:
-        trainer.resume(found)
-    else:
+        trainer.resume(found)  # raises where it cannot go on, before anything in the folder is moved
+    trainer.resumed = settle(found, trainer.writer.parent)
+    if not found:
         run_log.go_back([], 0)
     announce(trainer, eval_rows, state.num_processes)
     run_log.say(stage_line(model, trainer.stage))
@@ -868,11 +877,28 @@ def run(
         final = evaluate_final(trainer)
     if state.is_main_process:
         describe_result(trainer, final)
-        step = trainer.state.global_step
-        store.write_status(folder, "finished", step=step, uploaded=None, **trainer.uploader.facts())
+        finish(trainer.final_folder)
+        facts = {"step": trainer.state.global_step, "failed_saves": trainer.writer.failures, "uploaded": None}
+        facts["failed_log_writes"] = run_log.failed_writes
+        store.write_status(folder, "finished", **facts, **trainer.uploader.facts())
     run_log.finish()
     leave_process_group()
     return trainer.uploader
+
+
+def is_whole(folder: Path, state: accelerate.PartialState, run_log: RunLog) -> bool:
+    """Whether a finished run's final model is as it was written; False: it is made anew from the checkpoints."""
+    with together():
+        problem = damage_of(folder / "final_model") if state.is_main_process else None
+        if problem and not store.names(folder / "checkpoints"):
+            raise InputError(
+                f"{folder}/final_model is damaged ({problem}), and no checkpoint is left to make it of: take it from"
+                " where it was uploaded or copied to, or train in another --output_dir"
+            )
+        if problem:
+            run_log.say(f"warning: {folder}/final_model is damaged ({problem}): it is made anew")
+    (problem,) = broadcast_object_list([problem])
+    return problem is None
 
 
 def publish(config: TrainingConfig, folder: Path, run_log: RunLog) -> None:

@@ -63,3 +63,35 @@ def put(file: Path, content: str) -> None:
     """Replaces a small file in one step."""
     with whole_or_nothing(file) as unfinished:
         unfinished.write_text(content, encoding="utf-8")
+
+
+class Appended:
+    """A text file that only grows; what the disk does not take is kept, up to a bound, and written when there is room.
+
+    Whole texts are written, or nothing of them.
+    """
+
+    MOST = 20_000_000  # characters that are kept, the newest
+
+    def __init__(self, file: Path):
+        self.file, self.waiting = file, ""
+        self.failures, self.lost = 0, 0  # times that it could not be written, and characters that were not kept
+
+    def write(self, text: str) -> OSError | None:
+        """Appends a text, after what is waiting; returns why that is not possible now."""
+        self.waiting += text
+        size = None
+        try:
+            with open(self.file, "a", encoding="utf-8") as file:
+                size = file.tell()
+                file.write(self.waiting)
+            self.waiting = ""
+        except OSError as error:
+            self.failures += 1
+            if size is not None:
+                with contextlib.suppress(OSError):
+                    os.truncate(self.file, size)
+            too_many = max(0, len(self.waiting) - self.MOST)
+            self.waiting, self.lost = self.waiting[too_many:], self.lost + too_many
+            return error
+        return None

@@ -16,6 +16,7 @@ import torch.distributed
 import transformers
 from accelerate.utils import gather_object
 
+from hebrew_asr.console import use_console
 from hebrew_asr.errors import InputError
 
 REPORT_SECONDS = 60.0  # for the launcher to end after a command that failed
@@ -81,6 +82,7 @@ def launch(command: Callable[[list[str]], None]) -> None:
     Every rank meets an InputError at the same place, and they leave together. What else fails may fail on one rank
     alone: that one shows its traceback and ends at once, since on NCCL an orderly end would wait for the others.
     """
+    use_console()
     try:
         command(sys.argv[1:])
     except InputError as error:

@@ -24,7 +24,7 @@ from accelerate.utils import broadcast_object_list
 
 from hebrew_asr.checkpoints import averages as averaging
 from hebrew_asr.checkpoints import store
-from hebrew_asr.checkpoints.final import save_for_use
+from hebrew_asr.checkpoints.final import finish, save_for_use
 from hebrew_asr.checkpoints.hub import upload, upload_command
 from hebrew_asr.checkpoints.model_card import write_model_card
 from hebrew_asr.checkpoints.store import Checkpoint
@@ -44,7 +44,7 @@ from hebrew_asr.evaluation.transcription import (
     transcribe_set,
     transcription_problems,
 )
-from hebrew_asr.files import put, sha256
+from hebrew_asr.files import flush, put, sha256
 from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
 from hebrew_asr.training.watch import take_lock
 from train_hebrew_asr_enhanced import TrainingConfig
@@ -107,7 +107,7 @@ def write_average(average: Average, folder: Path, dtype: torch.dtype) -> None:
         return
     like = average.found[0].folder
     model = averaging.model_of(average.found, average.is_moving)
-    save_for_use(model, transformers.AutoProcessor.from_pretrained(like), folder, dtype)
+    save_for_use(model, transformers.AutoProcessor.from_pretrained(like, trust_remote_code=False), folder, dtype)
     put(note, json.dumps(made_of))
 
 
@@ -127,7 +127,7 @@ def measure_average(
     decoding = Decoding(language=config.language if config.eval_prefill_language else None)
     with together():
         model = load_speech_model(str(folder), decoding, state.device)
-    (done,) = broadcast_object_list([key(str(folder), model.dtype, decoding, rows)])
+    (done,) = broadcast_object_list([key(model, decoding, rows)])
     parts = place / "transcripts" / done
     parts.mkdir(parents=True, exist_ok=True)
     state.wait_for_everyone()
@@ -161,8 +161,11 @@ def take(
         settings=dataclasses.asdict(config),
         tags=config.tags,
     )
+    for path in (*unfinished.iterdir(), unfinished):
+        flush(path)
     shutil.rmtree(final, ignore_errors=True)
     unfinished.rename(final)
+    finish(final)
 
 
 def settings_of(run: Path) -> RunSettings:

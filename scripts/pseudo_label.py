@@ -238,7 +238,7 @@ def main(given: Labelling) -> None:
     texts: list[list[Transcript]] = []
     for decoding in (Decoding(), *sampled):
         model.decoding = decoding
-        (done,) = broadcast_object_list([key(given.model, model.dtype, decoding, rows)])
+        (done,) = broadcast_object_list([key(model, decoding, rows)])
         parts = beside / "transcripts" / done
         parts.mkdir(parents=True, exist_ok=True)
         state.wait_for_everyone()

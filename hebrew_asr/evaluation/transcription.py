@@ -95,6 +95,8 @@ class Transcriber(Protocol):
 
     dtype: str
     decoding: Decoding
+    files: str
+    """What names the files that it was loaded from."""
 
     def features(self, waveform: np.ndarray) -> Any: ...
 
@@ -104,11 +106,29 @@ class Transcriber(Protocol):
 # --------------------------------------------------------------------------------------------------------------- Models
 def load_speech_model(name: str, decoding: Decoding, device: torch.device) -> Transcriber:
     """Loads a checkpoint by its kind; raises InputError for one that is not whole or does not transcribe."""
+    before = files_of(name)
+    model = load_by_kind(name, decoding, device)
+    after = files_of(name)
+    if not before.items() <= after.items():  # the Hub's are fetched while loading
+        raise InputError(f"{name} was replaced while it was loaded: start again")
+    model.files = json.dumps(after)
+    return model
+
+
+def files_of(name: str) -> dict[str, Any]:
+    """What tells a checkpoint's files from those that replace them: sizes, and times that nobody can set back."""
+    with checkpoint_problems(name):
+        folder = Path(transformers.utils.cached_file(name, "config.json")).parent
+        there = {path: path.stat() for path in sorted(folder.iterdir()) if path.is_file() and path.name != "README.md"}
+    return {str(path): [one.st_size, one.st_mtime_ns, one.st_ctime_ns] for path, one in there.items()}
+
+
+def load_by_kind(name: str, decoding: Decoding, device: torch.device) -> "QwenModel | PipelineModel":
     bf16 = decoding.dtype == "bfloat16" or (
         decoding.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(False)
     )
     with checkpoint_problems(name):
-        kind = transformers.AutoConfig.from_pretrained(name).model_type
+        kind = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
         if kind == "qwen3_asr":
             return QwenModel(name, decoding, device, bf16)
         if kind not in MODEL_FOR_CTC_MAPPING_NAMES and kind not in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES:
@@ -158,15 +178,18 @@ class PipelineModel:
         if decoding.context or decoding.temperature:
             raise InputError(f"{name}: only Qwen3-ASR takes a context, and is sampled from")
         self.decoding, self.dtype = decoding, "bfloat16" if bf16 else "float32"
-        is_ctc = transformers.AutoConfig.from_pretrained(name).model_type in MODEL_FOR_CTC_MAPPING_NAMES
+        known = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+        is_ctc = known in MODEL_FOR_CTC_MAPPING_NAMES
         kind = transformers.AutoModelForCTC if is_ctc else transformers.AutoModelForSpeechSeq2Seq
-        model, loaded = kind.from_pretrained(name, dtype=getattr(torch, self.dtype), output_loading_info=True)
+        model, loaded = kind.from_pretrained(
+            name, dtype=getattr(torch, self.dtype), output_loading_info=True, trust_remote_code=False
+        )
         check_whole(name, loaded)
         self.pipeline = transformers.pipeline(
             "automatic-speech-recognition",
             model=model,
-            tokenizer=transformers.AutoTokenizer.from_pretrained(name),
-            feature_extractor=transformers.AutoFeatureExtractor.from_pretrained(name),
+            tokenizer=transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False),
+            feature_extractor=transformers.AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False),
             device=device,
         )
         self.settings: dict[str, Any] = {}
@@ -250,14 +273,14 @@ def estimated_snr(waveform: np.ndarray) -> float | None:
 
 
 # --------------------------------------------------------------------------------------------------- Transcribing a set
-def key(name: str, dtype: str, decoding: Decoding, rows: SpeechRows) -> str:
-    """Names what transcripts depend on: the weights, the audio, how they are written, and the code between them."""
-    folder = Path(transformers.utils.cached_file(name, "config.json")).parent
-    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir()) if f.is_file()]
-    files = [file for file in files if file[0] != "README.md"]
+def key(model: Transcriber, decoding: Decoding, rows: SpeechRows) -> str:
+    """Names what transcripts depend on: the weights, the audio, how they are written, and the code between them.
+
+    The weights are those that were loaded, whatever has become of their files since.
+    """
     code = [transformers.__version__, *(Path(file).read_text(encoding="utf-8") for file in CODE)]
     audio = [rows.column("digest"), rows.column("end")]
-    return digest(json.dumps([str(folder), files, dtype, dataclasses.asdict(decoding), audio, code]).encode())
+    return digest(json.dumps([model.files, model.dtype, dataclasses.asdict(decoding), audio, code]).encode())
 
 
 def read_lines(folder: Path) -> Iterator[dict[str, Any]]:

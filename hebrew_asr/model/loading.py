@@ -20,7 +20,7 @@ from hebrew_asr.model.stages import Stage, check_stages, ever_trained
 def load_processor(name: str) -> Qwen3ASRProcessor:
     """The processor of a checkpoint (a folder or a Hub id, in either layout)."""
     with checkpoint_problems(name):
-        return transformers.AutoProcessor.from_pretrained(in_transformers_layout(name))
+        return transformers.AutoProcessor.from_pretrained(in_transformers_layout(name), trust_remote_code=False)
 
 
 def load_model(
@@ -42,7 +42,7 @@ def load_model(
     """
     with checkpoint_problems(name):
         folder = in_transformers_layout(name)
-        kind = transformers.AutoConfig.from_pretrained(folder).model_type
+        kind = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
         if kind != "qwen3_asr":
             raise InputError(
                 f"{name} is not a Qwen3-ASR checkpoint (model_type {kind}): use Qwen/Qwen3-ASR-1.7B-hf or"

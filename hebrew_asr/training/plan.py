@@ -354,7 +354,7 @@ def durations(config: Settings) -> tuple[np.ndarray, float, str]:
 def model_config(name: str) -> transformers.Qwen3ASRConfig:
     if Path(name).is_dir():
         with checkpoint_problems(name):
-            return transformers.AutoConfig.from_pretrained(in_transformers_layout(name))
+            return transformers.AutoConfig.from_pretrained(in_transformers_layout(name), trust_remote_code=False)
     if name not in (REAL_MODEL, REAL_MODEL.removesuffix("-hf")):  # the older layout has the same sizes
         raise InputError(f"--plan knows {REAL_MODEL} without downloading it; of {name} give a local folder")
     return real_config()

@@ -31,9 +31,10 @@ from hebrew_asr.errors import InputError
 from hebrew_asr.model.costs import Work
 from hebrew_asr.model.sharding import gather_for_others, sharded_like, whole
 from hebrew_asr.model.stages import Stage
+from hebrew_asr.processes import together
 from hebrew_asr.training.feed import Feed
 from hebrew_asr.training.moving_average import MovingAverage
-from hebrew_asr.training.run_folder import changes, find_checkpoint, first_line, note_failure
+from hebrew_asr.training.run_folder import changes, find_checkpoint, first_line, note_failure, settle
 from hebrew_asr.training.run_log import RunLog
 from hebrew_asr.training.settings import Settings
 from hebrew_asr.training.speed import Window
@@ -102,6 +103,7 @@ class ResumableTrainer(Trainer):
             self.run_log.say,
             self.checkpoint_written,
             lambda: self.uploader.in_use,
+            lambda: store.update_status(folder, failed_saves=self.writer.failures),
         )
         self.watch = Watch(
             self.args.process_index,
@@ -214,6 +216,25 @@ class ResumableTrainer(Trainer):
             tensors[AVERAGE] = self.moving_average.weights
         self.writer.save(step, tensors, documents, facts)
 
+    def save_last(self) -> None:
+        """Makes sure that the last step is on the disk, by a second attempt if need be; InputError on all processes."""
+        step, place = self.state.global_step, self.writer.parent
+        for is_last_attempt in (False, True):
+            self.writer.wait()
+            newest = store.newest_name(place)
+            if self.watch.gather(newest is not None and store.number_of(Path(newest)) == step)[0]:
+                return
+            if is_last_attempt:
+                break
+            self.saved_step = 0
+            self.save_checkpoint()
+        with together():
+            raise InputError(
+                f"the run is at its last step, {step}, which could not be saved ({self.writer.problem}); the newest"
+                f" checkpoint is {newest or 'none'}. Make room in {place}, or mend the disk: the same command goes on"
+                " from there"
+            )
+
     def checkpoint_written(self, checkpoint: Checkpoint) -> None:
         """Called in the writer's thread for each checkpoint that is on the disk."""
         facts = {"step": checkpoint.step, "checkpoint": checkpoint.folder.name, "failed_saves": self.writer.failures}
@@ -248,7 +269,7 @@ class ResumableTrainer(Trainer):
             setattr(self, name, state[name])
         self.last_train_loss = float("nan") if state["last_train_loss"] is None else state["last_train_loss"]
         self.best_wer = float("inf") if state["best_wer"] is None else state["best_wer"]
-        if self.best_step not in map(store.number_of, store.names(self.writer.parent)):
+        if self.best_step not in map(store.number_of, store.names(checkpoint.folder.parent)):
             self.best_wer, self.best_step = float("inf"), 0
         self.shuffle_anew(state["order"])
         self.restore_extra_state(state["streams"])
@@ -391,7 +412,7 @@ class ResumableTrainer(Trainer):
         order = self.order + 1
         self.unwrap()
         self.optimizer = None
-        self.resume(found)
+        self.resume(settle(found, self.writer.parent))
         self.shuffle_anew(order)
         self.bad_steps = 0
         self.run_log.say(f"warning: {problem}; back to step {found.step}, with data order {order}")
@@ -467,6 +488,7 @@ def train(trainer: ResumableTrainer) -> None:
                 trainer.train()
             if trainer.stopped:
                 raise Stopped
+            trainer.save_last()
             return
         except BadSteps as problem:
             trainer.go_back(problem)
@@ -484,14 +506,14 @@ def ends_early(trainer: ResumableTrainer):
     trainer.writer.wait()
     seconds = trainer.watch.seconds_left() - SECONDS_TO_LEAVE
     if run_log.is_main:
-        last = next(iter(store.names(trainer.writer.parent)), None)
-        where = f"checkpoint {last.name}" if last else "no checkpoint yet"
+        last = store.newest_name(trainer.writer.parent)
+        where = f"checkpoint {last}" if last else "no checkpoint yet"
         step, why = trainer.state.global_step, stop_name(trainer.stopped)
-        facts = {"step": step, "why": why, "checkpoint": last.name if last else None}
+        facts = {"step": step, "why": why, "checkpoint": last}
         store.write_status(run_log.folder, "preempted", **facts, **uploader.facts())
         run_log.say(f"stopped at step {step} ({why}), {where}; the same command goes on from there")
         if last and uploader.repo_id:
-            is_there = uploader.drain(seconds) and uploader.uploaded == last.name
+            is_there = uploader.drain(seconds) and uploader.uploaded == last
             state = "is on the Hub" if is_there else f"is not on the Hub, which has {uploader.uploaded or 'none'}"
             run_log.say(f"{where} {state}{'' if is_there or not uploader.problem else f' ({uploader.problem})'}")
             store.update_status(run_log.folder, on_hub=is_there, **uploader.facts())

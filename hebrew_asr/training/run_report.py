@@ -21,7 +21,11 @@ def report_data(folder: Path, data: TrainingData, eval_rows: SpeechRows, config:
     run_log.say(f"run folder {folder}")
     if run_log.is_main:
         listed = isinstance(data, SpeechRows)
-        for line in write_report(folder, data if listed else None, eval_rows, config):
+        try:
+            lines = write_report(folder, data if listed else None, eval_rows, config)
+        except OSError as error:
+            lines = [f"warning: the report on the corpora could not be written ({error})"]
+        for line in lines:
             run_log.say(line)
         for stream in [] if listed else data:
             run_log.say(f"streamed: {stream.source}, {stream.rows.num_shards} shards, read while training")
@@ -41,7 +45,10 @@ def describe_result(trainer: ResumableTrainer, final: dict[str, float]) -> None:
         settings=dataclasses.asdict(config),
         tags=config.tags,
     )
-    draw_curves(run_log.rows, trainer.stage_ends, trainer.panels, folder.parent / "curves.png")
+    try:
+        draw_curves(run_log.rows, trainer.stage_ends, trainer.panels, folder.parent / "curves.png")
+    except OSError as error:
+        run_log.say(f"warning: curves.png could not be written ({error})")
     for line in (
         *trainer.verdict(),
         *wer_summary(run_log.rows, trainer.stage_ends, trainer.stage.name),
