@@ -186,9 +186,7 @@ def test_json_holds_everything_and_is_read_back(seed):
     text = as_json(segments, {"file": "א.wav"})
     content = json.loads(text)
     assert content["file"] == "א.wav"
-    assert segments_of(content) == [
-        Segment(round(s.start, 3), round(s.end, 3), s.text, s.words) for s in segments
-    ]
+    assert segments_of(content) == [Segment(round(s.start, 3), round(s.end, 3), s.text, s.words) for s in segments]
     assert srt(segments_of(content)) == srt(segments)
 
 

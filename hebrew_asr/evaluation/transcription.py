@@ -143,11 +143,10 @@ class QwenModel:
             )
         tokens = [row[:limit] for row, limit in zip(generated.tolist(), limits, strict=True)]
         truncated = [not self.ends.intersection(row) for row in tokens]
-        parsed = self.processor.decode(tokens, return_format="parsed")
         prefilled = self.decoding.language
         return [
-            Transcript(output["transcription"] or "", None if prefilled else output["language"] or "", cut)
-            for output, cut in zip(parsed, truncated, strict=True)
+            Transcript(text, None if prefilled else language or "", cut)
+            for (language, text), cut in zip(self.prompts.read(tokens), truncated, strict=True)
         ]
 
 

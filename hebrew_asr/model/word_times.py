@@ -56,7 +56,7 @@ def kept_attention(
 def attention_to_audio(
     model: Qwen3ASRForConditionalGeneration, prompts: Prompts, features: np.ndarray, before: list[int], text: list[int]
 ) -> np.ndarray:
-    """How much each head looks at each audio position as it writes each token: (heads of all layers, tokens, positions).
+    """How much each head of all layers looks at the audio as it writes each token: (heads, tokens, positions).
 
     Args:
         features: log-mel (mel, frames) of the clip.
@@ -86,7 +86,7 @@ def monotonic_paths(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The best division of positions among words in their order, each with one position at least.
 
     Args:
-        scores: (heads, words, positions), what a position adds where it belongs to a word; no more words than positions.
+        scores: (heads, words, positions), what a position adds where it belongs to a word; words ≤ positions.
 
     Returns:
         The first position of each word (heads, words), and the sum of the scores along the path (heads,).
@@ -141,9 +141,7 @@ def position_start(position: int) -> float:
     return max(0.0, second + (place - 0.5) * POSITION_SECONDS)
 
 
-def within_speech(
-    starts: list[float], end: float, spans: list[tuple[float, float]]
-) -> list[tuple[float, float]]:
+def within_speech(starts: list[float], end: float, spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """(start, end) of words that begin at `starts`, without the pauses in them.
 
     A word that would begin in a pause begins after it; one that a pause follows ends where the pause begins. A word

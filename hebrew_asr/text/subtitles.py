@@ -3,6 +3,7 @@
 Pure functions. Times of words are seconds from the start of the recording; a cue's are whole milliseconds.
 """
 
+import itertools
 import json
 import unicodedata
 from collections.abc import Iterable
@@ -141,7 +142,7 @@ def make_cues(words: Iterable[Word]) -> list[Cue]:
     edges.reverse()
 
     cues, free = [], 0
-    for i, j in zip(edges, edges[1:], strict=False):
+    for i, j in itertools.pairwise(edges):
         start = max(starts[i], free)
         lines = lines_of(texts[i:j])
         to_read = 1000 * sum(map(len, lines)) // READING_SPEED
