@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import io
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,9 @@ def parse(argv: list[str]) -> tuple[TranscribeConfig, bool]:
     parser.add_argument("--channel", type=int, help="of recordings with several, from 0; without, their average")
     parser.add_argument("--no_word_times", action="store_true", help="times of segments only, which is faster")
     parser.add_argument("--overwrite", action="store_true", help="replace files that this command did not write")
-    parser.add_argument("--num_workers", type=int, default=4, help="processes that read recordings")
+    parser.add_argument(
+        "--num_workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that read recordings"
+    )
     helps = {"language": "given to the model, as Hebrew; without, it names the language itself"}
     helps |= {"context": "hot words: names and terms that may be said"}
     kinds = {int: int, int | None: int, float: float}

@@ -7,14 +7,19 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-SAMPLE_RATE = 16_000  # Hz, of every waveform here
+from hebrew_asr.data.audio import SAMPLE_RATE
+
 FRAME = 512  # samples that silero-vad judges at once: 32 ms
 SPEECH = 0.3  # probability from which a frame is speech; silero-vad's own 0.5 loses the ends of words
 LEAST_SPEECH = 0.1  # seconds; a shorter span is a click
 LEAST_PAUSE = 0.1  # seconds; a shorter one is the closure of a plosive
+SURE_SPEECH = 0.5  # the same where no speech is to be heard between two utterances
 MARGIN = 0.2  # seconds kept around speech, for sounds that begin or end softly
 LONGEST_PAUSE = 2.0  # seconds; a longer one is in no piece
 SMOOTHED_FRAMES = 5  # averaged where speech has to be cut: 160 ms
+QUIET = 160  # samples in which loudness is measured: 10 ms
+LATE = 0.25  # seconds that a span may begin after the first sound of its speech
+ONSET = 0.2  # of the way from the pause's loudness to the speech's, in decibels
 
 Span = tuple[float, float]  # start and end in seconds
 
@@ -38,16 +43,16 @@ def speech_probabilities(waveform: np.ndarray) -> np.ndarray:
     return network().audio_forward(torch.from_numpy(waveform)[None], SAMPLE_RATE)[0].numpy()
 
 
-def spans_of(probabilities: np.ndarray, samples: int) -> list[Span]:
+def spans_of(probabilities: np.ndarray, samples: int, threshold: float = SPEECH, margin: float = MARGIN) -> list[Span]:
     from silero_vad.utils_vad import get_speech_timestamps_from_probs
 
     spans = get_speech_timestamps_from_probs(
         probabilities.tolist(),
-        threshold=SPEECH,
+        threshold=threshold,
         sampling_rate=SAMPLE_RATE,
         min_speech_duration_ms=round(1000 * LEAST_SPEECH),
         min_silence_duration_ms=round(1000 * LEAST_PAUSE),
-        speech_pad_ms=round(1000 * MARGIN),
+        speech_pad_ms=round(1000 * margin),
         audio_length_samples=samples,
     )
     return [(span["start"] / SAMPLE_RATE, span["end"] / SAMPLE_RATE) for span in spans]
@@ -62,6 +67,30 @@ def speech_spans(waveform: np.ndarray, longest: float = float("inf")) -> list[Sp
     probabilities = speech_probabilities(waveform)
     spans = spans_of(probabilities, len(waveform))
     return [part for span in spans for part in split(probabilities, *span, longest)]
+
+
+def utterances(waveform: np.ndarray, longest: float, threshold: float = SURE_SPEECH) -> list[Span]:
+    """The stretches of speech as `speech_spans`, each from its onset to its end, without the pause around it.
+
+    Where a span begins, silero-vad is late by up to 0.2 s, and a model that learnt from clips without a pause before
+    the first word mishears one that has it. So each begins where loudness first leaves that of the pause before it.
+    """
+    probabilities = speech_probabilities(waveform)
+    spans = spans_of(probabilities, len(waveform), threshold, margin=0.0)
+    spans = [part for span in spans for part in split(probabilities, *span, longest - LATE)]
+    power = np.square(waveform[: len(waveform) // QUIET * QUIET], dtype=np.float64).reshape(-1, QUIET).mean(axis=1)
+    power += 1e-10
+    tight: list[Span] = []
+    for start, end in spans:
+        earliest = max(start - LATE, tight[-1][1] if tight else 0.0)
+        first, middle, last = (int(time * SAMPLE_RATE / QUIET) for time in (earliest, start, end))
+        loud = np.percentile(power[middle:last], 80)
+        pause = power[max(0, middle - 2 * int(LATE * SAMPLE_RATE / QUIET)) : middle + 1]
+        quiet = max(np.percentile(pause, 20), loud * 1e-4)
+        before = power[first:middle] > quiet * (loud / quiet) ** ONSET
+        onset = first + int(np.argmax(before)) if before.any() else middle  # a tone may be louder than speech
+        tight.append((max(earliest, onset * QUIET / SAMPLE_RATE), end))
+    return tight
 
 
 def split(probabilities: np.ndarray, start: float, end: float, longest: float) -> list[Span]:

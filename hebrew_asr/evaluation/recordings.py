@@ -41,6 +41,10 @@ from hebrew_asr.model import word_times
 from hebrew_asr.processes import in_processes
 from hebrew_asr.text.subtitles import WRITERS, Segment, Word, as_json, segments_of
 
+Span = tuple[float, float]  # start and end in seconds
+
+LEAD_SECONDS = 0.05  # kept before speech
+EDGE_SECONDS = 0.3  # before the first and after the last speech of a recording, which are kept
 FORMATS = ("text", "json", "srt", "vtt", "tsv")
 BATCHES_AT_ONCE = 8  # collected before the longest of them is transcribed
 PROGRESS = "transcribing: {percentage:3.0f}% {bar} {elapsed} so far, {remaining} left{postfix}"
@@ -207,9 +211,8 @@ class Heard:
     problem: str | None = None
     record: dict[str, Any] | None = None
     """The transcript, where it is on the disk already."""
-    pieces: list[tuple[float, float]] = field(default_factory=list)
-    """(start, end) of each, in seconds."""
-    spans: list[list[tuple[float, float]]] = field(default_factory=list)
+    pieces: list[Span] = field(default_factory=list)
+    spans: list[list[Span]] = field(default_factory=list)
     """Of each piece, the stretches of speech, from the piece's start."""
     features: list[Any] = field(default_factory=list)
     done: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -255,13 +258,34 @@ def hear(job: Job, model: Transcriber, settings_key: str, config: TranscribeConf
         heard.problem = f"cannot be read: {error.strerror}"
         return heard
     heard.seconds = len(waveform) / SAMPLE_RATE
-    heard.pieces = voice.cut(waveform, config.decoding.longest_seconds)
-    for place, (start, end) in enumerate(heard.pieces):
-        samples = waveform[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
-        is_done = place in heard.done
-        heard.features.append(None if is_done else model.features(samples))
-        heard.spans.append(voice.speech_spans(samples) if config.word_times and not is_done else [])
+    for place, (piece, spans) in enumerate(pieces_of(waveform, config.decoding.longest_seconds)):
+        heard.pieces.append(piece)
+        heard.spans.append(spans)
+        samples = None if place in heard.done else stretch(waveform, *piece)
+        heard.features.append(None if samples is None else model.features(samples))
     return heard
+
+
+def stretch(waveform: np.ndarray, start: float, end: float) -> np.ndarray:
+    return waveform[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
+
+
+def pieces_of(waveform: np.ndarray, longest: float) -> Iterator[tuple[Span, list[Span]]]:
+    """What is transcribed of a waveform (samples,), and the stretches of speech in each piece, from its start.
+
+    A piece begins and ends with its speech: a model may mishear a first word after a pause that it was not trained on.
+    Near the recording's own ends it goes to them, so that a clip of one utterance is heard as it is.
+    """
+    seconds = len(waveform) / SAMPLE_RATE
+    for start, end in voice.cut(waveform, longest):
+        spans = voice.utterances(stretch(waveform, start, end), longest, voice.SPEECH) or [(0.0, end - start)]
+        spans = [(start + a, start + b) for a, b in spans]
+        first, last = spans[0][0] - LEAD_SECONDS, spans[-1][1]
+        first = 0.0 if first < EDGE_SECONDS else first
+        last = seconds if last > seconds - EDGE_SECONDS else last
+        if last - first <= longest:
+            start, end = first, last
+        yield (start, end), [(a - start, b - start) for a, b in spans]
 
 
 def read_unfinished(file: Path, key: str) -> Iterator[dict[str, Any]]:
@@ -280,7 +304,7 @@ def read_unfinished(file: Path, key: str) -> Iterator[dict[str, Any]]:
 
 
 def words_at(
-    model: Transcriber, features: Any, transcript: Transcript, seconds: float, spans: list[tuple[float, float]]
+    model: Transcriber, features: Any, transcript: Transcript, seconds: float, spans: list[Span]
 ) -> list[Word] | None:
     """A piece's words with their times from its start; None where the model does not tell them."""
     starts = model.word_starts(features, transcript)
