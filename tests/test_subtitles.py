@@ -77,7 +77,7 @@ def test_no_cue_is_late_where_some_partition_has_none_late(seed):
 
     def punctual(parts) -> bool:
         for i, j in parts:
-            if lines_of([w.text for w in words[i:j]]) is None:
+            if not lines_of([w.text for w in words[i:j]]):
                 return False
             if j - i > 1 and round(1000 * words[j - 1].end) - round(1000 * words[i].start) > 7000:
                 return False
@@ -134,7 +134,7 @@ def test_two_lines_are_balanced_and_break_at_punctuation():
     assert lines_of("הילד אכל תפוח".split()) == ("הילד אכל תפוח",)
     first, second = lines_of("הילד הקטן אכל תפוח ירוק, והמורה קנה ספר חדש בחנות".split())
     assert (first, second) == ("הילד הקטן אכל תפוח ירוק,", "והמורה קנה ספר חדש בחנות")
-    assert lines_of(["א" * 42, "ב" * 42, "ג"]) is None
+    assert lines_of(["א" * 42, "ב" * 42, "ג"]) == ()
 
 
 @pytest.mark.parametrize(

@@ -391,6 +391,29 @@ def test_one_bad_recording_does_not_end_the_rest(tmp_path, spoken, capsys):
     assert "times as fast as it was said" in out
 
 
+def test_what_cannot_be_written_is_not_transcribed_first(tmp_path, spoken, one_start):
+    (clip,) = save(tmp_path, spoken, 1)
+    (tmp_path / "file").touch()
+    ((found,), *_) = run(settings(clip, output_dir=str(tmp_path / "file" / "out")))
+    assert "cannot be written to" in found.problem and not one_start
+
+
+def test_a_piece_that_does_not_fit_the_memory_is_its_recordings_problem(tmp_path, spoken, monkeypatch):
+    clips = save(tmp_path, [spoken[2], spoken[11]], 2)
+    longest = len(spoken[2]["wave"]) / RATE
+    transcribe_batch = QwenModel.transcribe
+
+    def small(self, features, seconds):
+        if max(seconds) > longest - 0.1:
+            raise torch.OutOfMemoryError
+        return transcribe_batch(self, features, seconds)
+
+    monkeypatch.setattr(QwenModel, "transcribe", small)
+    found = transcribe(clips, str(DEMO / "tuned"), dtype="float32")
+    assert "do not fit the memory" in found[0].problem
+    assert found[1].text == spoken[11]["text"], "of the same batch, in halves"
+
+
 def test_a_file_that_is_being_written_is_named(tmp_path, spoken, monkeypatch):
     (clip,) = save(tmp_path, spoken, 1, "wav")
     decode = recordings.decode_audio

@@ -186,6 +186,14 @@ def read_record(file: Path) -> dict[str, Any] | None:
     return content if is_ours else None
 
 
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, or the folder itself."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return place.is_dir() and os.access(place, os.W_OK)
+
+
 def in_the_way(job: Job, kinds: Iterable[str], record: dict[str, Any] | None) -> Path | None:
     """A file where a transcript is to be written that this command did not write as it is now."""
     for kind in kinds:
@@ -248,6 +256,9 @@ def hear(job: Job, model: Transcriber, settings_key: str, config: TranscribeConf
             kinds = {*config.formats, "json"}
             if not config.overwrite and (file := in_the_way(job, kinds, record)):
                 heard.problem = f"{file} was not written by this command, or was changed since: move it, or --overwrite"
+                return heard
+            if not is_writable(job.target.parent):
+                heard.problem = f"{job.target.parent} cannot be written to: give an --output_dir that can"
                 return heard
             heard.done = {line["place"]: line for line in read_unfinished(job.unfinished, heard.key)}
         waveform = decoded(job.file, config.channel, before)
@@ -353,20 +364,21 @@ def append(file: Path, line: dict[str, Any]) -> None:
 def whole(job: Job, heard: Heard, language: str | None) -> Recording:
     """A recording whose pieces are all done."""
     recording = Recording(job.file, seconds=heard.seconds)
-    languages: Counter[str | None] = Counter()
+    languages: dict[str | None, float] = {}  # seconds of each
     for place, (start, end) in enumerate(heard.pieces):
         transcript = Transcript(*heard.done[place]["transcript"])
         recording.truncated += bool(transcript.truncated)
         text = " ".join(transcript.text.split())
         if not text:
             continue
-        languages[transcript.language or None] += end - start
+        named = transcript.language or None
+        languages[named] = languages.get(named, 0.0) + end - start
         words = heard.done[place]["words"]
         if words is not None:
             words = [Word(word, start + a, start + b) for word, a, b in words]
         recording.segments.append(Segment(start, end, text, words))
     if languages:
-        recording.language = language or languages.most_common(1)[0][0]
+        recording.language = language or max(languages, key=lambda named: languages[named])
     return recording
 
 
@@ -402,6 +414,7 @@ class Run:
         self.recordings: dict[int, Recording] = {}
         self.waiting: dict[int, Heard] = {}
         self.seconds = 0.0  # of audio transcribed by this call
+        self.total = sum(job.size for job in jobs)  # bytes that the bar counts
 
     def add(self, number: int, heard: Heard) -> None:
         """Takes a recording that was heard; transcribes those that wait once they are enough."""
@@ -448,7 +461,8 @@ class Run:
         if heard and kinds:
             self.on_disk(number, lambda: write(job, recording, heard.key, set(kinds), heard.record))
         if not heard or heard.record or not heard.pieces:
-            self.bar.total -= job.size  # nothing was to be transcribed: it says nothing of the time left
+            self.total -= job.size  # nothing was to be transcribed: it says nothing of the time left
+            self.bar.total = self.total
             self.bar.refresh()
         self.bar.set_postfix_str(f"{len(self.recordings)}/{len(self.jobs)} recordings")
 

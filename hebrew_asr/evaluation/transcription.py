@@ -322,8 +322,9 @@ def transcribe_set(
     ):
         file.write("\n" if file.tell() else "")  # after a torn line
         for batch, heard in zip(left, in_processes(left, hear, workers), strict=True):
-            transcripts = transcribe_as_it_fits(model, [features for features, _ in heard], [p.seconds for p in batch])
-            if None in transcripts:
+            found = transcribe_as_it_fits(model, [features for features, _ in heard], [p.seconds for p in batch])
+            transcripts = [transcript for transcript in found if transcript is not None]
+            if len(transcripts) < len(batch):
                 raise torch.OutOfMemoryError(
                     f"{batch[0].seconds:.0f} s of audio do not fit the memory alone: lower longest_seconds"
                 )

@@ -7,7 +7,7 @@ that looks elsewhere has no good path. Nothing is trained, and no language is as
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ def word_tokens(prompts: Prompts, text: str) -> tuple[list[int], np.ndarray]:
 @contextlib.contextmanager
 def kept_attention(
     model: Qwen3ASRForConditionalGeneration, queries: slice, keys: slice
-) -> Iterator[list[torch.Tensor]]:
+) -> Generator[list[torch.Tensor], None, None]:
     """Collects the language model's attention weights in its block: (heads, queries, keys) of each layer.
 
     They are computed explicitly meanwhile; fused attention does not give them.

@@ -86,15 +86,15 @@ def short_enough(words: Iterable[Word]) -> list[Word]:
     return parts
 
 
-def lines_of(words: list[str]) -> tuple[str, ...] | None:
-    """One line, or two of about the same length, the first ending at punctuation where that is near; None: too long."""
+def lines_of(words: list[str]) -> tuple[str, ...]:
+    """One line, or two of about the same length, the first ending at punctuation where that is near; none: too long."""
     whole = " ".join(words)
     if len(whole) <= LINE_CHARACTERS:
         return (whole,)
     pairs = [(" ".join(words[:i]), " ".join(words[i:])) for i in range(1, len(words))]
     fitting = [pair for pair in pairs if max(map(len, pair)) <= LINE_CHARACTERS]
     if not fitting:
-        return None
+        return ()
     return min(fitting, key=lambda pair: abs(len(pair[0]) - len(pair[1])) - 10 * (ends(pair[0]) != "none"))
 
 
@@ -130,7 +130,7 @@ def make_cues(words: Iterable[Word]) -> list[Cue]:
             alone = i == j - 1
             if not alone:
                 inside += PAUSE_COST * pauses[i] + SENTENCE_INSIDE_COST * (closes[i] == "sentence")
-                is_too_long = finishes[j - 1] - starts[i] > LONGEST_MS or lines_of(texts[i:j]) is None
+                is_too_long = finishes[j - 1] - starts[i] > LONGEST_MS or not lines_of(texts[i:j])
                 if is_too_long:
                     break
             room = starts[j] - starts[i] if j < len(timed) else SHORTEST_MS
