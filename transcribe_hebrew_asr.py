@@ -1,7 +1,7 @@
 """Transcribes recordings: text, subtitles, and everything that is known as JSON.
 
-    uv run transcribe_hebrew_asr.py --model runs/NAME/final_model interview.m4a
-    uv run transcribe_hebrew_asr.py --model OWNER/NAME recordings/ --formats text,srt,vtt --output_dir transcripts
+    uv run transcribe_hebrew_asr.py interview.m4a --model runs/NAME/final_model
+    uv run transcribe_hebrew_asr.py recordings/ --model OWNER/NAME --formats text srt vtt --output_dir transcripts
     uv run transcribe_hebrew_asr.py --demo                          the demo's checkpoint and clips, no GPU
 
 Any format of sound or video, any length; folders with all that is in them. Transcripts stand beside each recording, or
@@ -9,20 +9,17 @@ in `--output_dir`. The same command goes on where it was interrupted. A recordin
 at the end, the rest is done, and the exit status is 1.
 """
 
-import argparse
-import dataclasses
 import io
-import math
-import os
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
 import soundfile
 
+from hebrew_asr.command_line import parse_config
 from hebrew_asr.errors import InputError
-from hebrew_asr.evaluation.recordings import FORMATS, Recording, TranscribeConfig, run
-from hebrew_asr.evaluation.transcription import Decoding
+from hebrew_asr.evaluation.recordings import Recording, TranscribeConfig, run
 from hebrew_asr.files import DEMO
 from hebrew_asr.processes import launch, quiet_libraries
 
@@ -30,64 +27,15 @@ MOST_NAMED = 20  # problems in the message at the end
 DEMO_PAUSE_SECONDS = 2.5  # between the sentences of the demo's long recording
 
 
-def parse(argv: list[str]) -> tuple[TranscribeConfig, bool]:
-    """Reads the command line: the settings, and whether the demo's own clips are to be transcribed."""
-    parser = argparse.ArgumentParser(
-        "transcribe_hebrew_asr.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("paths", nargs="*", metavar="FILE|FOLDER")
-    parser.add_argument("--model", help="a folder or a Hub id")
-    parser.add_argument("--demo", action="store_true", help="the demo's checkpoint; without a path, its clips too")
-    parser.add_argument("--formats", default="text,srt", help=f"of {','.join(FORMATS)}; the JSON is always written")
-    parser.add_argument("--output_dir", help="for the transcripts; without, they stand beside each recording")
-    parser.add_argument("--channel", type=int, help="of recordings with several, from 0; without, their average")
-    parser.add_argument("--no_word_times", action="store_true", help="times of segments only, which is faster")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that this command did not write")
-    parser.add_argument(
-        "--num_workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that read recordings"
-    )
-    helps = {"language": "given to the model, as Hebrew; without, it names the language itself"}
-    helps |= {"context": "hot words: names and terms that may be said"}
-    kinds = {int: int, int | None: int, float: float}
-    for one in dataclasses.fields(Decoding):
-        kind = kinds.get(one.type, str)
-        parser.add_argument(f"--{one.name}", type=kind, default=one.default, help=helps.get(one.name))
-    given = parser.parse_args(argv)
-    check(given)
-    decoding = Decoding(**{one.name: getattr(given, one.name) for one in dataclasses.fields(Decoding)})
-    config = TranscribeConfig(
-        paths=given.paths,
-        model=given.model or str(DEMO / "tuned"),
-        formats=[kind.strip() for kind in given.formats.split(",")],
-        output_dir=given.output_dir,
-        channel=given.channel,
-        word_times=not given.no_word_times,
-        overwrite=given.overwrite,
-        num_workers=given.num_workers,
-        decoding=decoding,
-    )
-    return config, given.demo and not given.paths
+def demo() -> TranscribeConfig:
+    return TranscribeConfig(model=str(DEMO / "tuned"), num_workers=0)
 
 
-def check(given: argparse.Namespace) -> None:
-    """Raises InputError for what cannot mean anything."""
-    if not (given.model or given.demo):
-        raise InputError("give the checkpoint: --model FOLDER, a Hub id, or --demo")
-    if given.model and given.demo:
-        raise InputError("--demo has its own checkpoint: leave --model out")
-    if not (given.paths or given.demo):
-        raise InputError("give files or folders to transcribe")
-    least = {"longest_seconds": 1, "batch_seconds": 0, "num_beams": 1, "num_workers": 0, "max_new_tokens": 1}
-    least |= {"channel": 0, "temperature": 0}
-    for name, low in least.items():
-        value = getattr(given, name)
-        if value is not None and not (low <= value < math.inf):
-            raise InputError(f"{name} must be a number from {low} up, got {value}")
-    if given.dtype not in ("auto", "bfloat16", "float32"):
-        raise InputError(f"dtype is {given.dtype!r}, must be auto, bfloat16 or float32")
+def parse(argv: list[str]) -> TranscribeConfig:
+    """Reads the command line, whose words before the first option are paths; raises InputError."""
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    options = argv[len(words) :]
+    return parse_config([*(["--paths", *words] if words else []), *options], TranscribeConfig(), demo, __doc__)
 
 
 def write_demo_clips(folder: Path) -> None:
@@ -123,12 +71,13 @@ def summary(recordings: list[Recording], seconds: float, took: float) -> list[st
 
 
 def command(argv: list[str]) -> None:
-    config, is_demo = parse(argv)
+    config = parse(argv)
+    is_demo = "--demo" in argv and not config.paths
     quiet_libraries(is_main=True)
     if is_demo:
         clips = Path(config.output_dir or "runs/transcripts-demo")
         write_demo_clips(clips)
-        config.paths, config.output_dir, config.num_workers = [str(clips)], None, 0
+        config.paths, config.output_dir = [str(clips)], None
     recordings, seconds, took = run(config)
     for recording in recordings:
         if recording.text and (is_demo or len(recordings) == 1):

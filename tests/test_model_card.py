@@ -82,7 +82,7 @@ def test_the_card_shows_no_folder_of_this_machine(place):
         and "| heldout | 12.0 | 12.00" in card
         and 'model_id, file, longest = "final_model"' in card
     )
-    assert "transcribe_hebrew_asr.py --model final_model" in card
+    assert "transcribe_hebrew_asr.py FILE_OR_FOLDER --model final_model" in card
     settings = settings_of(card)
     assert settings["model_name_or_path"] == "base" and settings["train_sources"] == [{"path": "corpus"}]
     assert settings["text_rules"] == {"quote_style": "/"} and settings["language"] == "Hebrew"

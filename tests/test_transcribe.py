@@ -64,8 +64,8 @@ def one_start(model, monkeypatch):
 
 
 def settings(*paths: Path, **given) -> TranscribeConfig:
-    decoding = Decoding(dtype="float32", **given.pop("decoding", {}))
-    return TranscribeConfig([str(p) for p in paths], str(DEMO / "tuned"), num_workers=0, decoding=decoding, **given)
+    given = {"num_workers": 0, "dtype": "float32", "model": str(DEMO / "tuned")} | given
+    return TranscribeConfig(paths=[str(path) for path in paths], **given)
 
 
 def save(folder: Path, clips: list[dict], count: int, suffix: str = "opus") -> list[Path]:
@@ -260,7 +260,7 @@ def test_what_is_done_is_not_done_again(tmp_path, spoken, one_start):
     changed, *_ = run(settings(tmp_path, formats=["text"]))
     assert len(one_start) == 4 and changed[0].text != before[0].text
     assert (tmp_path / "clip-0.txt").read_text(encoding="utf-8").strip() == changed[0].text
-    run(settings(tmp_path, formats=["text"], decoding={"num_beams": 2}))
+    run(settings(tmp_path, formats=["text"], num_beams=2))
     assert len(one_start) == 7, "another setting"
 
 
@@ -284,7 +284,7 @@ def test_a_recording_goes_on_where_it_was_interrupted(tmp_path, spoken, one_star
     for folder in ("whole", "cut"):
         (tmp_path / folder).mkdir()
         soundfile.write(tmp_path / folder / "long.flac", long, RATE)
-    given = {"formats": ["srt"], "decoding": {"batch_seconds": 1.0}}  # a piece at once
+    given = {"formats": ["srt"], "batch_seconds": 1.0}  # a piece at once
     run(settings(tmp_path / "whole", **given))
 
     heard, listen = len(one_start), QwenModel.transcribe
@@ -433,11 +433,10 @@ def test_a_file_that_is_being_written_is_named(tmp_path, spoken, monkeypatch):
     [
         (["a.wav"], "give the checkpoint"),
         (["--model", "x"], "give files or folders"),
-        (["a.wav", "--demo", "--model", "x"], "leave --model out"),
-        (["a.wav", "--demo", "--formats", "doc"], "format 'doc' is not known"),
-        (["a.wav", "--demo", "--longest_seconds", "0"], "longest_seconds must be a number from 1 up"),
-        (["a.wav", "--demo", "--channel", "-1"], "channel must be a number from 0 up"),
-        (["a.wav", "--demo", "--dtype", "int8"], "must be auto, bfloat16 or float32"),
+        (["a.wav", "--demo", "--formats", "doc"], "formats"),
+        (["a.wav", "--demo", "--longest_seconds", "0"], "longest_seconds"),
+        (["a.wav", "--demo", "--channel", "-1"], "channel"),
+        (["a.wav", "--demo", "--chanel", "1"], "did you mean --channel"),
     ],
 )
 def test_settings_that_cannot_mean_anything_are_refused(argv, message):

@@ -38,7 +38,7 @@ Recordings of any length, folders of them, subtitles and the times of words: the
 and a function for them.
 
 ```
-uv run transcribe_hebrew_asr.py --model {model_id} FILE_OR_FOLDER
+uv run transcribe_hebrew_asr.py FILE_OR_FOLDER --model {model_id}
 ```
 """
 

@@ -27,7 +27,7 @@ PAGE_BYTES = 19_500_000  # audio is embedded up to it, the worst first
 WIDEST = 150  # % of WER that the plot with intervals goes to; what is worse is marked at its edge
 WHOLE, CONTEXT = 12, 4  # right words in a row that are shown whole, and those kept at the ends of a longer run
 CELLS, CELL_CHARACTERS = 120, 160  # of a transcript's difference; more is counted, not shown
-# Okabe and Ito's colours, which the colour-blind can tell apart, on light and on dark; and shapes, since colour alone is
+# Okabe and Ito's colours on light and on dark, which the colour-blind can tell apart, and shapes, since colour alone is
 # not enough
 COLOURS = (
     ("#0072b2", "#4da3dc"),

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import transformers
 from tqdm.auto import tqdm
 
+from hebrew_asr.command_line import Range
 from hebrew_asr.data import decoding as decoding_module
 from hebrew_asr.data import voice
 from hebrew_asr.data.decoding import AUDIO_SUFFIXES, SAMPLE_RATE, AudioError, decode_audio
@@ -46,31 +47,36 @@ Span = tuple[float, float]  # start and end in seconds
 LEAD_SECONDS = 0.05  # kept before speech
 EDGE_SECONDS = 0.3  # before the first and after the last speech of a recording, which are kept
 FORMATS = ("text", "json", "srt", "vtt", "tsv")
+# of a config, on what the model writes
+WITHOUT_EFFECT = {"paths", "model", "formats", "output_dir", "overwrite", "num_workers", "batch_seconds"}
 BATCHES_AT_ONCE = 8  # collected before the longest of them is transcribed
 PROGRESS = "transcribing: {percentage:3.0f}% {bar} {elapsed} so far, {remaining} left{postfix}"
 CODE = (__file__, voice.__file__, decoding_module.__file__, word_times.__file__, *transcription.CODE)
 
 
 @dataclass
-class TranscribeConfig:
+class TranscribeConfig(Decoding):
     """What is transcribed, and what becomes of it."""
 
+    # Recordings
     paths: list[str] = field(default_factory=list)
-    """Files, and folders with all that is in them."""
-    model: str = ""
+    """Files of sound or video, and folders with all that is in them; as words before the first option too."""
+    model: str | None = None
     """A folder or a Hub id."""
-    formats: list[str] = field(default_factory=lambda: ["text", "srt"])
-    """Of FORMATS; the JSON is always written. None at all: nothing is written, and nothing is kept."""
+    channel: Annotated[int, Range(0)] | None = None
+    """Of recordings with several, from 0; null: their average."""
+
+    # Transcripts
+    formats: list[Literal["text", "json", "srt", "vtt", "tsv"]] = field(default_factory=lambda: ["text", "srt"])
+    """The JSON is always written. An empty list: nothing is written, and nothing is kept."""
     output_dir: str | None = None
-    """None: beside each recording."""
-    channel: int | None = None
-    """Of recordings with several, from 0; None: their average."""
+    """null: beside each recording."""
     word_times: bool = True
-    """Only Qwen3-ASR has them; without, subtitles spread a piece's text over it by its characters."""
+    """Only Qwen3-ASR has them; without, subtitles spread a segment's text over it by its characters."""
     overwrite: bool = False
-    """Replace files that are not this command's, or that were changed since."""
-    num_workers: int = 4
-    decoding: Decoding = field(default_factory=Decoding)
+    """Replace files that this command did not write, or that were changed since."""
+    num_workers: Annotated[int, Range(0)] = 4
+    """Processes that read and cut recordings."""
 
 
 @dataclass
@@ -170,8 +176,7 @@ def model_key(name: str, dtype: str, config: TranscribeConfig) -> str:
     """Names what transcripts depend on beside the audio: the model's content, the settings, and the code."""
     folder = Path(transformers.utils.cached_file(name, "config.json")).parent
     files = [(f.name, sha256(f)) for f in sorted(folder.iterdir()) if f.is_file() and f.name != "README.md"]
-    settings = dataclasses.asdict(config.decoding) | {"channel": config.channel, "word_times": config.word_times}
-    del settings["batch_seconds"]
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in WITHOUT_EFFECT}
     code = [version("transformers"), version("silero-vad"), *(Path(file).read_text(encoding="utf-8") for file in CODE)]
     return digest(json.dumps([files, dtype, settings, code]).encode())
 
@@ -269,7 +274,7 @@ def hear(job: Job, model: Transcriber, settings_key: str, config: TranscribeConf
         heard.problem = f"cannot be read: {error.strerror}"
         return heard
     heard.seconds = len(waveform) / SAMPLE_RATE
-    for place, (piece, spans) in enumerate(pieces_of(waveform, config.decoding.longest_seconds)):
+    for place, (piece, spans) in enumerate(pieces_of(waveform, config.longest_seconds)):
         heard.pieces.append(piece)
         heard.spans.append(spans)
         samples = None if place in heard.done else stretch(waveform, *piece)
@@ -340,7 +345,7 @@ def transcribe_pieces(
         for place, (start, end) in enumerate(one.pieces)
         if place not in one.done
     ]
-    for batch in batches_of(pieces, config.decoding.batch_seconds):
+    for batch in batches_of(pieces, config.batch_seconds):
         features = [heard[piece.number].features[piece.place] for piece in batch]
         transcripts = transcribe_as_it_fits(model, features, [piece.seconds for piece in batch])
         for piece, clip, transcript in zip(batch, features, transcripts, strict=True):
@@ -427,7 +432,7 @@ class Run:
         else:
             self.waiting[number] = heard
             waits = sum(end - start for one in self.waiting.values() for start, end in one.pieces)
-            if waits >= BATCHES_AT_ONCE * self.config.decoding.batch_seconds:
+            if waits >= BATCHES_AT_ONCE * self.config.batch_seconds:
                 self.transcribe()
 
     def transcribe(self) -> None:
@@ -451,7 +456,7 @@ class Run:
     def end_if_done(self, number: int) -> None:
         job, heard = self.jobs[number], self.waiting[number]
         if len(heard.done) == len(heard.pieces) and number not in self.recordings:
-            recording = whole(job, heard, self.config.decoding.language)
+            recording = whole(job, heard, self.config.language)
             self.end(number, recording, heard, set(self.config.formats))
 
     def end(self, number: int, recording: Recording, heard: Heard | None = None, kinds: Iterable[str] = ()) -> None:
@@ -496,9 +501,11 @@ def run(config: TranscribeConfig, shows_progress: bool = True) -> tuple[list[Rec
         raise InputError(f"format {unknown[0]!r} is not known: give some of {', '.join(FORMATS)}")
     if not config.paths:
         raise InputError("give files or folders to transcribe")
+    if config.model is None:
+        raise InputError("give the checkpoint: --model FOLDER, a Hub id, or --demo")
     jobs, problems = find_jobs(config.paths, config.output_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_speech_model(config.model, config.decoding, device)
+    model = load_speech_model(config.model, config, device)
     settings_key = model_key(config.model, model.dtype, config) if config.formats else ""
 
     began = time.perf_counter()
@@ -550,6 +557,8 @@ def transcribe(
         channel=channel,
         word_times=word_times,
         num_workers=num_workers,
-        decoding=Decoding(language=language, context=context, **decoding),
+        language=language,
+        context=context,
+        **decoding,
     )
     return run(config, shows_progress=False)[0]
