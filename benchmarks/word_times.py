@@ -6,7 +6,7 @@
 espeak-ng says at which sample each word begins. Sentences are of the demo's words, in voices that the checkpoint has
 not heard. Measured are all words of a piece but the first, which begins with the piece; once with the true text, and
 once with what the checkpoint wrote, of which the right words count. Beside the attention's times stand those of
-spreading the text over the clip by its characters.
+spreading the text over the clip by its characters. At the end, what cutting a recording by voice activity costs in WER.
 """
 
 import argparse
@@ -22,8 +22,10 @@ import soxr
 import torch
 
 from hebrew_asr.data.utterances import log_mel
+from hebrew_asr.evaluation.recordings import pieces_of
 from hebrew_asr.evaluation.transcription import Decoding, QwenModel
 from hebrew_asr.model.word_times import align, within_speech
+from hebrew_asr.text.scoring import score
 from hebrew_asr.text.subtitles import spread
 
 DEMO = Path(__file__).parent.parent / "demo"
@@ -41,6 +43,7 @@ from speech import (  # noqa: E402 - found in demo/
 
 SEED = 7
 PAUSE_SECONDS = 0.5  # between two sentences of a piece
+RECORDING_PAUSE_SECONDS = 3.0  # between those of a recording
 Spoken = tuple[np.ndarray, str, list[float], list[tuple[float, float]]]  # wave, text, word starts, stretches of speech
 
 
@@ -122,6 +125,24 @@ def errors(model: QwenModel, clips: list[Spoken], language: str, text_of: str) -
     return found
 
 
+def transcribed(model: QwenModel, waves: list[np.ndarray]) -> list[str]:
+    return [model.transcribe([model.features(wave)], [len(wave) / RATE])[0].text for wave in waves]
+
+
+def cutting(model: QwenModel, clips: list[Spoken], noise: np.random.Generator) -> None:
+    """Prints the WER of clips alone, and of the pieces of a recording in which they stand between pauses."""
+    silence = np.zeros(int(RECORDING_PAUSE_SECONDS * RATE), np.float32)
+    faint = (0.005 * noise.standard_normal(len(silence))).astype(np.float32)
+    parts = [part for number, clip in enumerate(clips) for part in ((silence, faint)[number % 2], clip[0])]
+    recording = np.concatenate([*parts, silence])
+    pieces = [recording[round(a * RATE) : round(b * RATE)] for (a, b), _ in pieces_of(recording, longest=30.0)]
+    references = [text for _, text, _, _ in clips]
+    whole = [" ".join(texts) for texts in (references, transcribed(model, pieces))]
+    alone = score(references, transcribed(model, [wave for wave, *_ in clips]))["wer"]
+    cut = score(whole[:1], whole[1:])["wer"]
+    print(f"\n{len(clips)} clips alone: WER {alone:.1f} %; {len(pieces)} pieces: {cut:.1f} %", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(DEMO / "tuned"))
@@ -153,6 +174,7 @@ def main() -> None:
                     f" {np.quantile(off, 0.9):.0f} | {np.median(signed):+.0f} | {100 * np.mean(off <= 80):.0f} % |",
                     flush=True,
                 )
+    cutting(model, hebrew, noise)
 
 
 if __name__ == "__main__":

@@ -380,7 +380,7 @@ def test_one_bad_recording_does_not_end_the_rest(tmp_path, spoken, capsys):
         "empty.mp3": "zero bytes of audio",
         "film.mp4": "video without sound",
         "gone.wav": "cannot be read: No such file or directory",
-        "letter.wav": "unreadable audio: no recording in a format known here",
+        "letter.wav": "unreadable audio",
         "missing.wav": "no such file or folder",
         "nothing": "no recordings in this folder",
     }

@@ -44,7 +44,7 @@ from hebrew_asr.text.subtitles import WRITERS, Segment, Word, as_json, segments_
 
 Span = tuple[float, float]  # start and end in seconds
 
-LEAD_SECONDS = 0.05  # kept before speech
+LEAD_SECONDS = 0.03  # kept before speech
 EDGE_SECONDS = 0.3  # before the first and after the last speech of a recording, which are kept
 FORMATS = ("text", "json", "srt", "vtt", "tsv")
 # of a config, on what the model writes
@@ -293,15 +293,15 @@ def pieces_of(waveform: np.ndarray, longest: float) -> Iterator[tuple[Span, list
     Near the recording's own ends it goes to them, so that a clip of one utterance is heard as it is.
     """
     seconds = len(waveform) / SAMPLE_RATE
-    for start, end in voice.cut(waveform, longest):
-        spans = voice.utterances(stretch(waveform, start, end), longest, voice.SPEECH) or [(0.0, end - start)]
-        spans = [(start + a, start + b) for a, b in spans]
-        first, last = spans[0][0] - LEAD_SECONDS, spans[-1][1]
+    spans = voice.utterances(waveform, longest)
+    for start, end in voice.gathered(spans, longest):
+        within = [span for span in spans if start <= span[0] < end]
+        first, last = max(0.0, start - LEAD_SECONDS), end
         first = 0.0 if first < EDGE_SECONDS else first
         last = seconds if last > seconds - EDGE_SECONDS else last
         if last - first <= longest:
             start, end = first, last
-        yield (start, end), [(a - start, b - start) for a, b in spans]
+        yield (start, end), [(a - start, b - start) for a, b in within]
 
 
 def read_unfinished(file: Path, key: str) -> Iterator[dict[str, Any]]:
