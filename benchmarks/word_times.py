@@ -174,7 +174,7 @@ def main() -> None:
                     f" {np.quantile(off, 0.9):.0f} | {np.median(signed):+.0f} | {100 * np.mean(off <= 80):.0f} % |",
                     flush=True,
                 )
-    cutting(model, hebrew, noise)
+    cutting(model, hebrew[:60], np.random.default_rng(1))
 
 
 if __name__ == "__main__":

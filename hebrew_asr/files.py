@@ -30,6 +30,14 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def follow_umask(folder: Path) -> None:
+    """Gives a folder's files the permissions of any new file; those of safetensors are their owner's alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~umask)
+
+
 @contextlib.contextmanager
 def whole_or_nothing(target: Path) -> Generator[Path]:
     """A path beside `target`, for a file or for a folder, which takes its place once all in it is on the disk.

@@ -302,3 +302,5 @@ def test_the_final_model_is_written_in_one_type_and_tied(config, model, processo
     expected = dict(model.named_parameters())
     assert all(torch.equal(p, expected[n].to(torch.bfloat16)) for n, p in again.named_parameters())
     assert not list(tmp_path.glob("**/*.bin")) and not list(tmp_path.glob("*.unfinished"))
+    (tmp_path / "new").touch()
+    assert {f.stat().st_mode for f in (tmp_path / "final_model").iterdir()} == {(tmp_path / "new").stat().st_mode}

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import Qwen3ASRForConditionalGeneration
 
+from hebrew_asr.files import follow_umask
+
 
 def save_for_use(model: Qwen3ASRForConditionalGeneration, processor: Any, folder: Path, dtype: torch.dtype) -> None:
     """Writes weights in one type (safetensors) with the processor; `folder` is replaced once all of it is written."""
@@ -22,5 +24,6 @@ def save_for_use(model: Qwen3ASRForConditionalGeneration, processor: Any, folder
     shutil.rmtree(unfinished, ignore_errors=True)
     copy.save_pretrained(unfinished)
     processor.save_pretrained(unfinished)
+    follow_umask(unfinished)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)

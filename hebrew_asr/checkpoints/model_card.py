@@ -52,6 +52,7 @@ def public(value: Any) -> Any:
     is_here = isinstance(value, str) and os.sep in value and os.path.exists(value)
     return (Path(value).name or value) if is_here else value
 
+
 SERVE = """\
 In the layout of these files, that of transformers' own classes:
 
