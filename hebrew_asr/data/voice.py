@@ -88,9 +88,10 @@ def utterances(waveform: np.ndarray, longest: float) -> list[Span]:
     power = np.square(waveform[: len(waveform) // QUIET * QUIET], dtype=np.float64).reshape(-1, QUIET).mean(axis=1)
     power += 1e-10
     tight: list[Span] = []
+    seconds = len(waveform) / SAMPLE_RATE
     for number, (start, end) in enumerate(spans):
-        earliest = max(start - REACH, spans[number - 1][1] if number else 0.0)
-        latest = min(end + REACH, spans[number + 1][0] if number + 1 < len(spans) else len(waveform) / SAMPLE_RATE)
+        earliest = max(start - REACH, (spans[number - 1][1] + start) / 2 if number else 0.0)
+        latest = min(end + REACH, (end + spans[number + 1][0]) / 2 if number + 1 < len(spans) else seconds)
         first, begin, stop, last = (int(time * SAMPLE_RATE / QUIET) for time in (earliest, start, end, latest))
         loud = np.percentile(power[begin : stop + 1], 80)
         before, after = (
