@@ -643,10 +643,10 @@ class GradualUnfreezeTrainer(ResumableTrainer):
     def transcribe(self, module: torch.nn.Module, batch: dict[str, torch.Tensor]) -> list[Output]:
         """Hypothesis, language, mean nats of the batch, and target tokens of each utterance of one batch."""
         loss, generated, labels = self.prediction_step(module, batch, prediction_loss_only=False)
-        outputs = self.processor.decode(generated, return_format="parsed")
         assert labels is not None
         tokens = labels.ne(IGNORED_LABEL).sum(dim=1).tolist()
-        return [Output(o["transcription"], o["language"], loss.item(), n) for o, n in zip(outputs, tokens, strict=True)]
+        written = zip(self.collator.read(generated), tokens, strict=True)
+        return [Output(text, language, loss.item(), count) for (language, text), count in written]
 
     @torch.compiler.set_stance("force_eager")  # decoding a token at a time would compile the layers again and again
     def evaluate(

@@ -108,7 +108,7 @@ def score(trainer: GradualUnfreezeTrainer, batches: list[list[tuple[int, int]]])
         if heard := [u for u in utterances if "dropped" not in u]:
             inputs = trainer.collator(heard, training=False)
             _, generated, _ = trainer.prediction_step(trainer.model, inputs, prediction_loss_only=False)
-            hypotheses = trainer.processor.decode(generated, return_format="transcription_only")
+            hypotheses = [text for _, text in trainer.collator.read(generated)]
             nats_of_each = nats_per_token(trainer, inputs, [u["language"] for u in heard])
             for u, nats, hypothesis in zip(heard, nats_of_each, hypotheses, strict=True):
                 cer = character_error_rate(u["text"], hypothesis)

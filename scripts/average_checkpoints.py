@@ -154,7 +154,7 @@ def take(
         model_id=config.hf_repo_id or str(final),
         base_model=config.model_name_or_path,
         train_sources=[source.path for source in config.train_sources],
-        eval_name=", ".join(source.path for source in config.eval_sources) or "held-out recordings",
+        eval_names=[source.path for source in config.eval_sources] or ["held-out recordings"],
         final={f"final/{name}": result[name] for name in ("utterances", "wer_raw")}
         | {f"final/{name}": result[name]["value"] for name in ("wer", "cer")},
         origin=average.origin,

@@ -36,6 +36,7 @@ from hebrew_asr.model.generation import as_it_fits, generate, new_token_limit
 from hebrew_asr.model.loading import check_whole, checkpoint_problems, load_model, load_processor
 from hebrew_asr.model.packing import FRAMES_PER_CHUNK
 from hebrew_asr.model.prompts import Prompts
+from hebrew_asr.model.word_times import align
 from hebrew_asr.processes import in_processes
 
 MODULES = (audio, audio_decoding, utterances, packing, prompts, generation, layouts)
@@ -102,6 +103,8 @@ class Transcriber(Protocol):
 
     def transcribe(self, features: list[Any], seconds: list[float]) -> list[Transcript]: ...
 
+    def word_starts(self, features: Any, transcript: Transcript) -> list[float] | None: ...
+
 
 # --------------------------------------------------------------------------------------------------------------- Models
 def load_speech_model(name: str, decoding: Decoding, device: torch.device) -> Transcriber:
@@ -163,12 +166,17 @@ class QwenModel:
             )
         tokens = [row[:limit] for row, limit in zip(generated.tolist(), limits, strict=True)]
         truncated = [not self.ends.intersection(row) for row in tokens]
-        parsed = self.processor.decode(tokens, return_format="parsed")
         prefilled = self.decoding.language
         return [
-            Transcript(output["transcription"] or "", None if prefilled else output["language"] or "", cut)
-            for output, cut in zip(parsed, truncated, strict=True)
+            Transcript(text, None if prefilled else language or "", cut)
+            for (language, text), cut in zip(self.prompts.read(tokens), truncated, strict=True)
         ]
+
+    def word_starts(self, features: np.ndarray, transcript: Transcript) -> list[float] | None:
+        """When each word begins, in seconds from the clip's start; None where they are more than its audio tokens."""
+        language = self.decoding.language or transcript.language or "Hebrew"
+        text = " ".join(transcript.text.split())
+        return align(self.model, self.prompts, features, self.decoding.context, language, text)
 
 
 class PipelineModel:
@@ -208,6 +216,16 @@ class PipelineModel:
         heard = [{"raw": waveform, "sampling_rate": SAMPLE_RATE} for waveform in features]
         outputs = self.pipeline(heard, batch_size=len(heard), **given)
         return [Transcript(output["text"].strip(), None, truncated=None) for output in outputs]
+
+    def word_starts(self, features: np.ndarray, transcript: Transcript) -> None:
+        return None
+
+
+def transcribe_as_it_fits(model: Transcriber, features: list[Any], seconds: list[float]) -> list[Transcript | None]:
+    """Transcribes a batch, in halves where it does not fit the device's memory; None: not even alone."""
+    given = {"features": features, "seconds": seconds}
+    parts = as_it_fits(lambda part: model.transcribe(**part), given)
+    return [transcript for _, transcripts in parts for transcript in transcripts or [None]]
 
 
 # --------------------------------------------------------------------------------------------------- Pieces and batches
@@ -317,15 +335,6 @@ def transcribe_set(
         waveforms = [decode_audio(rows[p.number]["audio"], p.start, p.end) for p in batch]
         return [(model.features(waveform), estimated_snr(waveform)) for waveform in waveforms]
 
-    def written(features: list[Any], seconds: list[float]) -> Iterator[Transcript]:
-        given = {"features": features, "seconds": seconds}
-        for _, transcripts in as_it_fits(lambda part: model.transcribe(**part), given):
-            if transcripts is None:
-                raise torch.OutOfMemoryError(
-                    f"{max(seconds):.0f} s of audio do not fit the memory alone: lower longest_seconds"
-                )
-            yield from transcripts
-
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     total, hides_progress = sum(p.seconds for batch in left for p in batch), hides_progress or not left
@@ -336,7 +345,12 @@ def transcribe_set(
     ):
         file.write("\n" if file.tell() else "")  # after a torn line
         for batch, heard in zip(left, in_processes(left, hear, workers), strict=True):
-            transcripts = list(written([features for features, _ in heard], [p.seconds for p in batch]))
+            found = transcribe_as_it_fits(model, [features for features, _ in heard], [p.seconds for p in batch])
+            transcripts = [transcript for transcript in found if transcript is not None]
+            if len(transcripts) < len(batch):
+                raise torch.OutOfMemoryError(
+                    f"{batch[0].seconds:.0f} s of audio do not fit the memory alone: lower longest_seconds"
+                )
             now = time.perf_counter()
             line = {
                 "pieces": [(p.number, p.place) for p in batch],

@@ -17,10 +17,9 @@ import transformers
 from transformers import Qwen3ASRForConditionalGeneration
 
 from hebrew_asr.model.packing import deal_step, pack_clips, pack_samples
+from hebrew_asr.model.prompts import read_output
 from hebrew_asr.rl.rewards import RewardWeights, reward_parts, total_reward
 from hebrew_asr.text.scoring import leaderboard_normalize
-
-END_OF_LANGUAGE = "<asr_text>"
 
 
 @dataclass
@@ -208,15 +207,6 @@ def batches_of(prompts: list[Prompt], budget: int) -> list[list[int]]:
             batches.append([place])
             rows, widest, limit = samples, len(prompts[place].tokens), longest
     return batches
-
-
-def read_output(text: str) -> tuple[str | None, str]:
-    """The language a model names, None for `language None` or none at all, and the transcript, loops and all."""
-    prefix, mark, transcript = text.partition(END_OF_LANGUAGE)
-    if not mark:
-        return None, text.strip()
-    language = prefix.strip().removeprefix("language ").strip()
-    return (None if language in ("", "None") else language), transcript.strip()
 
 
 def group_of(

@@ -39,7 +39,7 @@ def describe_result(trainer: ResumableTrainer, final: dict[str, float]) -> None:
         model_id=config.hf_repo_id or str(folder),
         base_model=config.model_name_or_path,
         train_sources=[source.path for source in config.train_sources],
-        eval_name=", ".join(source.path for source in config.eval_sources) or "held-out recordings",
+        eval_names=[source.path for source in config.eval_sources] or ["held-out recordings"],
         final=final,
         origin=trainer.final_origin,
         settings=dataclasses.asdict(config),
