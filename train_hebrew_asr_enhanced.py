@@ -50,8 +50,8 @@ from hebrew_asr.model.packing import FRAMES_PER_CHUNK, pack
 from hebrew_asr.model.prompts import MEL_BINS, pad, padded
 from hebrew_asr.model.sharding import is_sharded, shard, whole_model
 from hebrew_asr.model.stages import (
-    COMPONENTS,
     Stage,
+    check_stage_list,
     component_of,
     ever_trained,
     freeze_for,
@@ -257,25 +257,7 @@ class TrainingConfig(Settings):
     def check(self, processes: int) -> None:
         """Raises InputError for settings that cannot mean what they say, before anything is loaded."""
         check_language(self.language)
-        if not self.stages:
-            raise InputError("stages is empty: name at least one stage")
-        last_epochs = [stage.last_epoch for stage in self.stages]
-        if last_epochs != sorted(set(last_epochs)) or last_epochs[0] < 1:
-            raise InputError(
-                f"the stages' last_epoch must grow from one stage to the next, starting at 1: {last_epochs}"
-            )
-        if self.max_steps is None and self.num_epochs > last_epochs[-1]:
-            raise InputError(
-                f"num_epochs is {self.num_epochs}, but the last stage ({self.stages[-1].name}) ends at epoch"
-                f" {last_epochs[-1]}: raise its last_epoch, or lower num_epochs"
-            )
-        if (self.num_epochs if self.max_steps is None else self.max_steps) < 1:
-            raise InputError(f"nothing to train: num_epochs is {self.num_epochs}, max_steps {self.max_steps}")
-        for stage in self.stages:
-            if unknown := set(stage.learning_rates) - set(COMPONENTS):
-                raise InputError(f"stage {stage.name}: unknown component {sorted(unknown)}, known: {list(COMPONENTS)}")
-            if not stage.learning_rates or not all(rate > 0 for rate in stage.learning_rates.values()):
-                raise InputError(f"stage {stage.name} trains nothing: give at least one component a rate above 0")
+        check_stage_list(self.stages, self.num_epochs, self.max_steps)
         check_ranges(self)
         check_batch(self, processes)
         if self.hub_checkpoints and not 1 <= self.hub_save_total_limit <= self.save_total_limit:

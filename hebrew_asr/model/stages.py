@@ -70,6 +70,27 @@ def ever_trained(model: Qwen3ASRForConditionalGeneration, stages: Sequence[Stage
     }
 
 
+def check_stage_list(stages: Sequence[Stage], num_epochs: int, max_steps: int | None) -> None:
+    """Raises InputError for stages that cannot follow one another, or that train nothing."""
+    if not stages:
+        raise InputError("stages is empty: name at least one stage")
+    last_epochs = [stage.last_epoch for stage in stages]
+    if last_epochs != sorted(set(last_epochs)) or last_epochs[0] < 1:
+        raise InputError(f"the stages' last_epoch must grow from one stage to the next, starting at 1: {last_epochs}")
+    if max_steps is None and num_epochs > last_epochs[-1]:
+        raise InputError(
+            f"num_epochs is {num_epochs}, but the last stage ({stages[-1].name}) ends at epoch"
+            f" {last_epochs[-1]}: raise its last_epoch, or lower num_epochs"
+        )
+    if (num_epochs if max_steps is None else max_steps) < 1:
+        raise InputError(f"nothing to train: num_epochs is {num_epochs}, max_steps {max_steps}")
+    for stage in stages:
+        if unknown := set(stage.learning_rates) - set(COMPONENTS):
+            raise InputError(f"stage {stage.name}: unknown component {sorted(unknown)}, known: {list(COMPONENTS)}")
+        if not stage.learning_rates or not all(rate > 0 for rate in stage.learning_rates.values()):
+            raise InputError(f"stage {stage.name} trains nothing: give at least one component a rate above 0")
+
+
 def check_stages(model: Qwen3ASRForConditionalGeneration, stages: Sequence[Stage]) -> None:
     """Raises InputError for a stage that asks for layers the model has not, or for a component without parameters."""
     for stage in stages:
