@@ -75,12 +75,17 @@ from hebrew_asr.training.run_folder import (
     open_run_folder,
     settle,
 )
-from hebrew_asr.training.run_log import PANELS, RunLog, success_criteria
+from hebrew_asr.training.run_log import PANELS, RunLog, is_worse, success_criteria
 from hebrew_asr.training.run_report import announce, describe_result, facts_of_run, report_data, warn_of_a_wrong_start
 from hebrew_asr.training.settings import Settings
 from hebrew_asr.training.speed import StepClock, StepCounts, Window
 from hebrew_asr.training.token_budget import find_token_budget
 
+WORSE = (
+    "the final model is worse than before training, so it is better not to use it. To try: more data, more steps"
+    " (--num_epochs, or a smaller --target_effective_batch for few recordings), lower rates in --stages; and look at"
+    " corpus.html for wrong transcripts"
+)
 SILENCE = np.zeros((MEL_BINS, FRAMES_PER_CHUNK), np.float32)  # a second, for a process without work in a step
 ENOUGH_TO_JUDGE = 1000  # utterances, before a share of broken ones means something
 
@@ -795,6 +800,8 @@ def main(
             if config.uploads:
                 publish(config, folder, run_log)
                 uploader.finish()
+            elif is_worse(run_log.rows):
+                run_log.say(WORSE)
             else:
                 run_log.say(f"not uploaded; to do it: {upload_command(config, folder / 'final_model')}")
         finally:

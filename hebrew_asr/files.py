@@ -37,7 +37,7 @@ def whole_or_nothing(target: Path) -> Generator[Path]:
     What stands at `target` is replaced. When the block raises, or the machine dies, `target` is as it was.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{UNFINISHED}{os.getpid()}-{target.name}")
+    unfinished = target.with_name(f".{UNFINISHED}{os.getpid()}-{digest(target.name.encode())}")  # as long for any name
     remove(unfinished)
     try:
         yield unfinished

@@ -256,7 +256,17 @@ def wer_summary(rows: list[Row], stage_ends: dict[int, str], last_stage: str) ->
     names = {0: "before training"} | {step: f"after {stage}" for step, stage in stage_ends.items()}
     names = {max(wers): f"after {last_stage}, at the end"} | names
     lines = [f"WER {wers[step]:6.2f} %  {name}" for step, name in sorted(names.items()) if step in wers]
-    return lines + [f"WER {value:6.2f} %  final model, reloaded from disk" for _, value in curve(rows, "final/wer")]
+    for row in rows:
+        if "final/wer" in row:
+            interval = f"95 % interval {row['final/wer_low']:.2f}–{row['final/wer_high']:.2f}"
+            lines.append(f"WER {row['final/wer']:6.2f} %  final model, reloaded from disk ({interval})")
+    return lines
+
+
+def is_worse(rows: list[Row]) -> bool:
+    """Whether the final model has more errors than the model had before training."""
+    before, final = curve(rows, "eval/wer")[:1], curve(rows, "final/wer")
+    return bool(before and final) and final[-1][1] > before[0][1]
 
 
 def success_criteria(rows: list[Row], target_loss: float, target_wer: float, vocab_size: int) -> list[str]:
