@@ -46,7 +46,8 @@ Span = tuple[float, float]  # start and end in seconds
 
 LEAD_SECONDS = 0.03  # kept before speech
 EDGE_SECONDS = 0.3  # before the first and after the last speech of a recording, which are kept
-FORMATS = ("text", "json", "srt", "vtt", "tsv")
+Format = Literal["text", "json", "srt", "vtt", "tsv"]
+FORMATS: tuple[Format, ...] = ("text", "json", "srt", "vtt", "tsv")
 # of a config, on what the model writes
 WITHOUT_EFFECT = {"paths", "model", "formats", "output_dir", "overwrite", "num_workers", "batch_seconds"}
 BATCHES_AT_ONCE = 8  # collected before the longest of them is transcribed
@@ -67,7 +68,7 @@ class TranscribeConfig(Decoding):
     """Of recordings with several, from 0; null: their average."""
 
     # Transcripts
-    formats: list[Literal["text", "json", "srt", "vtt", "tsv"]] = field(default_factory=lambda: ["text", "srt"])
+    formats: list[Format] = field(default_factory=lambda: ["text", "srt"])
     """The JSON is always written. An empty list: nothing is written, and nothing is kept."""
     output_dir: str | None = None
     """null: beside each recording."""
@@ -522,7 +523,7 @@ def run(config: TranscribeConfig, shows_progress: bool = True) -> tuple[list[Rec
 def transcribe(
     paths: str | Path | Sequence[str | Path],
     model: str,
-    formats: Sequence[str] = (),
+    formats: Sequence[Format] = (),
     output_dir: str | Path | None = None,
     language: str | None = None,
     context: str = "",
