@@ -47,14 +47,16 @@ class EvaluationOptions(Decoding):
     score: list[str] = field(default_factory=list)
     """JSONL files of transcripts, a {"reference": …, "hypothesis": …} a line, instead of a model."""
     output_dir: str | None = None
+    """None: a folder under runs/, named after the settings."""
     max_utterances: Annotated[int, Range(1)] | None = None
-    """Of each set, for a quick look."""
+    """At most so many of each set, for a quick look."""
     max_wer_rise: Annotated[float, Range(0)] | None = 5.0
     """Points of WER that the model may be worse than the first it is compared with, on sets in other languages and
     guarded ones; null: any."""
     max_broken_share: Annotated[float, Range(0, 1)] = 0.05
-    """Of a set's rows, before it is refused."""
+    """A set of which more rows than this share cannot be read is not measured."""
     num_workers: Annotated[int, Range(0)] = 4
+    """Processes that decode and extract features, for each rank."""
     update_card: bool = False
     """Write the figures into the model's card."""
 

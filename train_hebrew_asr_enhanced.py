@@ -101,7 +101,7 @@ class TrainingConfig(Settings):
     """bf16 autocast and bf16 frozen weights (what trains is kept in fp32); None: where the GPU has it."""
     attention: Literal["auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"] = "auto"
     """auto: the fastest there is; sdpa: as transformers does it; varlen: PyTorch's FlashAttention, for packed rows and
-    the encoder's windows; flash_attention_2, flash_attention_3: the package's."""
+    the encoder's windows; flash_attention_2, flash_attention_3: those of the flash-attn package."""
     torch_compile: bool = False
     """torch.compile of the language model's layers while training: it takes minutes at the start and after a switch."""
     final_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -120,6 +120,7 @@ class TrainingConfig(Settings):
     num_time_masks: int = 2
     num_freq_masks: int = 2
     mask_value: float = 0.0
+    """What masked features become."""
     max_time_mask_share: Annotated[float, Range(0, 1)] = 0.2
     """All time masks of an utterance together cover at most this share of its frames."""
 
@@ -141,6 +142,7 @@ class TrainingConfig(Settings):
     warmup_ratio: Annotated[float, Range(0, 1)] = 0.1
     """Share of the run's steps; 0: warmup_steps is used instead."""
     warmup_steps: int = 500
+    """Steps, where warmup_ratio is 0."""
     layerwise_lr_decay_rate: Annotated[float, Range(0, 1)] = 1.0
     """Each layer of llm_top and audio_top trains this much slower than the one above it; 1.0: all alike."""
 
@@ -159,6 +161,7 @@ class TrainingConfig(Settings):
     # Optimizer: AdamW
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
     ema_decay: Annotated[float, Between(0, 1)] | None = None
     """Keep an exponential moving average of what trains (0.999 spans about 1,000 steps; fp32, beside the weights), and
     make it the final model where its WER is lower than the best checkpoint's. It is evaluated at the end only."""
@@ -173,18 +176,21 @@ class TrainingConfig(Settings):
     generation_max_new_tokens: Annotated[int, Range(1)] | None = None
     """Tokens of a transcript at most; None: 64, and 12 for each second (a fast speaker's Hebrew has 8 a second)."""
     num_logged_predictions: int = 5
+    """References with their hypotheses that each evaluation prints and tracks."""
 
     # Tracking
     tracker: Literal["wandb", "trackio", "none"] = "wandb"
     """wandb, trackio (a local dashboard, no account), or none; metrics.jsonl is written in any case."""
     wandb_project: str = field(default_factory=lambda: os.environ.get("WANDB_PROJECT", "qwen3-asr-hebrew"))
     wandb_run_name: str | None = field(default_factory=lambda: os.environ.get("WANDB_RUN_NAME"))
+    """None: the name of the run's folder. Also of trackio, as wandb_project is."""
     logging_steps: Annotated[int, Range(1)] = 10
+    """Steps from one line of the log to the next."""
 
     # Checkpoints
     resume: str = "auto"
-    """auto: go on where the run in the folder stopped; never: a new run; hub: also from what was uploaded, where the
-    folder has nothing as new; or the folder of a checkpoint."""
+    """auto: go on where the run in the folder stopped; never: a new run; hub: also from what was uploaded, if that is
+    newer than the folder's; or the folder of a checkpoint."""
     save_steps: Annotated[int, Range(1)] = 500
     """Steps from one checkpoint to the next. Also when the WER is the lowest so far, and at the end of each stage."""
     save_total_limit: Annotated[int, Range(1)] = 2
@@ -192,7 +198,7 @@ class TrainingConfig(Settings):
     preemption_grace_seconds: float = 25
     """From a signal to stop to the end of the processes, with a checkpoint or without; torchrun itself gives 30."""
     stall_timeout_minutes: float = 10
-    """A process that does not get on for so long while training ends the run."""
+    """A process that makes no progress for so long while training ends the run."""
     max_bad_steps: Annotated[int, Range(1)] = 3
     """Steps in a row without a finite gradient after which the run goes back to the last checkpoint."""
     check_ranks_steps: Annotated[int, Range(1)] = 100
@@ -209,6 +215,7 @@ class TrainingConfig(Settings):
     """owner/name on the Hub; None: the model stays on this disk."""
     skip_hf_upload: bool = field(default_factory=lambda: os.environ.get("SKIP_HF_UPLOAD", "").lower() in ("1", "true"))
     hf_private: bool = True
+    """Of a repository that the upload creates."""
     hub_checkpoints: bool = True
     """Upload checkpoints while training, to a branch of the repository, which `--resume hub` goes on from."""
     hub_save_total_limit: int = 1
@@ -222,8 +229,9 @@ class TrainingConfig(Settings):
     find_token_budget: bool = False
     """Only try, on the GPUs given, how large tokens_per_micro_batch may be, and print it (docs/training.md)."""
     output_dir: str | None = None
-    """None: a folder under runs/ with a name of the settings, the same for the same command."""
+    """None: a folder under runs/, named after the settings: the same for the same command."""
     seed: int = 42
+    """Of the order of the data, augmentation, masks and what is held out."""
     process_timeout_minutes: int = 60
     """How long processes wait for one another at the start, above all while the first one reads the corpora."""
 

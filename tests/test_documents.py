@@ -64,15 +64,17 @@ def commands() -> list[str]:
 
 
 def words_of(command: str, config: Path) -> list[str]:
-    """The words after `uv run`, its own options and torchrun's; placeholders are filled in."""
+    """The words after `uv run`, its own options, python and torchrun; placeholders are filled in."""
     words = shlex.split(command)[2:]
     if words[0] == "--group":
         words = words[2:]
     words = words[1:] if words[0] == "--no-sync" else words
     if words[0] in ("torchrun", "python"):
         words = words[1:]
-        while words[0].startswith("--"):
+        while words[0].startswith("--"):  # torchrun's
             words = words[1:]
+    if words[0] == "-m":
+        words = [words[1].replace(".", "/") + ".py", *words[2:]]
     filled = {"N": "1", "runs/NAME/config.yaml": str(config)}
     return [filled.get(word, word) for word in words]
 

@@ -137,7 +137,7 @@ def seal(folder: Path, names: Iterable[str], facts: dict[str, Any]) -> None:
 class Writer:
     """Writes checkpoints in a thread: training waits for the copy to host memory, and for nothing else.
 
-    A checkpoint that cannot be written is said and counted, and the run goes on with the last one it has.
+    A checkpoint that cannot be written is reported and counted, and the run goes on with the last one it has.
     """
 
     def __init__(

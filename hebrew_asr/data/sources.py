@@ -91,25 +91,26 @@ class DataConfig:
     eval_fraction: Annotated[float, Range(0, 1)] = 0.02
     """Share of recordings held out when there is no evaluation source."""
     max_eval_utterances: int | None = 2000
-    """At most so many utterances are evaluated, spread evenly over the set; None: all."""
+    """At most so many utterances are evaluated, taken evenly over the set; None: all."""
     text_rules: TextRules = field(default_factory=TextRules)
     """How targets are written; scoring has rules of its own."""
     prev_context_prob: float = 0.0
     """How often the text before an utterance is given in the system turn, where Qwen3-ASR takes context."""
 
-    # Training utterances outside of these are dropped and counted; evaluation sets keep whatever has text and decodes
+    # Filters of training utterances; evaluation sets keep whatever has text and decodes
     min_audio_length_seconds: float = 0.3
     max_audio_length_seconds: float = 30.0
     """Longer rows are cut between their timestamps; without timestamps they are dropped."""
     min_characters_per_second: float = 1.0
     max_characters_per_second: float = 40.0
     min_quality_score: float | None = None
-    """Of `metadata.quality_score`, where a row has one."""
+    """Lowest `metadata.quality_score`, where a row has one."""
     require_hebrew: bool = True
+    """Of a transcript in Hebrew: one without a Hebrew letter is dropped."""
     drop_duplicates: bool = True
-    """The same audio bytes a second time, in the same source or another."""
+    """Drop the same audio bytes a second time, in the same source or another."""
     leak_min_words: int = 4
-    """A training utterance with the same words as an evaluation utterance of at least so many is removed."""
+    """A training utterance with the same words as an evaluation utterance is dropped, if these are at least so many."""
     audit_scores: str | None = None
     """Scores that scripts/audit_corpus.py wrote; with drop_worst_share, the transcripts that are most likely wrong are
     dropped."""
@@ -124,7 +125,7 @@ class DataConfig:
     streaming: bool = False
     """Training data is read while it is trained on, for corpora that do not fit the disk."""
     steps_per_epoch: int | None = None
-    """Steps that are called an epoch when streaming, where nobody knows how many there are."""
+    """Steps of an epoch when streaming: how many utterances there are is not known then."""
     preprocessing_num_workers: int = 8
     """Processes that read headers and transcripts at the start, and the audio in `--prepare`."""
     prepared_dir: str | None = None
