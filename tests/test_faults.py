@@ -21,10 +21,11 @@ import torch
 from conftest import ROOT, small_config
 from tqdm import tqdm
 
-from hebrew_asr.checkpoints import store
+from hebrew_asr.checkpoints import hub, store
 from hebrew_asr.checkpoints.final import damage_of
 from hebrew_asr.checkpoints.hub import upload
 from hebrew_asr.checkpoints.store import UnreadableCheckpoint
+from hebrew_asr.command_line import parse_config
 from hebrew_asr.console import Console
 from hebrew_asr.data.audio import AudioError, decode_audio
 from hebrew_asr.data.identity import identity_of, with_lost
@@ -38,7 +39,7 @@ from hebrew_asr.processes import launch
 from hebrew_asr.training.final_model import write_final_model
 from hebrew_asr.training.run_folder import check_same_run
 from hebrew_asr.training.run_log import RunLog
-from train_hebrew_asr_enhanced import main
+from train_hebrew_asr_enhanced import TrainingConfig, main
 
 FACTS = {"wer": None, "settings": {}}
 
@@ -269,6 +270,37 @@ def test_a_checkpoint_that_brings_code_is_not_asked_about_and_runs_none(tmp_path
             load_processor(str(folder))
             load_speech_model(str(folder), Decoding(), torch.device("cpu"))
     assert not (tmp_path / "ran").exists()
+
+
+def test_settings_that_name_a_class_are_refused_without_an_import(tmp_path):
+    (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        (tmp_path / "config.yaml").write_text("train_sources: [{class_path: theirs.Theirs, init_args: {}}]")
+        with pytest.raises(InputError, match="class_path is no setting here"):
+            parse_config(["--config", str(tmp_path / "config.yaml")], TrainingConfig())
+        with pytest.raises(InputError, match="class_path is no setting here"):
+            parse_config(["--text_rules", "{class_path: theirs.Theirs}"], TrainingConfig())
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_path_of_the_hub_that_leaves_the_folder_is_refused_once_and_for_good(tmp_path):
+    class Api:
+        def list_repo_files(self, repo_id, revision):
+            return ["README.md", "step-00000002/model.safetensors", "step-00000002/../../evil"]
+
+    said = []
+    assert hub._fetch(Api(), "o/n", "b", "step-00000002", tmp_path, said.append) is None
+    assert said == ["warning: checkpoint step-00000002 of o/n is not used: it has a file 'step-00000002/../../evil'"]
+    assert hub.is_plain("step-00000002/model..safetensors", "step-00000002")
+
+
+def test_the_card_has_no_local_paths(copied, finished):
+    card = (Path(copied.output_dir) / "final_model" / "README.md").read_text()
+    assert "local: corpus" in card and "local: heldout" in card and "local: base" in card
+    assert str(ROOT) not in card and str(Path(finished.output_dir).parent.parent) not in card
 
 
 # ---- Names and texts

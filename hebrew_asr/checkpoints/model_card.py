@@ -42,6 +42,24 @@ Versions as read in their source; under transformers and qwen-asr the conversion
 """
 
 
+PATHS = ("path", "model_name_or_path")  # settings that name a folder or something of the Hub
+
+
+def is_local(path: str) -> bool:
+    return path.startswith(("/", "~", "./", "../")) or Path(path).exists()
+
+
+def public(value: Any, name: str = "") -> Any:
+    """A setting without the way to a local file or folder, whose last name is kept."""
+    if isinstance(value, dict):
+        return {key: public(one, key) for key, one in value.items()}
+    if isinstance(value, list):
+        return [public(one, name) for one in value]
+    if isinstance(value, str) and ("/" in value or name in PATHS) and is_local(value):
+        return f"local: {Path(value).name}"
+    return value
+
+
 def write_model_card(
     folder: Path,
     model_id: str,
@@ -56,11 +74,14 @@ def write_model_card(
     """Writes README.md into the model's folder.
 
     Args:
-        model_id: what the snippet loads: the repository on the Hub, or the folder.
+        model_id: what the snippet loads: the repository on the Hub, or the folder, of which the name is written.
+        base_model, train_sources, eval_name: of what is local, the name is written, and no path.
         final: the metrics of the checkpoint as it is stored, `final/wer`, `final/cer`, `final/wer_raw`, ….
         origin: a sentence that says which weights these are.
         settings: the run's, without secrets; names of folders and projects are left out.
     """
+    base_model, model_id = public(base_model, "path"), model_id if not is_local(model_id) else Path(model_id).name
+    eval_name = ", ".join(public(name, "path") for name in eval_name.split(", "))
     results = [
         huggingface_hub.EvalResult(
             task_type="automatic-speech-recognition",
@@ -76,14 +97,14 @@ def write_model_card(
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="automatic-speech-recognition",
-        base_model=None if Path(base_model).exists() else base_model,
-        datasets=[path for path in train_sources if not Path(path).exists()] or None,
+        base_model=None if base_model.startswith("local: ") else base_model,
+        datasets=[path for path in train_sources if not is_local(path)] or None,
         tags=tags,
         model_name=model_id.split("/")[-1],
         eval_results=results,
     )
     private = ("hf_repo_id", "output_dir", "wandb_project", "wandb_run_name")
-    settings = {name: value for name, value in settings.items() if name not in private}
+    settings = {name: public(value, name) for name, value in settings.items() if name not in private}
     language = "given" if settings["eval_prefill_language"] else "left to the model"
     folder.joinpath("README.md").write_text(
         f"---\n{data.to_yaml()}\n---\n\n"
