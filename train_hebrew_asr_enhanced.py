@@ -36,6 +36,7 @@ from hebrew_asr.checkpoints.final import damage_of, finish
 from hebrew_asr.checkpoints.hub import CheckpointUploader, check_upload, upload, upload_command
 from hebrew_asr.command_line import Between, Range, check_ranges, parse_config
 from hebrew_asr.data.augmentation import WaveformAugmentation
+from hebrew_asr.data.identity import digest_of, identity_of
 from hebrew_asr.data.prepare import prepare
 from hebrew_asr.data.rows import BROKEN, SpeechRows
 from hebrew_asr.data.sources import check_language
@@ -67,7 +68,14 @@ from hebrew_asr.training.final_model import evaluate_final, write_final_model
 from hebrew_asr.training.measuring import Output, pool, transcribe_batches
 from hebrew_asr.training.moving_average import MovingAverage
 from hebrew_asr.training.plan import lines_of, make_plan
-from hebrew_asr.training.resuming import ResumableTrainer, StepEvents, ends_early, train, training_arguments
+from hebrew_asr.training.resuming import (
+    ResumableTrainer,
+    StepEvents,
+    ends_early,
+    stand_in_for_lost,
+    train,
+    training_arguments,
+)
 from hebrew_asr.training.run_folder import (
     check_disk,
     checkpoint_to_resume,
@@ -191,6 +199,8 @@ class TrainingConfig(Settings):
     resume: str = "auto"
     """auto: go on where the run in the folder stopped; never: a new run; hub: also from what was uploaded, if that is
     newer than the folder's; or the folder of a checkpoint."""
+    accept_changed_data: bool = False
+    """Go on with other data than the checkpoint was trained or evaluated with; the lowest WER begins anew with them."""
     save_steps: Annotated[int, Range(1)] = 500
     """Steps from one checkpoint to the next. Also when the WER is the lowest so far, and at the end of each stage."""
     save_total_limit: Annotated[int, Range(1)] = 2
@@ -290,7 +300,14 @@ MAY_CHANGE = {  # settings that a resumed run may have otherwise than before
     *("target_loss", "target_wer"),
     *("tracker", "wandb_project", "wandb_run_name", "hf_repo_id", "skip_hf_upload", "hf_private"),
     *("hub_checkpoints", "hub_save_total_limit"),
-    *("resume", "save_steps", "save_total_limit", "preemption_grace_seconds", "stall_timeout_minutes"),
+    *(
+        "resume",
+        "accept_changed_data",
+        "save_steps",
+        "save_total_limit",
+        "preemption_grace_seconds",
+        "stall_timeout_minutes",
+    ),
     *("max_bad_steps", "check_ranks_steps", "inspect_data", "output_dir", "process_timeout_minutes"),
     *("tokens_per_micro_batch", "gradient_checkpointing", "fsdp", "prepare", "prepared_dir"),
     *("plan", "plan_device", "plan_devices", "plan_hours_of_audio", "plan_mean_seconds", "plan_price_per_hour"),
@@ -412,6 +429,9 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         freeze_for(model, self.stage)
         if config.fsdp and args.world_size > 1:
             shard(model, ever_trained(model, config.stages).keys(), args.device)
+        self.identities = {"evaluation": identity_of(eval_rows)} | (
+            {"training": identity_of(data)} if isinstance(data, SpeechRows) else {}
+        )
         self.feed = open_feed(data, processor, self.collator, config, args.process_index, args.world_size)
         super().__init__(
             model=model, args=args, eval_dataset=SpeechDataset(eval_rows, processor, config, training=False)
@@ -789,6 +809,9 @@ def main(
     if status["state"] == "finished" and is_whole(folder, state, run_log):
         never = "" if config.output_dir else ", or --resume never"
         run_log.say(f"the run in {folder} is finished; for another one choose another --output_dir{never}")
+        if "data" in status:
+            loads = functools.partial(trainer_class.load_data, config, state)
+            note_changed_data(loads, status["data"], run_log)
         leave_process_group()
         if state.is_main_process:
             before_upload()
@@ -837,6 +860,8 @@ def run(
     # 3. Data
     train_rows, eval_rows = trainer_class.load_data(config, state)
     report_data(folder, train_rows, eval_rows, config, run_log)
+    if found and isinstance(train_rows, SpeechRows):
+        train_rows = stand_in_for_lost(train_rows, found, run_log)
 
     # 4. What will run
     trainer = trainer_class(
@@ -876,7 +901,7 @@ def run(
         describe_result(trainer, final)
         finish(trainer.final_folder)
         facts = {"step": trainer.state.global_step, "failed_saves": trainer.writer.failures, "uploaded": None}
-        facts["failed_log_writes"] = run_log.failed_writes
+        facts |= {"failed_log_writes": run_log.failed_writes, "data": trainer.run_facts()["data"]}
         store.write_status(folder, "finished", **facts, **trainer.uploader.facts())
     run_log.finish()
     leave_process_group()
@@ -896,6 +921,23 @@ def is_whole(folder: Path, state: accelerate.PartialState, run_log: RunLog) -> b
             run_log.say(f"warning: {folder}/final_model is damaged ({problem}): it is made anew")
     (problem,) = broadcast_object_list([problem])
     return problem is None
+
+
+def note_changed_data(loads: Callable, was: dict[str, str], run_log: RunLog) -> None:
+    """Says which data of a finished run are other ones now than `was`, their digests at its end."""
+    try:
+        data, eval_rows = loads()
+    except InputError as problem:
+        run_log.say(f"note: the run's data cannot be read now: {problem}")
+        return
+    now = {"evaluation": digest_of(identity_of(eval_rows))}
+    if isinstance(data, SpeechRows):
+        now["training"] = digest_of(identity_of(data))
+    for name in [name for name, digest in now.items() if was.get(name, digest) != digest]:
+        run_log.say(
+            f"warning: the {name} data are others now than this model was made with: to use them, choose another"
+            " --output_dir"
+        )
 
 
 def publish(config: TrainingConfig, folder: Path, run_log: RunLog) -> None:

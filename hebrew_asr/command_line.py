@@ -4,6 +4,7 @@ A field's docstring in the source is its help, its type says what it takes, and 
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -126,6 +127,15 @@ def read_file(file: Path, defaults: Any, of_another: bool = False) -> dict[str, 
     return {name: value for name, value in written.items() if name in names}
 
 
+def refuse_classes(value: Any, where: str) -> None:
+    """Raises InputError for a `class_path`, which jsonargparse would import before it refuses the class."""
+    inside = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    if isinstance(value, dict) and "class_path" in value:
+        raise InputError(f"{where}: class_path is no setting here: settings are values, and load no code")
+    for one in inside:
+        refuse_classes(one, where)
+
+
 def split_options(argv: list[str], of: "type[DataclassInstance]") -> tuple[list[str], list[str]]:
     """The options that are fields of a dataclass, and the others."""
     names = {field.name for field in dataclasses.fields(of)}
@@ -201,6 +211,8 @@ def typed(given: dict[str, str], defaults: Any) -> dict[str, Any]:
         name, _, part = option.partition(".")
         hint = hint_of(option, type(defaults))
         parser = parser_of(hint)
+        with contextlib.suppress(yaml.YAMLError):
+            refuse_classes(yaml.safe_load(text), f"--{option}")
         try:
             value = parser.parse_args([f"--value={text}"], defaults=False).as_dict()["value"]
         except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
@@ -213,6 +225,7 @@ def replaced(defaults: Config, values: dict[str, Any]) -> Config:
     """`defaults` with values as YAML has them; raises InputError for one that its field does not take."""
     made = {}
     for name, value in values.items():
+        refuse_classes(value, name)
         mine, hint = getattr(defaults, name), hint_of(name, type(defaults))
         if dataclasses.is_dataclass(mine) and isinstance(value, dict):
             value = dataclasses.asdict(mine) | value

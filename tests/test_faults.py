@@ -15,16 +15,22 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import ROOT, small_config
 from tqdm import tqdm
 
-from hebrew_asr.checkpoints import store
+from hebrew_asr.checkpoints import hub, store
 from hebrew_asr.checkpoints.final import damage_of
 from hebrew_asr.checkpoints.hub import upload
 from hebrew_asr.checkpoints.store import UnreadableCheckpoint
+from hebrew_asr.command_line import parse_config
 from hebrew_asr.console import Console
+from hebrew_asr.data.audio import AudioError, decode_audio
+from hebrew_asr.data.identity import identity_of, with_lost
+from hebrew_asr.data.rows import load_rows
+from hebrew_asr.data.sources import Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation.transcription import Decoding, key, load_speech_model
 from hebrew_asr.files import Appended
@@ -33,7 +39,7 @@ from hebrew_asr.processes import launch
 from hebrew_asr.training.final_model import write_final_model
 from hebrew_asr.training.run_folder import check_same_run
 from hebrew_asr.training.run_log import RunLog
-from train_hebrew_asr_enhanced import main
+from train_hebrew_asr_enhanced import TrainingConfig, main
 
 FACTS = {"wer": None, "settings": {}}
 
@@ -266,6 +272,37 @@ def test_a_checkpoint_that_brings_code_is_not_asked_about_and_runs_none(tmp_path
     assert not (tmp_path / "ran").exists()
 
 
+def test_settings_that_name_a_class_are_refused_without_an_import(tmp_path):
+    (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        (tmp_path / "config.yaml").write_text("train_sources: [{class_path: theirs.Theirs, init_args: {}}]")
+        with pytest.raises(InputError, match="class_path is no setting here"):
+            parse_config(["--config", str(tmp_path / "config.yaml")], TrainingConfig())
+        with pytest.raises(InputError, match="class_path is no setting here"):
+            parse_config(["--text_rules", "{class_path: theirs.Theirs}"], TrainingConfig())
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_path_of_the_hub_that_leaves_the_folder_is_refused_once_and_for_good(tmp_path):
+    class Api:
+        def list_repo_files(self, repo_id, revision):
+            return ["README.md", "step-00000002/model.safetensors", "step-00000002/../../evil"]
+
+    said = []
+    assert hub._fetch(Api(), "o/n", "b", "step-00000002", tmp_path, said.append) is None
+    assert said == ["warning: checkpoint step-00000002 of o/n is not used: it has a file 'step-00000002/../../evil'"]
+    assert hub.is_plain("step-00000002/model..safetensors", "step-00000002")
+
+
+def test_the_card_has_no_local_paths(copied, finished):
+    card = (Path(copied.output_dir) / "final_model" / "README.md").read_text()
+    assert "local: corpus" in card and "local: heldout" in card and "local: base" in card
+    assert str(ROOT) not in card and str(Path(finished.output_dir).parent.parent) not in card
+
+
 # ---- Names and texts
 def test_line_breaks_in_names_and_torn_lines_do_not_hinder_a_run_that_goes_on(tmp_path):
     log, dropped = RunLog(tmp_path, rank=0), tmp_path / "dropped-0.txt"
@@ -400,3 +437,98 @@ def test_a_start_that_fails_after_the_checkpoint_was_chosen_leaves_the_folder_as
         with pytest.raises(InputError, match="is of another run"):
             main(dataclasses.replace(copied, resume=asked, bf16=True))
     assert {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()} == before
+
+
+# ---- The data under a run
+@pytest.fixture
+def moved(finished, corpus, heldout, tmp_path):
+    """A run that stopped at step 1 of 2, with data of its own; `change` writes them anew."""
+    shutil.copytree(finished.output_dir, tmp_path / "run")
+    run = tmp_path / "run"
+    (run / "status.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "step-00000002"), shutil.rmtree(run / "final_model")
+    config = dataclasses.replace(finished, output_dir=str(run))
+    for name, source in (("train_sources", corpus), ("eval_sources", heldout)):
+        setattr(config, name, [Source(str(shutil.copytree(source, tmp_path / "elsewhere" / name)))])
+    return config
+
+
+def rewrite(config, part: str, change) -> None:
+    file = Path(getattr(config, part)[0].path) / "train.parquet"
+    table, times = pyarrow.parquet.read_table(file), file.stat()
+    pyarrow.parquet.write_table(change(table), file)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def exchanged(table):
+    """The first two transcripts, one in the place of the other."""
+    texts = table["transcript"].to_pylist()
+    return table.set_column(
+        table.column_names.index("transcript"), "transcript", pyarrow.array([texts[1], texts[0], *texts[2:]])
+    )
+
+
+def test_data_that_only_moved_are_the_same_data(moved, finished):
+    main(moved)
+    one, two = (Path(c.output_dir) / "final_model" / "model.safetensors" for c in (moved, finished))
+    assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("train_sources", exchanged, r"training data: of 41 utterances 2 are gone or changed, and 1 of the 40 now are"),
+        (
+            "train_sources",
+            lambda t: t.take(list(range(40, -1, -1))),
+            r"training data: its 41 utterances are in another",
+        ),
+        ("eval_sources", exchanged, r"evaluation data: of 11 utterances 2 are gone or changed"),
+    ],
+)
+def test_other_data_under_the_same_path_are_named_and_one_may_go_on(moved, part, change, said):
+    rewrite(moved, part, change)
+    run = Path(moved.output_dir)
+    with pytest.raises(InputError, match=said + r"(.|\n)*--accept_changed_data"):
+        main(moved)
+    assert [path.name for path in store.names(run / "checkpoints")] == ["step-00000001"]
+    if part == "eval_sources":
+        main(dataclasses.replace(moved, accept_changed_data=True))
+        assert status_of(moved)["state"] == "finished"
+
+
+def test_the_lowest_wer_is_of_one_evaluation_set(tmp_path):
+    for step, wer, measured_on in ((1, 5.0, "a"), (2, 50.0, "b"), (3, 60.0, "b")):
+        facts = {**FACTS, "wer": wer, "run": {"data": {"evaluation": measured_on}}}
+        store.write(tmp_path, step, {}, {"state.json": b"{}"}, facts)
+    assert store.best_valid(tmp_path, print).step == 2
+
+
+def test_a_finished_run_says_that_its_data_are_others_now(finished, moved, capsys):
+    shutil.copytree(finished.output_dir, moved.output_dir, dirs_exist_ok=True)
+    main(moved)
+    assert "data are others" not in capsys.readouterr().out
+    rewrite(moved, "eval_sources", exchanged)
+    main(moved)
+    assert "the evaluation data are others now than this model was made with" in capsys.readouterr().out
+
+
+def test_a_lost_file_keeps_its_place_and_is_dropped_there(tmp_path, corpus, config):
+    table = pyarrow.parquet.read_table(corpus / "train.parquet").slice(0, 40).to_pylist()
+    (tmp_path / "audio").mkdir()
+    lines = ["file_name,text"]
+    for number, row in enumerate(table):
+        (tmp_path / "audio" / f"{number}.wav").write_bytes(row["audio"]["bytes"])
+        lines.append(f'{number}.wav,"{row["transcript"]}"')
+    (tmp_path / "audio" / "metadata.csv").write_text("\n".join(lines))
+    sources = [Source(str(tmp_path / "audio"))]
+    before = load_rows(sources, config, for_training=True)
+    (tmp_path / "audio" / "7.wav").unlink()
+    now = load_rows(sources, config, for_training=True)
+    whole = with_lost(now, identity_of(before))
+    assert (len(before), len(now), len(whole)) == (40, 39, 40)
+    assert identity_of(whole).tolist() == identity_of(before).tolist()
+    assert [row["text"] for row in whole][8:] == [row["text"] for row in before][8:]
+    with pytest.raises(AudioError, match="no such audio file"):
+        decode_audio(whole[7]["audio"])
+    assert len(with_lost(now, identity_of(before)[::-1])) == 39, "in another order it is other data"

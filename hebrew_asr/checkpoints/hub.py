@@ -470,9 +470,18 @@ def _wer(api: HfApi, repo_id: str, branch: str, name: str) -> float | None:
         return None
 
 
+def is_plain(path: str, name: str) -> bool:
+    """Whether a path is a file right in a checkpoint's folder, or does not belong to that."""
+    inside = path.removeprefix(f"{name}/")
+    return inside == path or not ({"..", "."} & set(re.split(r"[/\\]", inside)))
+
+
 def _fetch(api: HfApi, repo_id: str, branch: str, name: str, place: Path, say: Say) -> store.Checkpoint | None:
     """Downloads one checkpoint, checks it against its manifest, and only then gives it its name."""
     if (place / name).exists():
+        return None
+    if strange := [path for path in api.list_repo_files(repo_id, revision=branch) if not is_plain(path, name)]:
+        say(f"warning: checkpoint {name} of {repo_id} is not used: it has a file {strange[0]!r}")
         return None
     unfinished = place / f"{UNFINISHED}hub"
     started = time.perf_counter()

@@ -4,7 +4,6 @@ Imports nothing of this project.
 """
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -43,16 +42,6 @@ uv run transcribe_hebrew_asr.py FILE_OR_FOLDER --model {model_id}
 """
 
 
-def public(value: Any) -> Any:
-    """A setting without the folders of this machine: of a path that is here, its last name."""
-    if isinstance(value, dict):
-        return {name: public(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [public(one) for one in value]
-    is_here = isinstance(value, str) and os.sep in value and os.path.exists(value)
-    return (Path(value).name or value) if is_here else value
-
-
 SERVE = """\
 In the layout of these files, that of transformers' own classes:
 
@@ -69,6 +58,24 @@ the new folder OLDER (FOLDER holds these files):
 
 Versions as read in their source; under transformers and qwen-asr the conversion was run and compared.
 """
+
+
+PATHS = ("path", "model_name_or_path")  # settings that name a folder or something of the Hub
+
+
+def is_local(path: str) -> bool:
+    return path.startswith(("/", "~", "./", "../")) or Path(path).exists()
+
+
+def public(value: Any, name: str = "") -> Any:
+    """A setting without the way to a local file or folder, whose last name is kept."""
+    if isinstance(value, dict):
+        return {key: public(one, key) for key, one in value.items()}
+    if isinstance(value, list):
+        return [public(one, name) for one in value]
+    if isinstance(value, str) and ("/" in value or name in PATHS) and is_local(value):
+        return f"local: {Path(value).name}"
+    return value
 
 
 def write_model_card(
@@ -91,10 +98,8 @@ def write_model_card(
         origin: a sentence that says which weights these are.
         settings: the run's, without secrets; names of folders and projects are left out.
     """
-    base_is_here = Path(base_model).exists()
-    private = ("hf_repo_id", "output_dir", "wandb_project", "wandb_run_name")
-    settings = public({name: value for name, value in settings.items() if name not in private})
-    model_id, base_model, eval_name = public(model_id), public(base_model), ", ".join(public(eval_names))
+    base_model, model_id = public(base_model, "path"), model_id if not is_local(model_id) else Path(model_id).name
+    eval_name = ", ".join(public(name, "path") for name in eval_names)
     results = [
         huggingface_hub.EvalResult(
             task_type="automatic-speech-recognition",
@@ -110,12 +115,14 @@ def write_model_card(
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="automatic-speech-recognition",
-        base_model=None if base_is_here else base_model,
-        datasets=[path for path in train_sources if not Path(path).exists()] or None,
+        base_model=None if base_model.startswith("local: ") else base_model,
+        datasets=[path for path in train_sources if not is_local(path)] or None,
         tags=tags,
         model_name=model_id.split("/")[-1],
         eval_results=results,
     )
+    private = ("hf_repo_id", "output_dir", "wandb_project", "wandb_run_name")
+    settings = {name: public(value, name) for name, value in settings.items() if name not in private}
     language = "given" if settings["eval_prefill_language"] else "left to the model"
     folder.joinpath("README.md").write_text(
         f"---\n{data.to_yaml()}\n---\n\n"

@@ -310,13 +310,18 @@ def best_valid(parent: Path, say: Say) -> Checkpoint | None:
 
 
 def by_wer(parent: Path) -> list[Path]:
-    """The checkpoints' folders whose manifest has a WER, the lowest first, unverified; raises UnreadableCheckpoint."""
-    found = []
+    """The checkpoints' folders whose manifest has a WER, the lowest first, unverified; raises UnreadableCheckpoint.
+
+    Only those that were evaluated on the set of the newest one.
+    """
+    found, sets = [], []
     for folder in names(parent):
         try:
             manifest = read_manifest(folder)
-            found.append((float(manifest["wer"]), manifest["step"], folder))
-        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+            sets.append(manifest.get("run", {}).get("data", {}).get("evaluation"))
+            if sets[-1] in (None, sets[0]):  # None: of an older version
+                found.append((float(manifest["wer"]), manifest["step"], folder))
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
             continue
         except OSError as error:
             raise UnreadableCheckpoint(folder, error) from error

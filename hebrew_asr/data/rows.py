@@ -295,6 +295,7 @@ class SpeechRows:
     ):
         self.sources, self.index, self.used, self.dropped = sources, index, used, dropped
         self.notes: list[str] = []  # for the report's reader
+        self.identity: np.ndarray | None = None  # where another one's rows are stood in for, see identity.py
         self.seconds = index["seconds"].to_numpy()[used] if seconds is None else seconds  # (pieces,)
         self.source_numbers = index["source"].to_numpy()[used]  # (pieces,)
 

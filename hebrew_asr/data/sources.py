@@ -214,7 +214,7 @@ PARQUET_ROWS = 100  # read at once; `datasets` takes the first row group's size,
 
 def parquet_form(files: list[str]) -> dict[str, Any]:
     """One form for files whose columns differ (more of them, null in one, fields first seen late), as `load_dataset`
-    takes it; raises InputError with the file."""
+    takes it, and a cache by their sizes and times; raises InputError with the file."""
     kinds: dict[str, list[pyarrow.DataType]] = {}
     for file in files:
         try:
@@ -225,7 +225,11 @@ def parquet_form(files: list[str]) -> dict[str, Any]:
                 f"{file}: no Parquet file that can be read ({error}). Fetch it again, or remove it"
             ) from error
     schema = pyarrow.schema([(name, one_kind(types, name, files)) for name, types in kinds.items()])
-    return {"features": datasets.Features.from_arrow_schema(schema), "batch_size": PARQUET_ROWS} if files else {}
+    if not files:
+        return {}
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "local" / digest("\n".join(map(file_state, files)).encode())
+    features = datasets.Features.from_arrow_schema(schema)
+    return {"features": features, "batch_size": PARQUET_ROWS, "cache_dir": str(cache)}
 
 
 def one_kind(types: list[pyarrow.DataType], name: str, files: list[str]) -> pyarrow.DataType:
@@ -362,12 +366,12 @@ def file_digest(path: str, _: str) -> str:
 
 
 def file_state(path: str | None) -> str:
-    """A file's path, size and time of change."""
+    """A file's path, size and times; that of its change cannot be set back, as a copy sets that of its content."""
     if path is None:
         return ""
     with contextlib.suppress(OSError):
         status = os.stat(path)
-        return f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}"
+        return f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
     return path
 
 

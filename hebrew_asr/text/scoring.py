@@ -18,6 +18,10 @@ ZERO_WIDTH_AND_BIDI = "\u061c\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u2
 NIQQUD = "".join(map(chr, [*range(0x05B0, 0x05BD), 0x05C1, 0x05C2, 0x05C4, 0x05C5, 0x05C7]))
 DELETED = str.maketrans("", "", ZERO_WIDTH_AND_BIDI + NIQQUD + "\"'")
 whisper_basic_normalizer = BasicTextNormalizer()
+IN_BRACKETS = (  # as Whisper's normaliser has them, with what closes them, and what opens them as a space
+    (re.compile(r"[<\[][^>\]]*[>\]]"), ">]", str.maketrans("<[", "  ")),
+    (re.compile(r"\(([^)]+?)\)"), ")", str.maketrans("(", " ")),
+)
 
 
 def leaderboard_normalize(text: str) -> str:
@@ -27,7 +31,12 @@ def leaderboard_normalize(text: str) -> str:
     bracketed text, applies NFKC and turns every other symbol or punctuation mark into a space. So `צה"ל` becomes one
     word and `צה״ל` (with U+05F4) two.
     """
-    return whisper_basic_normalizer(text.translate(DELETED)).strip()
+    text = text.translate(DELETED)
+    for pattern, closing, opening in IN_BRACKETS:
+        # Past the last bracket that closes, the pattern would look from each one that opens to the text's end.
+        end = max(map(text.rfind, closing)) + 1
+        text = pattern.sub("", text[:end]) + text[end:].translate(opening)
+    return whisper_basic_normalizer(text).strip()
 
 
 @dataclass(frozen=True)

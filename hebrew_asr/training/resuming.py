@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +26,9 @@ from transformers import Qwen3ASRProcessor, Trainer, TrainerCallback
 from hebrew_asr.checkpoints import store
 from hebrew_asr.checkpoints.hub import CheckpointUploader
 from hebrew_asr.checkpoints.store import Checkpoint
-from hebrew_asr.checkpoints.tensors import ADAM, AVERAGE, WEIGHTS, load_weights, weights_of
+from hebrew_asr.checkpoints.tensors import ADAM, AVERAGE, DATA, WEIGHTS, load_weights, weights_of
+from hebrew_asr.data import identity
+from hebrew_asr.data.rows import SpeechRows
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.costs import Work
 from hebrew_asr.model.sharding import gather_for_others, sharded_like, whole
@@ -34,7 +36,7 @@ from hebrew_asr.model.stages import Stage
 from hebrew_asr.processes import together
 from hebrew_asr.training.feed import Feed
 from hebrew_asr.training.moving_average import MovingAverage
-from hebrew_asr.training.run_folder import changes, find_checkpoint, first_line, note_failure, settle
+from hebrew_asr.training.run_folder import PATH, changes, find_checkpoint, first_line, note_failure, settle
 from hebrew_asr.training.run_log import RunLog
 from hebrew_asr.training.settings import Settings
 from hebrew_asr.training.speed import Window
@@ -67,6 +69,8 @@ class ResumableTrainer(Trainer):
     processor: Qwen3ASRProcessor
     use_bf16: bool
     feed: Feed
+    identities: dict[str, np.ndarray]
+    """Of the `training` data, where they are known, and of the `evaluation` data."""
     total_steps: int
     stage: Stage
     stage_ends: dict[int, str]
@@ -140,7 +144,8 @@ class ResumableTrainer(Trainer):
 
     def run_facts(self) -> dict[str, Any]:
         """What a resumed run must find as it was, beside the settings."""
-        return {"bf16_autocast": self.use_bf16, "steps": self.total_steps} | self.feed.facts()
+        data = {name: identity.digest_of(mine) for name, mine in self.identities.items()}
+        return {"bf16_autocast": self.use_bf16, "steps": self.total_steps, "data": data} | self.feed.facts()
 
     def extra_state(self) -> Any:
         """What a checkpoint keeps of this process beside the trainer's own."""
@@ -211,7 +216,8 @@ class ResumableTrainer(Trainer):
             "fingerprint": store.fingerprint(config.identity()),
             "run": self.run_facts(),
         }
-        tensors = {WEIGHTS: weights, ADAM: adam}
+        data = {name: torch.from_numpy(mine.copy()) for name, mine in self.identities.items()}
+        tensors = {WEIGHTS: weights, ADAM: adam, DATA: data}
         if self.moving_average:
             tensors[AVERAGE] = self.moving_average.weights
         self.writer.save(step, tensors, documents, facts)
@@ -269,7 +275,8 @@ class ResumableTrainer(Trainer):
             setattr(self, name, state[name])
         self.last_train_loss = float("nan") if state["last_train_loss"] is None else state["last_train_loss"]
         self.best_wer = float("inf") if state["best_wer"] is None else state["best_wer"]
-        if self.best_step not in map(store.number_of, store.names(checkpoint.folder.parent)):
+        is_same_set = changed_data(checkpoint, self.identities, ("evaluation",)) == []
+        if not is_same_set or self.best_step not in map(store.number_of, store.names(checkpoint.folder.parent)):
             self.best_wer, self.best_step = float("inf"), 0
         self.shuffle_anew(state["order"])
         self.restore_extra_state(state["streams"])
@@ -468,9 +475,43 @@ def check_checkpoint(checkpoint: Checkpoint, trainer: ResumableTrainer) -> None:
             f" {differing[0]}. Give the model it was trained from, or another --resume"
         )
     differing = changes(checkpoint.facts["settings"], trainer.config)
-    differing += store.differences(checkpoint.facts["run"], trainer.run_facts())
+    run, mine = dict(checkpoint.facts["run"]), trainer.run_facts()
+    if run.pop("data", None) is not None:  # else it is of an older version, which compares paths and counts
+        changed = changed_data(checkpoint, trainer.identities)
+        differing = [line for line in differing if not PATH.match(line)]
+        if changed and not trainer.config.accept_changed_data:
+            raise InputError(
+                f"{checkpoint.folder} was trained with other data:\n  "
+                + "\n  ".join(changed)
+                + "\nPut the data back, or go on with these by --accept_changed_data, or train in another --output_dir"
+            )
+        for name in ("train_utterances", "train_seconds", *(["steps"] if changed else [])):
+            run.pop(name, None), mine.pop(name, None)
+    mine.pop("data")
+    differing += store.differences(run, mine)
     if differing:
         raise InputError(f"{checkpoint.folder} is of another run:\n  " + "\n  ".join(differing))
+
+
+def stand_in_for_lost(rows: SpeechRows, checkpoint: Checkpoint, run_log: RunLog) -> SpeechRows:
+    """The training data as they were at a checkpoint, where files of them are lost: those are dropped at their turn."""
+    if not (checkpoint.folder / DATA).exists():
+        return rows
+    whole = identity.with_lost(rows, dict(checkpoint.tensors(DATA))["training"].numpy())
+    if lost := len(whole) - len(rows):
+        run_log.say(f"warning: {lost} training utterances are lost since step {checkpoint.step}: they are dropped")
+    return whole
+
+
+def changed_data(
+    checkpoint: Checkpoint, mine: dict[str, np.ndarray], names: Iterable[str] = ("training", "evaluation")
+) -> list[str]:
+    """How a checkpoint's data differ from a run's, a line each; none where it does not say which data it had."""
+    if not (checkpoint.folder / DATA).exists():
+        return []
+    old = {name: tensor.numpy() for name, tensor in checkpoint.tensors(DATA)}
+    lines = [identity.differences(f"{n} data", old[n], mine[n]) for n in names if n in old and n in mine]
+    return list(itertools.chain(*lines))
 
 
 def train(trainer: ResumableTrainer) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from hebrew_asr.processes import together
 from hebrew_asr.training.run_log import RunLog
 from hebrew_asr.training.settings import Settings
 from hebrew_asr.training.watch import take_lock
+
+PATH = re.compile(r"(train|eval)_sources\.\d+\.path: ")  # of `changes`: data that moved are the same data
 
 
 def open_run_folder(config: Settings, state: accelerate.PartialState) -> tuple[Path, Any]:
@@ -72,7 +75,10 @@ def check_same_run(config: Settings, folder: Path) -> None:
     try:
         old = json.loads((folder / "config.yaml").read_text())
         differing = changes(old, config)
-    except (ValueError, AttributeError) as error:
+        newest = store.newest_name(folder / "checkpoints")
+        if newest is None or "data" in store.read_manifest(folder / "checkpoints" / newest)["run"]:
+            differing = [line for line in differing if not PATH.match(line)]  # the data themselves are compared later
+    except (ValueError, AttributeError, KeyError, FileNotFoundError) as error:
         raise InputError(f"{folder}/config.yaml cannot be read ({error}): choose another --output_dir") from error
     if differing:
         raise InputError(

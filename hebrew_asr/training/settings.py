@@ -67,6 +67,7 @@ class Settings(PlanSettings, DataConfig):
 
     # Checkpoints
     resume: str
+    accept_changed_data: bool
     save_steps: int
     save_total_limit: int
     preemption_grace_seconds: float
