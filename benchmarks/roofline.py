@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 
-from batching import deal_step
+from hebrew_asr.model.costs import flops, real_config, small_config
+from hebrew_asr.model.packing import deal_step
 from hebrew_asr.model.roofline import (
     DEVICES,
     OPTIMISTIC,
@@ -34,10 +35,9 @@ from hebrew_asr.model.roofline import (
     step,
     trace,
 )
-from model_costs import flops, real_config, small_config
-from train_hebrew_asr_enhanced import Stage, trains_in
+from hebrew_asr.model.stages import Stage, trains_in
+from hebrew_asr.training.plan import LABELS_AROUND, TEXT_TOKENS_PER_SECOND, Weights, assumed_durations, tokens_of
 from train_round2_gradual import round2
-from training_plan import LABELS_AROUND, TEXT_TOKENS_PER_SECOND, Weights, assumed_durations, tokens_of
 
 MODELS = {"1.7B": real_config, "0.6B": small_config}
 STEP = 64  # utterances

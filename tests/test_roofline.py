@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-import attention
-from hebrew_asr.model import roofline
+from hebrew_asr.model import attention, roofline
+from hebrew_asr.model.costs import flops, real_config
+from hebrew_asr.model.loading import load_model
 from hebrew_asr.model.roofline import DEVICES, Efficiency, Recorder, Trained, as_on_cuda, made_up_batch, step, trace
-from model_costs import flops, real_config
-from train_hebrew_asr_enhanced import freeze_for, load_model, trains_in
+from hebrew_asr.model.stages import freeze_for, trains_in
 from train_round2_gradual import round2
 
 
 @pytest.fixture
 def mixed(config):
     """The demo's model as it trains on a GPU: frozen weights in bf16, attention told where utterances end."""
-    model = load_model(config, use_bf16=True)
+    model = load_model(config.model_name_or_path, use_bf16=True, stages=config.stages)
     attention.AttentionInterface.register(attention.ONE_CALL, attention.attend)
     attention.AttentionMaskInterface.register(attention.ONE_CALL, attention.sdpa_mask)
     for part in (model.config.text_config, model.config.audio_config):

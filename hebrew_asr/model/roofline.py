@@ -14,7 +14,6 @@ import contextlib
 import copy
 import dataclasses
 import itertools
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,10 +27,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import attention
-from batching import FRAMES_PER_CHUNK, audio_token_count, pack
-from label_loss import SpeechModel
-from model_costs import Work, work_of
+from hebrew_asr.model import attention
+from hebrew_asr.model.costs import Work, work_of
+from hebrew_asr.model.loss import SpeechModel
+from hebrew_asr.model.packing import FRAMES_PER_CHUNK, audio_token_count, pack
+from hebrew_asr.model.stages import LAYER
 
 BF16, FP32 = 2, 4  # bytes
 PROMPT_AROUND = 15  # tokens of the chat template
@@ -302,8 +302,6 @@ def part_of(module: str) -> str:
 
 # ----------------------------------------------------------------------------------------------------- A model of fakes
 
-LAYER = re.compile(r"(audio_tower|language_model)\.layers\.(\d+)\.")
-
 
 @dataclass
 class Layers:
@@ -313,10 +311,10 @@ class Layers:
     times: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, count: int, learns: Callable[[int], bool]) -> "Layers":
-        """Of neighbours that all train, or all rest, the lowest, and one for all above it."""
+    def of(cls, count: int, kind: Callable[[int], Any]) -> "Layers":
+        """Of neighbours of one kind the lowest, and one for all above it."""
         found = cls()
-        for _, neighbours in itertools.groupby(range(count), key=learns):
+        for _, neighbours in itertools.groupby(range(count), key=kind):
             lowest, *others = neighbours
             found.numbers += [lowest, *others[-1:]]
             found.times += [1] + [len(others)] * bool(others)
@@ -348,13 +346,14 @@ class Shortened:
         """Of what trains in some stage the weights are fp32, the others bf16, as `load_model` has them."""
         config = copy.deepcopy(config)
         text, audio = config.text_config, config.audio_config
-        towers = {
-            tower: Layers.of(count, lambda n, tower=tower, weight=weight: trains(f"model.{tower}.layers.{n}.{weight}"))
-            for tower, count, weight in (
-                ("audio_tower", audio.num_hidden_layers, "fc1.weight"),
-                ("language_model", text.num_hidden_layers, "mlp.up_proj.weight"),
-            )
-        }
+        towers = {}
+        for tower, count, weight in (
+            ("audio_tower", audio.num_hidden_layers, "fc1.weight"),
+            ("language_model", text.num_hidden_layers, "mlp.up_proj.weight"),
+        ):
+            names = [f"model.{tower}.layers.{number}.{weight}" for number in range(count)]
+            kinds = [(trains(name), ever_trains(name)) for name in names]
+            towers[tower] = Layers.of(count, kinds.__getitem__)
         audio.num_hidden_layers = len(towers["audio_tower"].numbers)
         text.num_hidden_layers = len(towers["language_model"].numbers)
         text.layer_types = text.layer_types[: text.num_hidden_layers]
