@@ -18,11 +18,15 @@ from train_round2_gradual import round2
 def mixed(config):
     """The demo's model as it trains on a GPU: frozen weights in bf16, attention told where utterances end."""
     model = load_model(config.model_name_or_path, use_bf16=True, stages=config.stages)
-    attention.AttentionInterface.register(attention.ONE_CALL, attention.attend)
-    attention.AttentionMaskInterface.register(attention.ONE_CALL, attention.sdpa_mask)
+    attention.register()
     for part in (model.config.text_config, model.config.audio_config):
-        part._attn_implementation_internal = attention.ONE_CALL
+        part._attn_implementation_internal = attention.VARLEN
     return model
+
+
+def padded(query, key, value, ends, _, longest, __, *, scale, window_size, enable_gqa=False):
+    """Stands in for PyTorch's kernel, which needs a GPU."""
+    return attention.attend_padded(query, key, value, ends, longest, scale, window_size == (-1, 0))
 
 
 def batch_for(config):
@@ -32,8 +36,7 @@ def batch_for(config):
 @pytest.mark.parametrize("number", [0, 1])
 def test_what_runs_on_fakes_is_what_runs(config, mixed, monkeypatch, number):
     """Operator for operator, with its bytes and its place in the model, though fewer layers run on fakes."""
-    monkeypatch.setattr(attention, "flash", attention.attend_padded)  # its kernel is a GPU's
-    monkeypatch.setattr(attention, "takes_flash", lambda _: True)
+    monkeypatch.setattr(attention, "varlen_attn", padded)
     stages = config.stages
     freeze_for(mixed, stages[number])
     batch = batch_for(mixed.config)

@@ -64,6 +64,7 @@ def load_model(
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()
     if torch_compile:
+        torch._dynamo.config.optimize_ddp = False  # it would cut each layer where a bucket of gradients ends
         for layer in model.model.language_model.layers:
             layer.compile(dynamic=True)  # in place: names of parameters stay what they are
     return model

@@ -405,14 +405,13 @@ def trace(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     shortened = Shortened.of(config, fake, trains, ever_trains or trains)
     config = shortened.model.config
-    attention.AttentionInterface.register(attention.ONE_CALL, attention.attend)
-    attention.AttentionMaskInterface.register(attention.ONE_CALL, attention.sdpa_mask)
+    attention.register()
     for tower in (config.text_config, config.audio_config):
-        tower._attn_implementation_internal = attention.ONE_CALL
+        tower._attn_implementation_internal = attention.VARLEN
     recorder = Recorder(shortened.model, batch, on_fakes=True)
     with fake:
         inputs = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in batch.items()}
-    with fake, as_on_cuda(), mock.patch.object(attention, "takes_flash", lambda _: True), recorder:
+    with fake, as_on_cuda(), recorder:
         with torch.autocast("cpu", torch.bfloat16):
             loss = shortened.model(**inputs, num_items_in_batch=1).loss
         loss.backward()
