@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from hebrew_asr.data.utterances import SpeechDataset
-from hebrew_asr.model import attention
+from hebrew_asr.model import attention, fused
 from hebrew_asr.model.attention import VARLEN
 from hebrew_asr.model.loading import load_to_train
 from hebrew_asr.model.stages import freeze_for
@@ -90,6 +90,7 @@ def compiled(config, monkeypatch):
     config.torch_compile, config.use_specaugment = True, False
     model = load_to_train(config, use_bf16=False)
     model.config.text_config._attn_implementation_internal = VARLEN
+    fused.fuse(model)
     return model, counter
 
 
@@ -116,7 +117,7 @@ def test_compiled_layers_give_the_same_gradients_in_every_stage(
         for (name, ours), (_, theirs) in zip(compiled.named_parameters(), model.named_parameters(), strict=True):
             assert (ours.grad is None) == (theirs.grad is None), name
             if ours.grad is not None and not name.endswith("k_proj.bias"):  # of the encoder: nothing but rounding
-                assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm(), name
+                assert (ours.grad - theirs.grad).norm() <= 3e-5 * theirs.grad.norm(), name
     graphs = counter.frame_count
     assert graphs <= 4, "layers that train and that rest, and few of their lengths"
     assert not counters["graph_break"]

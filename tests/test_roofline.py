@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hebrew_asr.model import attention, roofline
+from hebrew_asr.model import attention, fused, roofline
 from hebrew_asr.model.costs import flops, real_config
 from hebrew_asr.model.loading import load_model
 from hebrew_asr.model.roofline import DEVICES, Efficiency, Recorder, Trained, as_on_cuda, made_up_batch, step, trace
@@ -21,6 +21,7 @@ def mixed(config):
     attention.register()
     for part in (model.config.text_config, model.config.audio_config):
         part._attn_implementation_internal = attention.VARLEN
+    fused.fuse(model)
     return model
 
 

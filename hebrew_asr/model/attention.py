@@ -73,7 +73,9 @@ def flash(
     scaling: float,
     is_causal: bool,
 ) -> torch.Tensor:
-    """What `attend_padded` computes, by PyTorch's kernel."""
+    """What `attend_padded` computes, by PyTorch's kernel where it takes the type."""
+    if value.dtype not in FLASH_TYPES:  # an evaluation without autocast
+        return attend_padded(query, key, value, ends, longest, scaling, is_causal)
     how: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0 if is_causal else -1)}
     if key.shape[1] != query.shape[1] and FEWER_KEYS:
         how["enable_gqa"] = True
@@ -155,8 +157,6 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     # Under autocast norms with fp32 weights leave queries and keys in fp32.
     flat = [tensor.transpose(1, 2).flatten(0, 1).to(value.dtype) for tensor in (query, key, value)]
-    if value.dtype not in FLASH_TYPES:  # an evaluation without autocast
-        kernel = attend_padded
     output = kernel(*flat, cu_seq_lens_q, max_length_q, scaling, is_causal)
     return output.unflatten(0, (len(query), -1)), None
 

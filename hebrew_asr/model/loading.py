@@ -12,6 +12,7 @@ from transformers import Qwen3ASRProcessor
 
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.attention import set_attention
+from hebrew_asr.model.fused import fuse_where_it_runs
 from hebrew_asr.model.layouts import in_transformers_layout
 from hebrew_asr.model.loss import SpeechModel
 from hebrew_asr.model.stages import Stage, check_stages, ever_trained
@@ -55,6 +56,7 @@ def load_model(
         )
         check_whole(name, loaded)
     set_attention(model, attention, use_bf16)
+    fuse_where_it_runs(model)
     check_stages(model, stages)
     for parameter in ever_trained(model, stages).values():
         parameter.data = parameter.data.float()

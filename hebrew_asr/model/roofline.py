@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hebrew_asr.model import attention
+from hebrew_asr.model import attention, fused
 from hebrew_asr.model.costs import Work, work_of
 from hebrew_asr.model.loss import SpeechModel
 from hebrew_asr.model.packing import FRAMES_PER_CHUNK, audio_token_count, pack
@@ -225,6 +225,8 @@ class Recorder(TorchDispatchMode):
         self.notes: list[tuple[str, Kernel]] = []
         """Names of modules, and what ran in them."""
         self.waits: list[tuple[str, str]] = []
+        self.inside_one = False
+        """Whether what runs is part of one kernel, which is noted as a whole."""
         self.inside = [""]
         self.begun: list[tuple[int, str]] = []
         """From which number of a node on which module runs."""
@@ -235,12 +237,26 @@ class Recorder(TorchDispatchMode):
             if name and not isinstance(module, torch.nn.ModuleList):
                 self.handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._enter(name)))
                 self.handles.append(module.register_forward_hook(lambda *_: self._leave()))
+        self.patch = mock.patch.object(fused, "run", self.run)
+        self.patch.start()
         return super().__enter__()
 
     def __exit__(self, *problem: Any) -> None:
         for handle in self.handles:
             handle.remove()
+        self.patch.stop()
         super().__exit__(*problem)
+
+    def run(self, function: Callable, *args: Any) -> Any:
+        """Runs one of the fused functions, which is one kernel; a sum over all tokens is two."""
+        self.inside_one = True
+        out = function(*args)
+        self.inside_one = False
+        node = torch._C._current_autograd_node()
+        self.note(function.__name__, args, {}, out, node)
+        if function in (fused.norm_weight_gradient, fused.turned_weight_gradient):
+            self.notes.append((self._where(node), Kernel("", "sum over blocks", True, 0, 0, in_bf16=False)))
+        return out
 
     def _enter(self, name: str) -> None:
         self.inside.append(name)
@@ -268,7 +284,7 @@ class Recorder(TorchDispatchMode):
             out = args[0].new_empty((self.labelled, *args[0].shape[2:]))
         else:
             out = operator(*args, **(kwargs or {}))
-        if not (operator.is_view or name in FREE):
+        if not (self.inside_one or operator.is_view or name in FREE):
             self.note(name, args, kwargs or {}, out, node)
         return out
 
@@ -384,6 +400,8 @@ def as_on_cuda() -> Iterator[None]:
     plain = torch.nn.functional.layer_norm
 
     def in_fp32(x: torch.Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> torch.Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return plain(x, shape, weight, bias, eps)
         return plain(x.float(), shape, weight.float(), bias.float(), eps)
 
     with mock.patch.object(torch.nn.functional, "layer_norm", in_fp32):
@@ -411,6 +429,7 @@ def trace(
     recorder = Recorder(shortened.model, batch, on_fakes=True)
     with fake:
         inputs = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in batch.items()}
+    fused.fuse(shortened.model)
     with fake, as_on_cuda(), recorder:
         with torch.autocast("cpu", torch.bfloat16):
             loss = shortened.model(**inputs, num_items_in_batch=1).loss
