@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import gpu_stand_ins
 import numpy as np
 import pytest
 import torch
@@ -25,11 +26,6 @@ def mixed(config):
     return model
 
 
-def padded(query, key, value, ends, _, longest, __, *, scale, window_size, enable_gqa=False):
-    """Stands in for PyTorch's kernel, which needs a GPU."""
-    return attention.attend_padded(query, key, value, ends, longest, scale, window_size == (-1, 0))
-
-
 def batch_for(config):
     return made_up_batch(np.array([1.3, 9.7, 0.6, 3.2]), np.array([8, 40, 5, 16]), config.audio_token_id)
 
@@ -37,13 +33,13 @@ def batch_for(config):
 @pytest.mark.parametrize("number", [0, 1])
 def test_what_runs_on_fakes_is_what_runs(config, mixed, monkeypatch, number):
     """Operator for operator, with its bytes and its place in the model, though fewer layers run on fakes."""
-    monkeypatch.setattr(attention, "varlen_attn", padded)
+    monkeypatch.setattr(attention, "varlen_attn", gpu_stand_ins.varlen_attn)
     stages = config.stages
     freeze_for(mixed, stages[number])
     batch = batch_for(mixed.config)
     with as_on_cuda(), Recorder(mixed, batch, on_fakes=False) as recorder:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = mixed(**batch, num_items_in_batch=1).loss
+            loss = mixed(**batch, root_scale=1.0).loss
         loss.backward()
     really = Counter(
         (roofline.part_of(module), kernel.name, kernel.is_backward, kernel.operations, kernel.bytes)

@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hebrew_asr.model import attention, fused
+from hebrew_asr.model import attention, fused, loss
 from hebrew_asr.model.costs import Work, work_of
 from hebrew_asr.model.loss import SpeechModel
 from hebrew_asr.model.packing import FRAMES_PER_CHUNK, audio_token_count, pack
@@ -175,9 +175,11 @@ def size(tensors: list[torch.Tensor]) -> int:
     return total
 
 
-def moved(name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:
+def moved(name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor], kwargs: dict[str, Any]) -> int:
     """Bytes that an operator reads and writes at the least."""
     written = size(outputs)
+    if name == "addmm" and kwargs.get("out") is inputs[0]:
+        return size(inputs[1:]) + (2 if kwargs.get("beta", 1) else 1) * written
     if name in WRITTEN_ONLY:
         return written
     if name in GATHERING:
@@ -289,7 +291,8 @@ class Recorder(TorchDispatchMode):
         return out
 
     def note(self, name: str, args: Any, kwargs: Any, out: Any, node: Any) -> None:
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        inputs = list({id(leaf): leaf for leaf in leaves}.values())
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         if not outputs:
             return
@@ -298,8 +301,8 @@ class Recorder(TorchDispatchMode):
             name=name,
             is_backward=node is not None,
             operations=multiplied(name, args, outputs, self.pairs.__getitem__),
-            bytes=moved(name, inputs, outputs),
-            in_bf16=bool(inputs) and inputs[0].dtype == torch.bfloat16,
+            bytes=moved(name, inputs, outputs, kwargs),
+            in_bf16=any(tensor.dtype == torch.bfloat16 for tensor in inputs),
         )
         self.notes.append((self._where(node), kernel))
 
@@ -396,7 +399,7 @@ class Shortened:
 
 @contextlib.contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Fake tensors say they are on a CPU, where autocast leaves layer_norm in bf16; on CUDA it runs in fp32."""
+    """Has tensors that say they are on a CPU take a GPU's way: there autocast runs layer_norm in fp32."""
     plain = torch.nn.functional.layer_norm
 
     def in_fp32(x: torch.Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> torch.Tensor:
@@ -404,7 +407,10 @@ def as_on_cuda() -> Iterator[None]:
             return plain(x, shape, weight, bias, eps)
         return plain(x.float(), shape, weight.float(), bias.float(), eps)
 
-    with mock.patch.object(torch.nn.functional, "layer_norm", in_fp32):
+    with (
+        mock.patch.object(torch.nn.functional, "layer_norm", in_fp32),
+        mock.patch.object(loss, "has_wide_products", lambda _: True),
+    ):
         yield
 
 
@@ -432,8 +438,8 @@ def trace(
     fused.fuse(shortened.model)
     with fake, as_on_cuda(), recorder:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = shortened.model(**inputs, num_items_in_batch=1).loss
-        loss.backward()
+            nats = shortened.model(**inputs, root_scale=1.0).loss
+        nats.backward()
     found = Trace(work_of(batch, config))
     for module, kernel in recorder.notes:
         found.kernels.append(dataclasses.replace(kernel, part=part_of(module), times=shortened.times(module)))
