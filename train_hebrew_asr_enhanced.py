@@ -27,7 +27,7 @@ import accelerate
 import numpy as np
 import torch
 import transformers
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DDPCommunicationHookType, broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import Qwen3ASRProcessor
 
@@ -148,6 +148,8 @@ class TrainingConfig(Settings):
     """Utterances of one forward pass of one process, where tokens_per_micro_batch is None."""
     gradient_checkpointing: bool = False
     """Less memory for a third more time: what trains runs forward a second time in the backward pass."""
+    bf16_exchange: bool = False
+    """Gradients are rounded to bf16 while they are added up over the processes: half of the exchange."""
     fsdp: bool = False
     """Less memory for more exchange: of what trains, each process holds only a part, with its gradient and moments."""
 
@@ -279,7 +281,7 @@ MAY_CHANGE = {  # settings that a resumed run may have otherwise than before
     *("hub_checkpoints", "hub_save_total_limit"),
     *("resume", "save_steps", "save_total_limit", "preemption_grace_seconds", "stall_timeout_minutes"),
     *("max_bad_steps", "check_ranks_steps", "inspect_data", "output_dir", "process_timeout_minutes"),
-    *("tokens_per_micro_batch", "gradient_checkpointing", "fsdp", "prepare", "prepared_dir"),
+    *("tokens_per_micro_batch", "gradient_checkpointing", "fsdp", "bf16_exchange", "prepare", "prepared_dir"),
     *("plan", "plan_device", "plan_devices", "plan_hours_of_audio", "plan_mean_seconds", "plan_price_per_hour"),
     "find_token_budget",
 }
@@ -403,6 +405,10 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         super().__init__(
             model=model, args=args, eval_dataset=SpeechDataset(eval_rows, processor, config, training=False)
         )
+        # The gradients then lie in what is exchanged, instead of being copied there and back.
+        self.accelerator.ddp_handler.gradient_as_bucket_view = True
+        if config.bf16_exchange:
+            self.accelerator.ddp_handler.comm_hook = DDPCommunicationHookType.BF16
         self.total_steps = config.max_steps or config.num_epochs * len(self.feed)
         ends = {stage.last_epoch * len(self.feed): stage.name for stage in config.stages}
         self.stage_ends = {step: name for step, name in ends.items() if step < self.total_steps}
@@ -459,6 +465,17 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         freeze_for(self.model, stage)
 
     # Optimizer and schedule
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        """Has the fused optimizer scale the gradients as it reads them, which saves a pass over all of them."""
+        optimizer = self.optimizer.optimizer
+        if not optimizer.defaults["fused"] or is_sharded(model):
+            return super()._clip_grad_norm(model)
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        optimizer.grad_scale = ((norm + 1e-6) / self.args.max_grad_norm).clamp(min=1.0)
+        optimizer.found_inf = torch.zeros_like(norm)  # steps without a finite gradient are skipped before
+        return norm
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over every parameter that some stage trains, one group for each component, layer and decay.
@@ -550,18 +567,21 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         self.check_broken(self.state.global_step + 1)
         loss = torch.zeros((), device=self.args.device)
         self.clock.begin()
-        for i, batch in enumerate(micro_batches):
-            is_last = i == len(micro_batches) - 1
-            if is_sharded(model):
-                model.set_requires_gradient_sync(is_last)
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                # Gradients are averaged over the processes; the loss is a sum over items. A step of which
-                # nothing decodes has none: its gradient is NaN, and it is skipped as every such step is.
-                share = self.summed_loss(model, batch) * self.args.world_size / items
-                if is_last:
-                    self.clock.end_after(share)
-                self.accelerator.backward(share)
-            loss += share.detach()
+        # Gradients are averaged over the processes; the loss is a sum over items. A step of which nothing decodes has
+        # none: its gradient is NaN, and it is skipped as every such step is.
+        scale = self.args.world_size / items if items else math.nan
+        # Autocast keeps its bf16 copies of what trains to the end of the outermost block: one copy for the whole step.
+        with self.autocast(), torch.autocast(self.args.device.type, enabled=False):
+            for i, batch in enumerate(micro_batches):
+                is_last = i == len(micro_batches) - 1
+                if is_sharded(model):
+                    model.set_requires_gradient_sync(is_last)
+                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                    share = self.scaled_loss(model, batch, scale)
+                    if is_last:
+                        self.clock.end_after(share)
+                    self.accelerator.backward(share)
+                loss += share.detach()
         return loss
 
     def note_step(self) -> None:
@@ -581,10 +601,10 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         """How many items the loss of a micro-batch is a sum over: its supervised tokens."""
         return (batch["labels"] != IGNORED_LABEL).sum()
 
-    def summed_loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Summed nats of the supervised tokens of one micro-batch (the model's own loss divides by what it is told)."""
+    def scaled_loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
+        """Summed nats of the supervised tokens of one micro-batch, times `scale`; the backward pass begins there."""
         with self.autocast():
-            return model(**self._prepare_inputs(batch), num_items_in_batch=1).loss
+            return model(**self._prepare_inputs(batch), root_scale=scale).loss
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # Trainer's estimate reads one batch of text tokens; a step here is several, with audio

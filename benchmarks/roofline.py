@@ -62,9 +62,11 @@ def traces_of(config: Any, stages: list[Stage], stage: Stage, ranks: int, budget
     return found
 
 
-def row(model: str, device: str, ranks: int, stage: str, traces: list[Trace], trained: Trained) -> dict[str, Any]:
+def row(
+    model: str, device: str, ranks: int, stage: str, traces: list[Trace], trained: Trained, bf16_exchange: bool
+) -> dict[str, Any]:
     likely, best, worst = (
-        step(traces, trained, ranks, DEVICES[device], efficiency)
+        step(traces, trained, ranks, DEVICES[device], efficiency, bf16_exchange)
         for efficiency in (Efficiency(), OPTIMISTIC, PESSIMISTIC)
     )
     return {
@@ -112,6 +114,7 @@ def main() -> None:
     parser.add_argument("--devices", nargs="+", default=list(DEVICES), choices=list(DEVICES))
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--budget", type=int, default=round2().tokens_per_micro_batch)
+    parser.add_argument("--bf16_exchange", action="store_true", help="as the training's option of this name")
     parser.add_argument("--kernels", action="store_true", help="also the operators that take longest")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -134,7 +137,7 @@ def main() -> None:
                     f" {dict(traces[0].synchronisations)}"
                 )
                 for device in options.devices:
-                    rows.append(row(model, device, ranks, stage.name, traces, trained))
+                    rows.append(row(model, device, ranks, stage.name, traces, trained, options.bf16_exchange))
                     if options.kernels:
                         print(*kernels_of(traces, device), sep="\n")
     names = [name for name in rows[0] if name.removesuffix(", ms") not in PARTS]

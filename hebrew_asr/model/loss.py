@@ -108,7 +108,8 @@ class ChunkedNats(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = None
         if wants_weight:
-            grad_weight = torch.empty_like(weight) if len(targets) else torch.zeros_like(weight)
+            # A scale of a step without labels is NaN, and so is its gradient.
+            grad_weight = torch.empty_like(weight) if len(targets) else torch.full_like(weight, 0 * scale)
         at_once = max(1, LOGITS_AT_ONCE // len(weight))
         for places in (slice(begin, begin + at_once) for begin in range(0, len(targets), at_once)):
             part, aims = hidden[places].to(dtype), targets[places, None]

@@ -91,6 +91,8 @@ class Kernel:
     bytes: int
     """Read and written, each operand once."""
     in_bf16: bool
+    is_copy_of_weight: bool = False
+    """For autocast, which makes one for all micro-batches of a step."""
     times: int = 1
 
     def seconds(self, device: Device, efficiency: Efficiency) -> float:
@@ -303,6 +305,7 @@ class Recorder(TorchDispatchMode):
             operations=multiplied(name, args, outputs, self.pairs.__getitem__),
             bytes=moved(name, inputs, outputs, kwargs),
             in_bf16=any(tensor.dtype == torch.bfloat16 for tensor in inputs),
+            is_copy_of_weight=name == "_to_copy" and isinstance(inputs[0], torch.nn.Parameter) and inputs[0].dim() > 1,
         )
         self.notes.append((self._where(node), kernel))
 
@@ -492,23 +495,31 @@ class Step:
         return self.operations / device.bf16 / self.seconds
 
 
-def step(traces: list[Trace], trained: Trained, ranks: int, device: Device, efficiency: Efficiency) -> Step:
+def step(
+    traces: list[Trace],
+    trained: Trained,
+    ranks: int,
+    device: Device,
+    efficiency: Efficiency,
+    bf16_exchange: bool = False,
+) -> Step:
     """A step of these micro-batches on one of so many ranks.
 
-    Beside the passes over the model: fused AdamW reads weight, gradient and two moments and writes three of them;
-    clipping reads the gradients, then reads and writes them; DistributedDataParallel copies them into its buckets and
-    back. All are fp32.
+    Beside the passes over the model: a micro-batch's gradients are added to those before it (two are read, one is
+    written). Fused AdamW reads weight, gradient and two moments and writes all four, the gradient because it clips it;
+    its norm is read before. DistributedDataParallel copies gradients into its buckets, where they stay; to exchange
+    them in bf16 it writes and reads a copy. All but that are fp32.
     """
-    parts = {
-        part: sum(t.sum(lambda k: k.seconds(device, efficiency), lambda k, part=part: k.part == part) for t in traces)
-        for part in PARTS
-    }
+    first, *others = traces
+    kernels = first.kernels + [k for t in others for k in t.kernels if not k.is_copy_of_weight]
+    parts = {part: sum(k.seconds(device, efficiency) for k in kernels if k.part == part) for part in PARTS}
     one_pass = FP32 * trained.numbers / (device.bandwidth * efficiency.memory)
-    parts |= {"AdamW": 7 * one_pass, "clip": 3 * one_pass, "DDP's copies": 0.0, "all-reduce": 0.0}
+    parts |= {"adding up gradients": 3 * len(others) * one_pass, "AdamW": 8 * one_pass, "clip": one_pass}
+    parts |= {"DDP's copies": 0.0, "all-reduce": 0.0}
     if ranks > 1:
-        share = 2 * (ranks - 1) / ranks * FP32 / device.exchange
+        share = 2 * (ranks - 1) / ranks * (BF16 if bf16_exchange else FP32) / device.exchange
         hidden = traces[-1].sum(lambda k: k.seconds(device, efficiency), lambda k: k.is_backward)
         early = share * (trained.numbers - trained.last)
-        parts["DDP's copies"] = 4 * one_pass
+        parts["DDP's copies"] = (5 if bf16_exchange else 2) * one_pass
         parts["all-reduce"] = share * trained.last + max(0.0, early - hidden * efficiency.overlapped)
-    return Step(parts, sum(t.operations for t in traces), sum(t.launches for t in traces))
+    return Step(parts, sum(t.operations for t in traces), sum(k.times for k in kernels))
