@@ -118,6 +118,8 @@ class Trace:
     kernels: list[Kernel] = field(default_factory=list)
     synchronisations: Counter[str] = field(default_factory=Counter)
     """Where the host waits for the device, by operator."""
+    saved: int = 0
+    """Bytes that the forward pass keeps for the backward one, without weights and their copies; 0 if checkpointed."""
 
     def sum(self, value: Callable[[Kernel], float], chosen: Callable[[Kernel], bool] = lambda _: True) -> float:
         return sum(value(kernel) for kernel in self.kernels if chosen(kernel))
@@ -235,21 +237,32 @@ class Recorder(TorchDispatchMode):
         self.begun: list[tuple[int, str]] = []
         """From which number of a node on which module runs."""
         self.handles: list[Any] = []
+        self.contexts = contextlib.ExitStack()
+        self.saved: dict[int, tuple[str, torch.UntypedStorage]] = {}
+        """By storage, what the graph keeps, and in which module it was kept first."""
+        self.standing = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        """Storages that are no activations: of weights and, as they are made, of their copies."""
 
     def __enter__(self) -> "Recorder":
         for name, module in self.model.named_modules():
             if name and not isinstance(module, torch.nn.ModuleList):
                 self.handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._enter(name)))
                 self.handles.append(module.register_forward_hook(lambda *_: self._leave()))
-        self.patch = mock.patch.object(fused, "run", self.run)
-        self.patch.start()
+        self.contexts.enter_context(mock.patch.object(fused, "run", self.run))
+        self.contexts.enter_context(torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor))
         return super().__enter__()
 
     def __exit__(self, *problem: Any) -> None:
         for handle in self.handles:
             handle.remove()
-        self.patch.stop()
+        self.contexts.close()
         super().__exit__(*problem)
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.standing:
+            self.saved.setdefault(storage._cdata, (self.inside[-1], storage))
+        return tensor
 
     def run(self, function: Callable, *args: Any) -> Any:
         """Runs one of the fused functions, which is one kernel; a sum over all tokens is two."""
@@ -307,6 +320,8 @@ class Recorder(TorchDispatchMode):
             in_bf16=any(tensor.dtype == torch.bfloat16 for tensor in inputs),
             is_copy_of_weight=name == "_to_copy" and isinstance(inputs[0], torch.nn.Parameter) and inputs[0].dim() > 1,
         )
+        if kernel.is_copy_of_weight:
+            self.standing.add(outputs[0].untyped_storage()._cdata)
         self.notes.append((self._where(node), kernel))
 
 
@@ -422,6 +437,7 @@ def trace(
     batch: dict[str, torch.Tensor],
     trains: Callable[[str], bool],
     ever_trains: Callable[[str], bool] | None = None,
+    checkpointing: bool = False,
 ) -> Trace:
     """The kernels of one micro-batch under bf16 autocast, as they run on a GPU with PyTorch's FlashAttention.
 
@@ -439,11 +455,16 @@ def trace(
     with fake:
         inputs = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in batch.items()}
     fused.fuse(shortened.model)
+    if checkpointing:
+        shortened.model.activation_checkpointing_enable({"use_reentrant": False})
+        shortened.model.disable_input_require_grads()
+    shortened.model.train()
     with fake, as_on_cuda(), recorder:
         with torch.autocast("cpu", torch.bfloat16):
             nats = shortened.model(**inputs, root_scale=1.0).loss
+        saved = sum(shortened.times(module) * storage.nbytes() for module, storage in recorder.saved.values())
         nats.backward()
-    found = Trace(work_of(batch, config))
+    found = Trace(work_of(batch, config), saved=0 if checkpointing else saved)
     for module, kernel in recorder.notes:
         found.kernels.append(dataclasses.replace(kernel, part=part_of(module), times=shortened.times(module)))
     for module, operator in recorder.waits:
@@ -508,7 +529,7 @@ def step(
     Beside the passes over the model: a micro-batch's gradients are added to those before it (two are read, one is
     written). Fused AdamW reads weight, gradient and two moments and writes all four, the gradient because it clips it;
     its norm is read before. DistributedDataParallel copies gradients into its buckets, where they stay; to exchange
-    them in bf16 it writes and reads a copy. All but that are fp32.
+    them in bf16 it makes a copy, divides it and copies it back, which is four passes' worth. All else is fp32.
     """
     first, *others = traces
     kernels = first.kernels + [k for t in others for k in t.kernels if not k.is_copy_of_weight]
@@ -520,6 +541,6 @@ def step(
         share = 2 * (ranks - 1) / ranks * (BF16 if bf16_exchange else FP32) / device.exchange
         hidden = traces[-1].sum(lambda k: k.seconds(device, efficiency), lambda k: k.is_backward)
         early = share * (trained.numbers - trained.last)
-        parts["DDP's copies"] = (5 if bf16_exchange else 2) * one_pass
+        parts["DDP's copies"] = (6 if bf16_exchange else 2) * one_pass
         parts["all-reduce"] = share * trained.last + max(0.0, early - hidden * efficiency.overlapped)
     return Step(parts, sum(t.operations for t in traces), sum(k.times for k in kernels))
