@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ from hebrew_asr.model.costs import work_of
 from hebrew_asr.model.generation import generate, new_token_limit
 from hebrew_asr.model.loading import load_processor, load_to_train
 from hebrew_asr.model.loss import IGNORED_LABEL, SpeechModel, label_nats
-from hebrew_asr.model.packing import FRAMES_PER_CHUNK, pack
+from hebrew_asr.model.packing import FRAMES_PER_CHUNK, halves, pack
 from hebrew_asr.model.prompts import MEL_BINS, pad, padded
 from hebrew_asr.model.sharding import is_sharded, shard, whole_model
 from hebrew_asr.model.stages import (
@@ -60,7 +61,7 @@ from hebrew_asr.model.stages import (
     trainable_parameters,
     trains_in,
 )
-from hebrew_asr.processes import launch, leave_process_group, quiet_libraries, together
+from hebrew_asr.processes import has_gpu, launch, leave_process_group, quiet_libraries, together
 from hebrew_asr.training.batches import Collator, check_batch, collate_evaluation, evaluation_batches
 from hebrew_asr.training.feed import TrainingData, load_data, open_feed, speech_loader
 from hebrew_asr.training.final_model import evaluate_final, write_final_model
@@ -72,6 +73,7 @@ from hebrew_asr.training.run_folder import (
     check_disk,
     checkpoint_to_resume,
     failures_noted,
+    first_line,
     open_run_folder,
     settle,
 )
@@ -413,6 +415,8 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         ends = {stage.last_epoch * len(self.feed): stage.name for stage in config.stages}
         self.stage_ends = {step: name for step, name in ends.items() if step < self.total_steps}
         self.clock = StepClock(args.device)
+        self.too_many_tokens = math.inf  # of a micro-batch: so many did not fit the device's memory
+        self.split_micro_batches = 0
         self.add_callback(StepEvents(self.note_step, run_log, config.eval_steps, {*self.stage_ends, self.total_steps}))
         self.window_started = time.perf_counter()
         self.moving_average: MovingAverage | None = None
@@ -555,6 +559,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             most = max(self.watch.gather(len(micro_batches)))
             micro_batches = micro_batches + [self.collator.packed([])] * (most - len(micro_batches))
         self.run_log.note_dropped(dropped, self.state.global_step + 1)
+        micro_batches = [part for batch in micro_batches for part in self.as_it_fitted(batch)]
         counts = StepCounts(dropped=len(dropped), broken=sum(line.split(":")[0] in BROKEN for line in dropped))
         for batch in micro_batches:
             counts.add(batch, self.items_of(batch))
@@ -565,24 +570,82 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         self.broken_utterances += int(counts.broken)
         self.dead_workers += int(counts.dead_workers)
         self.check_broken(self.state.global_step + 1)
-        loss = torch.zeros((), device=self.args.device)
-        self.clock.begin()
         # Gradients are averaged over the processes; the loss is a sum over items. A step of which nothing decodes has
         # none: its gradient is NaN, and it is skipped as every such step is.
         scale = self.args.world_size / items if items else math.nan
+        self.clock.begin()
+        while True:
+            try:
+                return self.accumulate(model, micro_batches, scale)
+            except torch.OutOfMemoryError as error:
+                problem = first_line(error)  # what it had allocated goes with its traceback, at the end of this block
+            micro_batches = self.in_smaller_parts(model, micro_batches, problem)
+
+    def accumulate(
+        self, model: torch.nn.Module, micro_batches: list[dict[str, torch.Tensor]], scale: float
+    ) -> torch.Tensor:
+        """Adds up the gradient of these micro-batches; returns the sum of their losses."""
+        loss = torch.zeros((), device=self.args.device)
         # Autocast keeps its bf16 copies of what trains to the end of the outermost block: one copy for the whole step.
         with self.autocast(), torch.autocast(self.args.device.type, enabled=False):
             for i, batch in enumerate(micro_batches):
                 is_last = i == len(micro_batches) - 1
+                self.running, self.exchanges = i, False
                 if is_sharded(model):
                     model.set_requires_gradient_sync(is_last)
                 with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
                     share = self.scaled_loss(model, batch, scale)
                     if is_last:
                         self.clock.end_after(share)
+                    self.exchanges = is_last and model is not self.model
                     self.accelerator.backward(share)
                 loss += share.detach()
         return loss
+
+    def in_smaller_parts(
+        self, model: torch.nn.Module, micro_batches: list[dict[str, torch.Tensor]], problem: str
+    ) -> list[dict[str, torch.Tensor]]:
+        """The step's micro-batches with the one that memory did not hold in two; the step begins again with them.
+
+        That is between this process and its device, as long as no gradient was exchanged. Else, or where one utterance
+        does not fit, it raises what says so: InputError where this process is the only one.
+        """
+        failed = micro_batches[self.running]
+        tokens = failed["input_ids"].numel()
+        too_late = is_sharded(model) or self.exchanges
+        parts = [] if too_late else self.halves_of(failed)
+        if not parts:
+            what, remedy = "an utterance", ""
+            if too_late:
+                what, remedy = "a micro-batch", f"--tokens_per_micro_batch {max(64, tokens // 2 // 64 * 64)}, "
+            kind = InputError if self.args.world_size == 1 else torch.OutOfMemoryError
+            raise kind(
+                f"step {self.state.global_step + 1}: {what} of {tokens} tokens does not fit the device's memory"
+                f" ({problem}). Give {remedy}--gradient_checkpointing true, a lower --max_audio_length_seconds, or"
+                " stages that train fewer layers; --find_token_budget tries what fits"
+            )
+        self.model.zero_grad()
+        torch.cuda.empty_cache()
+        self.split_micro_batches += 1
+        if tokens < self.too_many_tokens:
+            self.too_many_tokens = tokens
+            print(
+                f"process {self.args.process_index}, step {self.state.global_step + 1}: {tokens} tokens at once do not"
+                " fit the device's memory; such micro-batches are done in two, with the same gradient. Less time is"
+                f" lost with --tokens_per_micro_batch {max(64, int(0.9 * tokens) // 64 * 64)}",
+                file=sys.stderr,
+                flush=True,
+            )
+        return micro_batches[: self.running] + parts + micro_batches[self.running + 1 :]
+
+    def as_it_fitted(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """A micro-batch, cut as often as those were that memory did not hold."""
+        parts = self.halves_of(batch) if batch["input_ids"].numel() >= self.too_many_tokens else []
+        return [piece for part in parts for piece in self.as_it_fitted(part)] or [batch]
+
+    def halves_of(self, batch: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+        """A micro-batch in two; none where it cannot be cut."""
+        return halves(batch, self.model.config.audio_token_id)
 
     def note_step(self) -> None:
         """Called after each step, when the norm of its gradient is known and so the device is through with it."""
@@ -719,6 +782,8 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         numbers["train/trainable_parameters"] = trainable_parameters(self.model)
         numbers["train/dropped_utterances"] = self.dropped_utterances
         numbers["train/dead_workers"] = self.dead_workers
+        if self.split_micro_batches:
+            numbers["train/split_micro_batches"] = self.split_micro_batches  # of this process
         numbers |= self.window.numbers(self.model, now - self.window_started, self.watch.gather(self.window.computed))
         numbers |= self.uploader.numbers(step)
         self.window_started, self.window = now, Window()
@@ -758,7 +823,7 @@ def main(
         return
 
     # 1. Processes and settings
-    cpu = not torch.cuda.is_available()
+    cpu = not has_gpu()
     state = accelerate.PartialState(cpu=cpu, timeout=timedelta(minutes=config.process_timeout_minutes))
     config.check(state.num_processes)
     use_bf16 = config.bf16 if config.bf16 is not None else not cpu and torch.cuda.is_bf16_supported(False)

@@ -374,6 +374,9 @@ class GspoTrainer(GradualUnfreezeTrainer):
         """The loss is a mean over utterances."""
         return batch["utterances"]
 
+    def halves_of(self, batch: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+        return []  # a group's samples belong together
+
     def scaled_loss(self, model: torch.nn.Module, batch: dict[str, Any], scale: float) -> torch.Tensor:
         config = self.config
         inputs = self._prepare_inputs({k: v for k, v in batch.items() if k != "utterances"})
