@@ -122,6 +122,7 @@ def test_a_scale_known_beforehand_and_one_gradient_for_both_uses_change_nothing(
     """Against autograd's own sum of the head's gradient and the embedding's, scaled afterwards."""
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", positions_at_once * 168)
     monkeypatch.setattr(loss, "has_wide_products", lambda _: wide)
+    monkeypatch.setattr(loss, "spares_passes", lambda _: True)
     weight = model.lm_head.weight
     assert weight is model.get_input_embeddings().weight
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -142,13 +143,15 @@ def test_a_scale_known_beforehand_and_one_gradient_for_both_uses_change_nothing(
                 assert (other[name] - gradient).norm() <= (1e-2 if use_bf16 else 1e-5) * gradient.norm(), name
 
 
-def test_a_batch_without_a_label_gives_zeros(model, batch):
+def test_a_batch_without_a_label_gives_zeros(model, batch, monkeypatch):
+    monkeypatch.setattr(loss, "spares_passes", lambda _: True)
     batch["labels"] = torch.full_like(batch["labels"], IGNORED_LABEL)
     model(**batch, root_scale=0.1).loss.backward()
     assert all(not parameter.grad.any() for parameter in model.parameters())
 
 
-def test_the_embeddings_padding_gets_no_gradient_from_it(model, batch):
+def test_the_embeddings_padding_gets_no_gradient_from_it(model, batch, monkeypatch):
+    monkeypatch.setattr(loss, "spares_passes", lambda _: True)
     embedding = model.get_input_embeddings()
     gradients = []
     for padding in (None, int(batch["input_ids"][0, 0])):

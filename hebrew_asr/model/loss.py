@@ -18,6 +18,14 @@ IGNORED_LABEL = -100  # marks positions without a label
 LOGITS_AT_ONCE = 2**26  # 268 MB in fp32: 441 positions of the real vocabulary
 
 
+def spares_passes(device: torch.device) -> bool:
+    """Whether the vocabulary's gradient is made in few passes over memory, which is what it costs on a GPU.
+
+    On a CPU it is made as autograd makes it: rounded otherwise, runs there would not end at the same figures.
+    """
+    return device.type == "cuda"
+
+
 @functools.cache
 def has_wide_products(device: torch.device) -> bool:
     """Whether bf16 matrices are multiplied and added to an fp32 one in one kernel, as a GPU's library does."""
@@ -196,7 +204,8 @@ def label_nats(
     """
     weight = model.lm_head.weight
     is_tied = weight is model.get_input_embeddings().weight
-    tied = TiedGradient() if is_tied and weight.requires_grad and torch.is_grad_enabled() else None
+    is_one = is_tied and weight.requires_grad and torch.is_grad_enabled() and spares_passes(weight.device)
+    tied = TiedGradient() if is_one else None
     hidden, targets = label_states(model, **batch, tied=tied)
     if not torch.is_grad_enabled():  # a Function is told of inputs that require a gradient even then
         hidden, weight = hidden.detach(), weight.detach()
@@ -252,7 +261,10 @@ class SpeechModel(Qwen3ASRForConditionalGeneration):
             hidden, targets = label_states(self, labels=labels, **inputs)
             return token_log_probs(hidden, self.lm_head.weight, targets, temperature)
         if (scale := inputs.pop("root_scale", None)) is not None:
-            total, _ = label_nats(self, scale, is_root=True, labels=labels, **inputs)
+            if spares_passes(labels.device):
+                total, _ = label_nats(self, scale, is_root=True, labels=labels, **inputs)
+            else:
+                total = label_nats(self, labels=labels, **inputs)[0] * scale
             return Qwen3ASRCausalLMOutputWithPast(loss=total)
         items = inputs.pop("num_items_in_batch", None)
         total, nats = label_nats(self, labels=labels, **inputs)
