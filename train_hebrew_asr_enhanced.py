@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ import accelerate
 import numpy as np
 import torch
 import transformers
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DDPCommunicationHookType, broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import Qwen3ASRProcessor
 
@@ -47,7 +48,7 @@ from hebrew_asr.model.costs import work_of
 from hebrew_asr.model.generation import generate, new_token_limit
 from hebrew_asr.model.loading import load_processor, load_to_train
 from hebrew_asr.model.loss import IGNORED_LABEL, SpeechModel, label_nats
-from hebrew_asr.model.packing import FRAMES_PER_CHUNK, pack
+from hebrew_asr.model.packing import FRAMES_PER_CHUNK, halves, pack
 from hebrew_asr.model.prompts import MEL_BINS, pad, padded
 from hebrew_asr.model.sharding import is_sharded, shard, whole_model
 from hebrew_asr.model.stages import (
@@ -61,7 +62,7 @@ from hebrew_asr.model.stages import (
     trainable_parameters,
     trains_in,
 )
-from hebrew_asr.processes import launch, leave_process_group, quiet_libraries, together
+from hebrew_asr.processes import has_gpu, launch, leave_process_group, quiet_libraries, together
 from hebrew_asr.training.batches import Collator, check_batch, collate_evaluation, evaluation_batches
 from hebrew_asr.training.feed import TrainingData, load_data, open_feed, speech_loader
 from hebrew_asr.training.final_model import evaluate_final, write_final_model
@@ -80,6 +81,7 @@ from hebrew_asr.training.run_folder import (
     check_disk,
     checkpoint_to_resume,
     failures_noted,
+    first_line,
     open_run_folder,
     settle,
 )
@@ -163,6 +165,8 @@ class TrainingConfig(Settings):
     """Utterances of one forward pass of one process, where tokens_per_micro_batch is None."""
     gradient_checkpointing: bool = False
     """Less memory for a third more time: what trains runs forward a second time in the backward pass."""
+    bf16_exchange: bool = False
+    """Gradients are rounded to bf16 while they are added up over the processes: half of the exchange."""
     fsdp: bool = False
     """Less memory for more exchange: of what trains, each process holds only a part, with its gradient and moments."""
 
@@ -309,7 +313,7 @@ MAY_CHANGE = {  # settings that a resumed run may have otherwise than before
         "stall_timeout_minutes",
     ),
     *("max_bad_steps", "check_ranks_steps", "inspect_data", "output_dir", "process_timeout_minutes"),
-    *("tokens_per_micro_batch", "gradient_checkpointing", "fsdp", "prepare", "prepared_dir"),
+    *("tokens_per_micro_batch", "gradient_checkpointing", "fsdp", "bf16_exchange", "prepare", "prepared_dir"),
     *("plan", "plan_device", "plan_devices", "plan_hours_of_audio", "plan_mean_seconds", "plan_price_per_hour"),
     "find_token_budget",
 }
@@ -436,10 +440,16 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         super().__init__(
             model=model, args=args, eval_dataset=SpeechDataset(eval_rows, processor, config, training=False)
         )
+        # The gradients then lie in what is exchanged, instead of being copied there and back.
+        self.accelerator.ddp_handler.gradient_as_bucket_view = True
+        if config.bf16_exchange:
+            self.accelerator.ddp_handler.comm_hook = DDPCommunicationHookType.BF16
         self.total_steps = config.max_steps or config.num_epochs * len(self.feed)
         ends = {stage.last_epoch * len(self.feed): stage.name for stage in config.stages}
         self.stage_ends = {step: name for step, name in ends.items() if step < self.total_steps}
         self.clock = StepClock(args.device)
+        self.too_many_tokens = math.inf  # of a micro-batch: so many did not fit the device's memory
+        self.split_micro_batches = 0
         self.add_callback(StepEvents(self.note_step, run_log, config.eval_steps, {*self.stage_ends, self.total_steps}))
         self.window_started = time.perf_counter()
         self.moving_average: MovingAverage | None = None
@@ -492,6 +502,17 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         freeze_for(self.model, stage)
 
     # Optimizer and schedule
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        """Has the fused optimizer scale the gradients as it reads them, which saves a pass over all of them."""
+        optimizer = self.optimizer.optimizer
+        if not optimizer.defaults["fused"] or is_sharded(model):
+            return super()._clip_grad_norm(model)
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        optimizer.grad_scale = ((norm + 1e-6) / self.args.max_grad_norm).clamp(min=1.0)
+        optimizer.found_inf = torch.zeros_like(norm)  # steps without a finite gradient are skipped before
+        return norm
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over every parameter that some stage trains, one group for each component, layer and decay.
@@ -571,6 +592,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             most = max(self.watch.gather(len(micro_batches)))
             micro_batches = micro_batches + [self.collator.packed([])] * (most - len(micro_batches))
         self.run_log.note_dropped(dropped, self.state.global_step + 1)
+        micro_batches = [part for batch in micro_batches for part in self.as_it_fitted(batch)]
         counts = StepCounts(dropped=len(dropped), broken=sum(line.split(":")[0] in BROKEN for line in dropped))
         for batch in micro_batches:
             counts.add(batch, self.items_of(batch))
@@ -581,21 +603,82 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         self.broken_utterances += int(counts.broken)
         self.dead_workers += int(counts.dead_workers)
         self.check_broken(self.state.global_step + 1)
-        loss = torch.zeros((), device=self.args.device)
+        # Gradients are averaged over the processes; the loss is a sum over items. A step of which nothing decodes has
+        # none: its gradient is NaN, and it is skipped as every such step is.
+        scale = self.args.world_size / items if items else math.nan
         self.clock.begin()
-        for i, batch in enumerate(micro_batches):
-            is_last = i == len(micro_batches) - 1
-            if is_sharded(model):
-                model.set_requires_gradient_sync(is_last)
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                # Gradients are averaged over the processes; the loss is a sum over items. A step of which
-                # nothing decodes has none: its gradient is NaN, and it is skipped as every such step is.
-                share = self.summed_loss(model, batch) * self.args.world_size / items
-                if is_last:
-                    self.clock.end_after(share)
-                self.accelerator.backward(share)
-            loss += share.detach()
+        while True:
+            try:
+                return self.accumulate(model, micro_batches, scale)
+            except torch.OutOfMemoryError as error:
+                problem = first_line(error)  # what it had allocated goes with its traceback, at the end of this block
+            micro_batches = self.in_smaller_parts(model, micro_batches, problem)
+
+    def accumulate(
+        self, model: torch.nn.Module, micro_batches: list[dict[str, torch.Tensor]], scale: float
+    ) -> torch.Tensor:
+        """Adds up the gradient of these micro-batches; returns the sum of their losses."""
+        loss = torch.zeros((), device=self.args.device)
+        # Autocast keeps its bf16 copies of what trains to the end of the outermost block: one copy for the whole step.
+        with self.autocast(), torch.autocast(self.args.device.type, enabled=False):
+            for i, batch in enumerate(micro_batches):
+                is_last = i == len(micro_batches) - 1
+                self.running, self.exchanges = i, False
+                if is_sharded(model):
+                    model.set_requires_gradient_sync(is_last)
+                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                    share = self.scaled_loss(model, batch, scale)
+                    if is_last:
+                        self.clock.end_after(share)
+                    self.exchanges = is_last and model is not self.model
+                    self.accelerator.backward(share)
+                loss += share.detach()
         return loss
+
+    def in_smaller_parts(
+        self, model: torch.nn.Module, micro_batches: list[dict[str, torch.Tensor]], problem: str
+    ) -> list[dict[str, torch.Tensor]]:
+        """The step's micro-batches with the one that memory did not hold in two; the step begins again with them.
+
+        That is between this process and its device, as long as no gradient was exchanged. Else, or where one utterance
+        does not fit, it raises what says so: InputError where this process is the only one.
+        """
+        failed = micro_batches[self.running]
+        tokens = failed["input_ids"].numel()
+        too_late = is_sharded(model) or self.exchanges
+        parts = [] if too_late else self.halves_of(failed)
+        if not parts:
+            what, remedy = "an utterance", ""
+            if too_late:
+                what, remedy = "a micro-batch", f"--tokens_per_micro_batch {max(64, tokens // 2 // 64 * 64)}, "
+            kind = InputError if self.args.world_size == 1 else torch.OutOfMemoryError
+            raise kind(
+                f"step {self.state.global_step + 1}: {what} of {tokens} tokens does not fit the device's memory"
+                f" ({problem}). Give {remedy}--gradient_checkpointing true, a lower --max_audio_length_seconds, or"
+                " stages that train fewer layers; --find_token_budget tries what fits"
+            )
+        self.model.zero_grad()
+        torch.cuda.empty_cache()
+        self.split_micro_batches += 1
+        if tokens < self.too_many_tokens:
+            self.too_many_tokens = tokens
+            print(
+                f"process {self.args.process_index}, step {self.state.global_step + 1}: {tokens} tokens at once do not"
+                " fit the device's memory; such micro-batches are done in two, with the same gradient. Less time is"
+                f" lost with --tokens_per_micro_batch {max(64, int(0.9 * tokens) // 64 * 64)}",
+                file=sys.stderr,
+                flush=True,
+            )
+        return micro_batches[: self.running] + parts + micro_batches[self.running + 1 :]
+
+    def as_it_fitted(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """A micro-batch, cut as often as those were that memory did not hold."""
+        parts = self.halves_of(batch) if batch["input_ids"].numel() >= self.too_many_tokens else []
+        return [piece for part in parts for piece in self.as_it_fitted(part)] or [batch]
+
+    def halves_of(self, batch: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+        """A micro-batch in two; none where it cannot be cut."""
+        return halves(batch, self.model.config.audio_token_id)
 
     def note_step(self) -> None:
         """Called after each step, when the norm of its gradient is known and so the device is through with it."""
@@ -614,10 +697,10 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         """How many items the loss of a micro-batch is a sum over: its supervised tokens."""
         return (batch["labels"] != IGNORED_LABEL).sum()
 
-    def summed_loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Summed nats of the supervised tokens of one micro-batch (the model's own loss divides by what it is told)."""
+    def scaled_loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
+        """Summed nats of the supervised tokens of one micro-batch, times `scale`; the backward pass begins there."""
         with self.autocast():
-            return model(**self._prepare_inputs(batch), num_items_in_batch=1).loss
+            return model(**self._prepare_inputs(batch), root_scale=scale).loss
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # Trainer's estimate reads one batch of text tokens; a step here is several, with audio
@@ -732,6 +815,8 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         numbers["train/trainable_parameters"] = trainable_parameters(self.model)
         numbers["train/dropped_utterances"] = self.dropped_utterances
         numbers["train/dead_workers"] = self.dead_workers
+        if self.split_micro_batches:
+            numbers["train/split_micro_batches"] = self.split_micro_batches  # of this process
         numbers |= self.window.numbers(self.model, now - self.window_started, self.watch.gather(self.window.computed))
         numbers |= self.uploader.numbers(step)
         self.window_started, self.window = now, Window()
@@ -771,7 +856,7 @@ def main(
         return
 
     # 1. Processes and settings
-    cpu = not torch.cuda.is_available()
+    cpu = not has_gpu()
     state = accelerate.PartialState(cpu=cpu, timeout=timedelta(minutes=config.process_timeout_minutes))
     config.check(state.num_processes)
     use_bf16 = config.bf16 if config.bf16 is not None else not cpu and torch.cuda.is_bf16_supported(False)

@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -20,6 +21,7 @@ from hebrew_asr.console import use_console
 from hebrew_asr.errors import InputError
 
 REPORT_SECONDS = 60.0  # for the launcher to end after a command that failed
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # there as soon as the driver is loaded
 
 
 class Task(torch.utils.data.Dataset):
@@ -124,3 +126,24 @@ def say_last(message: str) -> None:
 def leave_process_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def has_gpu(driver: Path = NVIDIA_DRIVER) -> bool:
+    """Whether this process has a GPU; InputError where the machine has one that torch cannot use.
+
+    Hiding all GPUs (CUDA_VISIBLE_DEVICES empty or -1) is to choose the CPU.
+    """
+    if torch.cuda.is_available():
+        return True
+    if not driver.exists() or os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
+        return False
+    try:
+        torch.cuda.init()
+        problem = "torch finds none of its GPUs"
+    except (RuntimeError, AssertionError) as error:
+        problem = str(error).strip().splitlines()[0]
+    raise InputError(
+        f"this machine has an NVIDIA driver, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it:"
+        f" {problem}. Update the driver, or install torch for its CUDA (nvidia-smi names it); to run on the CPU all the"
+        " same, set CUDA_VISIBLE_DEVICES=-1"
+    )

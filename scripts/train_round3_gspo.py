@@ -374,7 +374,10 @@ class GspoTrainer(GradualUnfreezeTrainer):
         """The loss is a mean over utterances."""
         return batch["utterances"]
 
-    def summed_loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    def halves_of(self, batch: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+        return []  # a group's samples belong together
+
+    def scaled_loss(self, model: torch.nn.Module, batch: dict[str, Any], scale: float) -> torch.Tensor:
         config = self.config
         inputs = self._prepare_inputs({k: v for k, v in batch.items() if k != "utterances"})
         policy = inputs.pop("policy")
@@ -397,7 +400,7 @@ class GspoTrainer(GradualUnfreezeTrainer):
         counted = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=log_p.device) for n in counted])
         if counted.isfinite().all():  # else the step is skipped
             self.sums.update(dict(zip(names, counted.tolist(), strict=False)))
-        return loss
+        return loss * scale
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds a line on the samples since the last one, over all processes."""

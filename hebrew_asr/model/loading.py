@@ -12,6 +12,7 @@ from transformers import Qwen3ASRProcessor
 
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.attention import set_attention
+from hebrew_asr.model.fused import fuse_where_it_runs
 from hebrew_asr.model.layouts import in_transformers_layout
 from hebrew_asr.model.loss import SpeechModel
 from hebrew_asr.model.stages import Stage, check_stages, ever_trained
@@ -55,6 +56,7 @@ def load_model(
         )
         check_whole(name, loaded)
     set_attention(model, attention, use_bf16)
+    fuse_where_it_runs(model)
     check_stages(model, stages)
     for parameter in ever_trained(model, stages).values():
         parameter.data = parameter.data.float()
@@ -64,6 +66,7 @@ def load_model(
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()
     if torch_compile:
+        torch._dynamo.config.optimize_ddp = False  # it would cut each layer where a bucket of gradients ends
         for layer in model.model.language_model.layers:
             layer.compile(dynamic=True)  # in place: names of parameters stay what they are
     return model

@@ -604,6 +604,7 @@ def training_arguments(config: Settings, folder: Path, cpu: bool) -> transformer
         seed=config.seed,
         use_cpu=cpu,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # they are constants; a forward pass may be run again by one process alone
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process on a machine of many GPUs takes one; Trainer would wrap it in DataParallel

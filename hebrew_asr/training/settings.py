@@ -38,6 +38,7 @@ class Settings(PlanSettings, DataConfig):
     torch_compile: bool
     gradient_checkpointing: bool
     fsdp: bool
+    bf16_exchange: bool
     final_dtype: str
     stages: list[Stage]
     num_epochs: int
