@@ -5,8 +5,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from hebrew_asr.data.voice import SAMPLE_RATE, cut, speech_spans
-from hebrew_audio import decode_audio
+from hebrew_asr.data.audio import SAMPLE_RATE, decode_audio
+from hebrew_asr.data.voice import cut, speech_spans
 
 PAUSE = 0.6  # seconds between the utterances
 
