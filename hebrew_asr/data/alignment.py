@@ -8,6 +8,7 @@ confidence of a piece is the share of all ways, by weight, that give exactly the
 piece is refused wherever another reading is possible.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,13 +21,15 @@ from hebrew_asr.text.scoring import leaderboard_normalize
 NEIGHBOURHOOD = 60  # words on both sides of the alignment of fewest edits that are considered
 MOST_WORDS = 40  # of one stretch
 LETTERS = 24  # of an alphabet; unrelated ones agree in one of so many
-DEFECT = 3.0  # nats that a stretch without words costs, or words without a stretch
+DEFECT = 4.0  # nats that a stretch without words costs, or words without a stretch
 SKIPPED_WORD = 0.2  # nats of each of these words
 CANDIDATES = 16  # places in the transcript at which the model is asked about a stretch
 UNLIKELY = 12.0  # nats below the likeliest at which it is not asked
-EVIDENCE = 0.7  # share of the nats that is believed: letters and likelihoods come of the same hearing
-LIKELIHOOD = 0.3  # weight of a nat that the model gives, to one of the letters
+LIKELIHOOD = 0.15  # weight of a nat that the model gives, to one of the letters, which come of the same hearing
+ENDING = 0.5  # weight of a nat of the text's end, to one of its words
 MOST_NATS = 12.0  # of one word: a model that never saw it is too sure that it was not said
+USUAL = 0.1  # quantile of a word's nats where it was asked about that is taken for where it is not spoken
+FEW = 20  # answers below which that is drawn to the quantile of all words
 LEAST_SPREAD = 0.15  # of speaking rates, as a standard deviation of the logarithm
 MARGIN = 0.15  # seconds of a pause that a piece has at each end, or half of the pause
 NO_WAY = 1e9  # nats of what cannot be
@@ -242,16 +245,18 @@ def by_likelihood(lattice: "Lattice", words: Words, ask: Ask) -> list[np.ndarray
     if not asked:
         return found
     each = [np.minimum(np.diff(answer.words), MOST_NATS) for answer in answers]
-    kinds = np.concatenate([words.kinds[list(span)] for span in spans])
+    kinds = np.concatenate([words.kinds[list(span)][: len(e)] for span, e in zip(spans, each, strict=True)])
     usual = usual_nats(kinds, np.concatenate(each), int(words.kinds.max()) + 1)
     for (number, a), span, nats, answer in zip(asked, spans, each, answers, strict=True):
-        total = np.cumsum(nats - usual[words.kinds[list(span)]]) + np.minimum(answer.end[1:], MOST_NATS)
+        total = np.cumsum(nats - usual[words.kinds[list(span)][: len(nats)]]) + ENDING * np.minimum(
+            answer.end[1:], MOST_NATS
+        )
         found[number][a, : len(nats)] = LIKELIHOOD * total
     return found
 
 
 def usual_nats(kinds: np.ndarray, nats: np.ndarray, count: int) -> np.ndarray:
-    """The 15th percentile of each kind's values, (count,), drawn to that of all where there are few."""
+    """The quantile USUAL of each kind's values, (count,), drawn to that of all where there are few."""
     general = np.quantile(nats, USUAL)
     usual = np.full(count, general)
     order = np.argsort(kinds, kind="stable")
@@ -259,9 +264,6 @@ def usual_nats(kinds: np.ndarray, nats: np.ndarray, count: int) -> np.ndarray:
         own = np.quantile(nats[part], USUAL)
         usual[kinds[part[0]]] = (own * len(part) + general * FEW) / (len(part) + FEW)
     return usual
-
-
-USUAL, FEW = 0.15, 20
 
 
 # ------------------------------------------------------------------------------------------------------------ Lattice
@@ -379,13 +381,10 @@ def align(
         ]
         durations = by_duration(Lattice(plain, low, high), spoken, words)
         fits = [fit.plus(nats) for fit, nats in zip(plain, durations, strict=True)]
+        lattice = Lattice(fits, low, high)
         if ask is not None:
-            lattice = Lattice([Fits(fit.first, fit.nats * EVIDENCE) for fit in fits], low, high)
             answers = by_likelihood(lattice, words, lambda asked: ask([(numbers[n], text) for n, text in asked]))
-            fits = [fit.plus(nats) for fit, nats in zip(fits, answers, strict=True)]
-        lattice = Lattice(
-            [Fits(f.first, np.where(f.nats < NO_WAY, f.nats * EVIDENCE, NO_WAY)) for f in fits], low, high
-        )
+            lattice = Lattice([fit.plus(nats) for fit, nats in zip(fits, answers, strict=True)], low, high)
         chosen = choose(lattice, spoken, longest, min_confidence)
     starts, ends = edges(heard)
     kept = [
@@ -422,7 +421,7 @@ def choose(
 
 def edges(heard: list[Heard]) -> tuple[list[float], list[float]]:
     """Where a piece that begins, or ends, with each stretch does so."""
-    gaps = [b.start - a.end for a, b in zip(heard, heard[1:], strict=False)]
+    gaps = [b.start - a.end for a, b in itertools.pairwise(heard)]
     before, after = [2 * heard[0].start, *gaps] if heard else [], [*gaps, 0.0]
     starts = [stretch.start - min(MARGIN, gap / 2) for stretch, gap in zip(heard, before, strict=True)]
     return starts, [stretch.end + min(MARGIN, gap / 2) for stretch, gap in zip(heard, after, strict=False)]
