@@ -6,8 +6,8 @@
 Recordings are joined from the demo's clips (demo/recordings.py): pauses of 0.1 to 2 s, music and noise between, 5 % of
 the sentences missing from the transcript, 5 % added to it. What is really said in each stretch is known from how they
 are made. `kept` is the share of the sentences that are in the transcript, in seconds, that pieces hold; `wrong` are the
-word errors of the pieces' texts, of all words said in them. With `--cutter`: where silero-vad and the quietest moment
-cut the same recordings.
+word errors of the pieces' texts, of all words said in them. With `--cutter`: how silero-vad and
+the quietest moment cut the same recordings; `cut in two` are sentences, `left out` is audio that no piece has.
 """
 
 import argparse
@@ -67,9 +67,7 @@ def quietest_cuts(waveform: np.ndarray, longest: float) -> list[tuple[float, flo
 
 
 def compare_cutters(seeds: list[int]) -> None:
-    print(
-        "| clips | longest s | cutter | pieces | sentences cut in two | speech lost % | audio left out % | s per hour |"
-    )
+    print("| clips | longest s | cutter | pieces | cut in two | speech lost % | left out % | s per hour |")
     print("|---|---|---|---|---|---|---|---|")
     for folder, longest in itertools.product(("corpus", "heldout"), (3.5, 10.0, 30.0)):
         recordings = [join(clips(folder), 600.0, seed) for seed in seeds]

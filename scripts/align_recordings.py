@@ -212,11 +212,11 @@ def main(given: Aligning) -> None:
             lines = [{"recording": one["recording"]} | refused for one in done for refused in one["refused"]]
             put(beside / "refused.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             put(beside / "report.json", json.dumps(report, ensure_ascii=False, indent=1))
+            hours = {name: report[f"hours_{name}"] for name in ("in", "kept", "without_speech")}
             print(
-                f"{report['hours_in']:.2f} h in {report['recordings']} recordings: {report['hours_kept']:.2f} h kept in"
-                f" {report['pieces_kept']} pieces, {report['hours_without_speech']:.2f} h without speech",
-                flush=True,
+                f"{hours['in']:.2f} h of recordings, {hours['without_speech']:.2f} h of them without speech", flush=True
             )
+            print(f"kept: {hours['kept']:.2f} h in {report['pieces_kept']} pieces", flush=True)
             for reason, lost in report["refused"].items():
                 print(f"{reason}: {lost['hours']:.2f} h, {lost['words']} words, {lost['places']} places", flush=True)
             if not report["pieces_kept"]:

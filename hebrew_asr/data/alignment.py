@@ -245,8 +245,8 @@ def by_likelihood(lattice: "Lattice", words: Words, ask: Ask) -> list[np.ndarray
     if not asked:
         return found
     each = [np.minimum(np.diff(answer.words), MOST_NATS) for answer in answers]
-    kinds = np.concatenate([words.kinds[list(span)][: len(e)] for span, e in zip(spans, each, strict=True)])
-    usual = usual_nats(kinds, np.concatenate(each), int(words.kinds.max()) + 1)
+    kinds = [words.kinds[span.start : span.stop] for span in spans]
+    usual = usual_nats(np.concatenate(kinds), np.concatenate(each), int(words.kinds.max()) + 1)
     for (number, a), span, nats, answer in zip(asked, spans, each, answers, strict=True):
         total = np.cumsum(nats - usual[words.kinds[list(span)][: len(nats)]]) + ENDING * np.minimum(
             answer.end[1:], MOST_NATS
