@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES, 
 from hebrew_asr.command_line import Range
 from hebrew_asr.data import audio, utterances
 from hebrew_asr.data import decoding as audio_decoding
+from hebrew_asr.data.alignment import Likelihood
 from hebrew_asr.data.audio import SAMPLE_RATE, AudioError, decode_audio
 from hebrew_asr.data.rows import SpeechRows
 from hebrew_asr.data.utterances import log_mel
@@ -34,8 +35,9 @@ from hebrew_asr.files import digest
 from hebrew_asr.model import generation, layouts, packing, prompts
 from hebrew_asr.model.generation import as_it_fits, generate, new_token_limit
 from hebrew_asr.model.loading import check_whole, checkpoint_problems, load_model, load_processor
+from hebrew_asr.model.loss import IGNORED_LABEL, label_states
 from hebrew_asr.model.packing import FRAMES_PER_CHUNK
-from hebrew_asr.model.prompts import Prompts
+from hebrew_asr.model.prompts import Prompts, pad, padded
 from hebrew_asr.model.word_times import align
 from hebrew_asr.processes import in_processes
 
@@ -177,6 +179,39 @@ class QwenModel:
         language = self.decoding.language or transcript.language or "Hebrew"
         text = " ".join(transcript.text.split())
         return align(self.model, self.prompts, features, self.decoding.context, language, text)
+
+    @torch.no_grad()
+    def likelihoods(self, features: list[np.ndarray], texts: list[list[str]], language: str) -> list[Likelihood]:
+        """How likely the model finds each text, given as words, for the clip of its place: of all its beginnings."""
+        end, rows, labels, counts = self.prompts.end_of_turn_id, [], [], []
+        for feature, words in zip(features, texts, strict=True):
+            prompt = self.prompts.prompt(feature.shape[1], self.decoding.context)
+            prompt = prompt + self.prompts.language_prefix(language)
+            tokens = [self.prompts.tokens(f" {word}" if number else word) for number, word in enumerate(words)]
+            target = [*itertools.chain.from_iterable(tokens), end]
+            rows.append(prompt + target)
+            labels.append([IGNORED_LABEL] * len(prompt) + target)
+            counts.append(np.cumsum([0, *map(len, tokens)]))
+        clips, mask = padded(features)
+        any_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in self.model.parameters())
+        device = self.model.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=any_bf16):
+            hidden, targets = label_states(
+                self.model,
+                pad(rows, end).to(device),
+                pad(labels, IGNORED_LABEL).to(device),
+                clips.to(device, self.model.model.audio_tower.conv2d1.weight.dtype),
+                mask.to(device),
+                attention_mask=pad([[1] * len(row) for row in rows], 0).to(device),
+            )
+        found, first = [], 0
+        for places in counts:
+            last = first + int(places[-1]) + 1
+            nats = -(hidden[first:last].float() @ self.model.lm_head.weight.float().T).log_softmax(dim=1)
+            words = nats.gather(1, targets[first:last, None])[:-1, 0].cumsum(0).cpu().numpy()
+            found.append(Likelihood(np.concatenate([[0.0], words])[places], nats[places, end].cpu().numpy()))
+            first = last
+        return found
 
 
 class PipelineModel:
