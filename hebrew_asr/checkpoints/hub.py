@@ -99,7 +99,7 @@ def asked_wait(error: BaseException) -> float:
     return float(asked) if asked.isdigit() else 0.0
 
 
-def persist(action: Callable[[], T], attempts: int, say: Say, what: str) -> T:
+def retry(action: Callable[[], T], attempts: int, say: Say, what: str) -> T:
     """Calls `action` until it does not raise, so many times at most; raises at once what lasts."""
     wait = FIRST_WAIT_SECONDS
     for left in reversed(range(attempts)):
@@ -162,7 +162,7 @@ def check_upload(config: Any, folder: Path, say: Say) -> None:
 
     has_checkpoint = bool(store.names(folder / "checkpoints"))
     try:
-        persist(check, START_ATTEMPTS, say, f"asking for {repo_id}")
+        retry(check, START_ATTEMPTS, say, f"asking for {repo_id}")
         if config.resume == "auto" and config.hub_checkpoints and not has_checkpoint:
             check_nothing_there(api, repo_id, folder)
     except InputError:
@@ -210,7 +210,7 @@ def upload(config: Any, folder: Path, say: Say) -> str:
         return commit.commit_url
 
     try:
-        address = persist(attempt, FINAL_ATTEMPTS, say, f"the upload to {repo_id}")
+        address = retry(attempt, FINAL_ATTEMPTS, say, f"the upload to {repo_id}")
     except Exception as error:
         raise InputError(
             f"the upload to {repo_id} failed: {reason(error)}. {remedy(error)}. The model is in {folder}; the same"
@@ -429,7 +429,7 @@ def fetch_checkpoints(config: Any, folder: Path, say: Say) -> None:
     place = folder / "checkpoints"
     here = store.newest_valid(place, say)
     try:
-        there = persist(lambda: on_hub(api, repo_id, branch), START_ATTEMPTS, say, f"asking for {repo_id}")
+        there = retry(lambda: on_hub(api, repo_id, branch), START_ATTEMPTS, say, f"asking for {repo_id}")
         found = _fetch_newest(api, repo_id, branch, newest_first(there), place, say, here.step if here else -1)
         if not (found or here):
             raise InputError(f"{repo_id} has no checkpoint of this run in a branch {branch}{_others(api, repo_id)}")
@@ -490,7 +490,7 @@ def _fetch(api: HfApi, repo_id: str, branch: str, name: str, place: Path, say: S
         api.snapshot_download(repo_id, revision=branch, allow_patterns=f"{name}/*", local_dir=unfinished)
 
     for what in ("downloaded again", "not used"):
-        persist(download, FINAL_ATTEMPTS, say, f"the download of {name}")
+        retry(download, FINAL_ATTEMPTS, say, f"the download of {name}")
         try:
             found = store.verify(unfinished / name)
             break

@@ -239,7 +239,7 @@ class PackedGroups:
     order: list[Sample]
     """The samples in the order in which `batch` holds their tokens."""
 
-    def spread(self, name: str) -> torch.Tensor:
+    def flatten(self, name: str) -> torch.Tensor:
         """(tokens,) of a list that each sample has, in the batch's order."""
         return torch.tensor([value for sample in self.order for value in getattr(sample, name)], dtype=torch.float32)
 
@@ -266,8 +266,8 @@ class PackedGroups:
             "advantage": torch.tensor(advantage, dtype=torch.float32),
             "share": torch.tensor(share, dtype=torch.float32),
             "errors": torch.tensor(errors, dtype=torch.float32),
-            "old_log_p": self.spread("log_p"),
-            "reference_log_p": self.spread("reference_log_p"),
+            "old_log_p": self.flatten("log_p"),
+            "reference_log_p": self.flatten("reference_log_p"),
         }
 
 

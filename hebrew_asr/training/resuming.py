@@ -187,15 +187,15 @@ class ResumableTrainer(Trainer):
             return
         config = self.config
         state = {
-            "losses": list(map(finite, losses)),
+            "losses": list(map(none_if_nan, losses)),
             "streams": streams,
             "last_logged_step": self._globalstep_last_logged,
             "windows": windows,
             "dropped_utterances": self.dropped_utterances,
             "broken_utterances": self.broken_utterances,
             "dead_workers": self.dead_workers,
-            "last_train_loss": finite(self.last_train_loss),
-            "best_wer": finite(self.best_wer),
+            "last_train_loss": none_if_nan(self.last_train_loss),
+            "best_wer": none_if_nan(self.best_wer),
             "best_step": self.best_step,
             "evaluation_pending": self.evaluation_pending,
             "order": self.order,
@@ -208,7 +208,7 @@ class ResumableTrainer(Trainer):
             "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in self.run_log.rows).encode(),
         }
         facts = {
-            "wer": finite(self.last_wer) if self.evaluated_step == step else None,
+            "wer": none_if_nan(self.last_wer) if self.evaluated_step == step else None,
             "epoch": self.state.epoch,
             "stage": self.stage.name,
             "processes": self.args.world_size,
@@ -461,7 +461,7 @@ class CheckpointEvents(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def finite(number: float) -> float | None:
+def none_if_nan(number: float) -> float | None:
     """None for NaN and infinity, which JSON does not have."""
     return number if math.isfinite(number) else None
 
