@@ -297,7 +297,7 @@ def test_a_process_ends_at_once_while_an_upload_is_stuck(hub, run, tmp_path):
     code = f"""if True:
         import pathlib, sys, time
         sys.path.insert(0, {str(ROOT)!r})
-        from hub_upload import CheckpointUploader
+        from hebrew_asr.checkpoints.hub import CheckpointUploader
         uploader = CheckpointUploader({REPO!r}, pathlib.Path({str(run)!r}), 1, print)
         print(uploader.drain(2), time.time())
     """

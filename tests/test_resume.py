@@ -394,7 +394,7 @@ def test_a_folder_that_cannot_be_written_to_is_one_message(settings, tmp_path):
 
 def test_processes_whose_weights_differ_are_named(whole, settings, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "run_watch.Watch.differing_ranks", lambda self, number: [1, 3] if self.where == "step 4" else []
+        "hebrew_asr.training.watch.Watch.differing_ranks", lambda self, number: [1, 3] if self.where == "step 4" else []
     )
     with pytest.raises(InputError, match=r"at step 4 the weights of process 1, 3 differ from those of process 0"):
         main(settings(tmp_path / "run", check_ranks_steps=2, save_steps=100))
