@@ -87,9 +87,10 @@ class Embedding(torch.autograd.Function):
 
 
 class ChunkedNats(torch.autograd.Function):
-    """Scaled sum of each target's nats, and the nats. The gradient is made on the way forward, with a chunk's logits.
+    """Scaled sum of each target's nats, and the nats.
 
-    So each chunk is projected once, and the gradient of the vocabulary's matrix is added up in one place.
+    The gradient is computed during forward, chunk by chunk, so that full logits never exist. Each chunk is projected
+    once, and the gradient of the vocabulary's matrix is added up in one place.
     """
 
     @staticmethod
