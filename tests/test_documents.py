@@ -26,6 +26,7 @@ PARSERS = {  # of each command, what reads its command line and starts nothing
     "train_hebrew_asr_enhanced.py": "parse",
     "evaluate_hebrew_asr.py": "parse",
     "transcribe_hebrew_asr.py": "parse",
+    "scripts/align_recordings.py": "parse",
     "scripts/audit_corpus.py": "settings",
     "scripts/average_checkpoints.py": "parse",
     "scripts/convert_layout.py": "parse",
