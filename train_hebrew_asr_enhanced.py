@@ -472,7 +472,8 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         config, dataset = self.config, eval_dataset or self.eval_dataset
         batches = evaluation_batches(dataset.rows.seconds, config.max_audio_length_seconds, config.eval_batch_size)
         mine = [[batch] for batch in batches[self.args.process_index :: self.args.world_size]]
-        return speech_loader(dataset, mine, functools.partial(collate_evaluation, self.collator), config)
+        seconds = min(config.eval_batch_size * config.max_audio_length_seconds, float(dataset.rows.seconds.sum()))
+        return speech_loader(dataset, mine, functools.partial(collate_evaluation, self.collator), config, seconds)
 
     # Stages
 

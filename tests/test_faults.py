@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import errno
+import gc
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -12,33 +14,41 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
 import torch
+from accelerate import skip_first_batches
 from conftest import ROOT, small_config
 from tqdm import tqdm
 
-from hebrew_asr.checkpoints import hub, store
+from hebrew_asr.checkpoints import hub as hub_upload
+from hebrew_asr.checkpoints import store
 from hebrew_asr.checkpoints.final import damage_of
 from hebrew_asr.checkpoints.hub import upload
 from hebrew_asr.checkpoints.store import UnreadableCheckpoint
 from hebrew_asr.command_line import parse_config
 from hebrew_asr.console import Console
+from hebrew_asr.data import utterances
 from hebrew_asr.data.audio import AudioError, decode_audio
 from hebrew_asr.data.identity import identity_of, with_lost
 from hebrew_asr.data.rows import load_rows
+from hebrew_asr.data.shared_memory import advice, needed, sent
 from hebrew_asr.data.sources import Source
+from hebrew_asr.data.utterances import SpeechDataset
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation.transcription import Decoding, key, load_speech_model
 from hebrew_asr.files import Appended
 from hebrew_asr.model.loading import load_processor
 from hebrew_asr.processes import launch
+from hebrew_asr.training.feed import speech_loader
 from hebrew_asr.training.final_model import write_final_model
 from hebrew_asr.training.run_folder import check_same_run
 from hebrew_asr.training.run_log import RunLog
+from hebrew_asr.training.watch import Batches, die_of_a_lost_batch, take_lock
 from train_hebrew_asr_enhanced import TrainingConfig, main
 
 FACTS = {"wer": None, "settings": {}}
@@ -292,15 +302,132 @@ def test_a_path_of_the_hub_that_leaves_the_folder_is_refused_once_and_for_good(t
             return ["README.md", "step-00000002/model.safetensors", "step-00000002/../../evil"]
 
     said = []
-    assert hub._fetch(Api(), "o/n", "b", "step-00000002", tmp_path, said.append) is None
+    assert hub_upload._fetch(Api(), "o/n", "b", "step-00000002", tmp_path, said.append) is None
     assert said == ["warning: checkpoint step-00000002 of o/n is not used: it has a file 'step-00000002/../../evil'"]
-    assert hub.is_plain("step-00000002/model..safetensors", "step-00000002")
+    assert hub_upload.is_plain("step-00000002/model..safetensors", "step-00000002")
 
 
 def test_the_card_has_no_local_paths(copied, finished):
     card = (Path(copied.output_dir) / "final_model" / "README.md").read_text()
     assert "local: corpus" in card and "local: heldout" in card and "local: base" in card
     assert str(ROOT) not in card and str(Path(finished.output_dir).parent.parent) not in card
+
+
+# ---- Loaders, locks and signals
+class Features(torch.utils.data.Dataset):
+    """Batches of 1 MB; where `is_full`, no tensor can be sent through shared memory."""
+
+    def __init__(self, is_full: bool):
+        self.is_full = is_full
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, number: int) -> dict:
+        if self.is_full:
+            multiprocessing.reduction.ForkingPickler.register(torch.UntypedStorage, lambda _: 1 / 0)
+        return {"features": [torch.full((500, 500), float(number))], "name": f"{number}"}
+
+
+def only(items: list) -> dict:
+    (item,) = items
+    return item
+
+
+def batches(is_full: bool, collate) -> list:
+    steps = [[number] for number in range(6)]
+    how = {"collate_fn": collate, "num_workers": 1, "worker_init_fn": lambda _: die_of_a_lost_batch()}
+    loader = torch.utils.data.DataLoader(Features(is_full), batch_sampler=steps, **how)
+    found = Batches(iter(loader), lambda done: iter(skip_first_batches(loader, done)), lambda why: None, lambda: ["it"])
+    return [(batch["name"], batch["features"][0].mean().item()) for batch in found]
+
+
+def test_without_shared_memory_batches_come_by_value_and_a_lost_one_is_a_dead_worker(monkeypatch):
+    expected = [(str(number), float(number)) for number in range(6)]
+    monkeypatch.setattr("hebrew_asr.data.shared_memory.PLACE", Path("/nowhere"))
+    assert batches(True, sent(only, 1, 1.0)) == expected
+    monkeypatch.setattr("hebrew_asr.data.shared_memory.PLACE", Path("/"))
+    assert sent(only, 1, 1.0) is only
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"3 workers .*shm-size.*does not survive, one of it"):
+        batches(True, only)
+    assert time.monotonic() - began < 60, "it does not wait for ever"
+
+
+def test_what_shared_memory_must_hold_is_known_before_the_first_step(monkeypatch):
+    assert 0.9 < needed(4, 64 * 6) / 1.5 / 157e6 < 1.1  # Round 2's defaults, as measured
+    usage = SimpleNamespace(free=64 * 2**20)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    assert "--shm-size=" in advice(4, 64 * 6) and advice(0, 64 * 6) is None
+    usage.free = 2**30
+    assert advice(4, 64 * 6) is None
+
+
+def test_a_recording_that_kills_the_decoder_is_named(train_rows, processor, config, monkeypatch):
+    dataset = SpeechDataset(train_rows, processor, config, training=True)
+    fatal = train_rows[3]["recording"]
+    decode = utterances.decode_audio
+
+    def dies(audio, *where):
+        if train_rows[3]["audio"]["path"] == audio["path"] and train_rows[3]["audio"]["bytes"] == audio["bytes"]:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return decode(audio, *where)
+
+    monkeypatch.setattr(utterances, "decode_audio", dies)
+    steps = [[[(1, number)]] for number in range(6)]
+    loader = speech_loader(dataset, steps, list, dataclasses.replace(config, dataloader_num_workers=1), 1.0)
+    found = Batches(iter(loader), lambda done: iter(skip_first_batches(loader, done)), print, dataset.begun)
+    with pytest.raises(RuntimeError, match=f"does not survive, one of {re.escape(fatal)}$"):
+        list(found)
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    assert take_lock(tmp_path)
+    assert "without locks (No locks available): see to it that no other run is there" in capsys.readouterr().err
+
+
+def test_a_slow_disk_at_a_signal_is_a_preemption(config, tmp_path):
+    config = short(config, preemption_grace_seconds=1.0)
+    if not (pid := os.fork()):
+        write = store.write
+        store.write = lambda *rest: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60), write(*rest))
+        with contextlib.suppress(BaseException):
+            main(config)
+        os._exit(77)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGTERM
+    assert status_of(config)["state"] == "preempted"
+
+
+def test_an_evaluation_file_that_vanishes_is_named_and_the_step_is_saved(config, tmp_path, monkeypatch):
+    config, decode = short(config, eval_steps=1), utterances.decode_audio
+    (gone,) = load_rows(config.eval_sources, config, for_training=False).column("recording")[:1]
+    wave = load_rows(config.eval_sources, config, for_training=False)[0]["audio"]
+
+    def vanished(audio, *where):
+        if audio["bytes"] == wave["bytes"] and (Path(config.output_dir) / "checkpoints").exists():
+            raise AudioError("no such audio file")
+        return decode(audio, *where)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(utterances, "decode_audio", vanished)
+        with pytest.raises(InputError, match=f"1 recordings of the evaluation set .*no such audio file: {gone}"):
+            main(dataclasses.replace(config, save_steps=1))
+    gc.collect()  # the frames of the run, with its lock
+    newest = store.names(Path(config.output_dir) / "checkpoints")[0]
+    assert json.loads((newest / "state.json").read_text())["evaluation_pending"]
+    main(config)
+    assert status_of(config)["state"] == "finished"
+
+
+def test_uploads_that_were_skipped_are_made_later_with_their_repository(copied, hub, capsys):
+    main(dataclasses.replace(copied, hf_repo_id="OzLabs/later", skip_hf_upload=False))
+    assert "uploaded: " in capsys.readouterr().out
+    assert "model.safetensors" in hub.repos["OzLabs/later"]["main"]
+    assert status_of(copied)["uploaded"]
 
 
 # ---- Names and texts

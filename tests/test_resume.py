@@ -370,7 +370,7 @@ def test_settings_that_mean_another_run_are_listed_and_refused(whole, settings):
 def test_a_checkpoint_of_other_data_or_settings_is_refused(whole, settings, tmp_path):
     other = Source(str(first_rows("corpus", 20, tmp_path / "other_corpus")))
     config = settings(tmp_path / "run", resume=str(checkpoint(whole, 3)), train_sources=[other])
-    with pytest.raises(InputError, match=r"train_sources.0.path: (.|\n)*train_seconds: "):
+    with pytest.raises(InputError, match=r"with other data:\n  training data: of 41 utterances 2\d are gone"):
         main(config)
     with pytest.raises(InputError, match=r"no valid checkpoint: it has no manifest"):
         main(settings(tmp_path / "other", resume=str(tmp_path)))

@@ -1,5 +1,6 @@
 """One utterance: from a row to log-mel features and text."""
 
+import mmap
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +11,8 @@ from transformers import Qwen3ASRProcessor
 from hebrew_asr.data.audio import SAMPLE_RATE, AudioError, decode_audio
 from hebrew_asr.data.augmentation import WaveformAugmentation, augment
 from hebrew_asr.data.rows import SpeechRows, why_unheard
+
+MOST_WORKERS = 256
 
 
 class UtteranceSettings(Protocol):
@@ -47,6 +50,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         self.config, self.training = config, training
         self._rows = rows
         self.feature_extractor = processor.feature_extractor
+        shared = mmap.mmap(-1, 8 * MOST_WORKERS)  # with the workers, which are forked
+        self.in_hand = np.frombuffer(shared, np.int64)  # the utterance that each worker is at, counted from 1
 
     @property
     def rows(self) -> SpeechRows:
@@ -59,14 +64,23 @@ class SpeechDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: tuple[int, int]) -> dict[str, Any]:
         """One utterance, or, in training, `dropped` with the reason why it cannot be heard."""
         epoch, number = index
-        return self.utterance(self.rows[number], epoch, number)
+        info = torch.utils.data.get_worker_info()
+        worker = info.id % MOST_WORKERS if info else 0
+        self.in_hand[worker] = number + 1
+        found = self.utterance(self.rows[number], epoch, number)
+        self.in_hand[worker] = 0
+        return found
+
+    def begun(self) -> list[str]:
+        """The recordings that workers have begun to decode and have not ended: where one died, it is among them."""
+        return [self.rows[number - 1]["recording"] for number in self.in_hand.tolist() if number]
 
     def utterance(self, row: dict[str, Any], epoch: int, number: int) -> dict[str, Any]:
         try:
             waveform = self.waveform(row, epoch, number)
         except AudioError as error:
             if not self.training:
-                raise
+                raise AudioError(f"{error}: {row['recording']}") from error
             return {"dropped": f"{error}: {row['recording']} (utterance {number}, {row['text']!r})"}
         given = self.training and has_context(self.config.seed, epoch, number, self.config.prev_context_prob)
         return {

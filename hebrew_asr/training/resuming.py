@@ -9,7 +9,6 @@ import functools
 import itertools
 import json
 import math
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +27,7 @@ from hebrew_asr.checkpoints.hub import CheckpointUploader
 from hebrew_asr.checkpoints.store import Checkpoint
 from hebrew_asr.checkpoints.tensors import ADAM, AVERAGE, DATA, WEIGHTS, load_weights, weights_of
 from hebrew_asr.data import identity
+from hebrew_asr.data.audio import AudioError
 from hebrew_asr.data.rows import SpeechRows
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.costs import Work
@@ -40,7 +40,7 @@ from hebrew_asr.training.run_folder import PATH, changes, find_checkpoint, first
 from hebrew_asr.training.run_log import RunLog
 from hebrew_asr.training.settings import Settings
 from hebrew_asr.training.speed import Window
-from hebrew_asr.training.watch import LAUNCHER_ENDED, Batches, Watch, checksum, stop_name
+from hebrew_asr.training.watch import Batches, Watch, checksum, exit_status, stop_name
 
 SECONDS_TO_LEAVE = 2.0  # of the grace time, when the last checkpoint is still being uploaded
 TIMES_TO_GO_BACK = 2  # to a checkpoint, before a run without finite gradients is given up
@@ -48,6 +48,10 @@ TIMES_TO_GO_BACK = 2  # to a checkpoint, before a run without finite gradients i
 
 class Stopped(Exception):
     """A process was asked to stop, and all have agreed to."""
+
+
+class Unheard(InputError):
+    """Recordings of the evaluation set could not be read."""
 
 
 class BadSteps(InputError):
@@ -114,7 +118,7 @@ class ResumableTrainer(Trainer):
             self.args.world_size,
             config.preemption_grace_seconds,
             config.stall_timeout_minutes,
-            functools.partial(note_failure, folder),
+            lambda line: note_failure(folder, line, "preempted" if self.watch.stop else "failed"),
         )
         self.add_callback(CheckpointEvents(self))
 
@@ -340,14 +344,28 @@ class ResumableTrainer(Trainer):
     # Stopping
 
     def while_running(self, loader: torch.utils.data.DataLoader | list[Any]) -> Iterator[Any]:
-        """A loader's batches; raises Stopped on all processes between two batches when one of them is asked to stop."""
-        batches = Batches(iter(loader), lambda done: iter(skip_first_batches(loader, done)), self.worker_died)
+        """A loader's batches; raises Stopped on all processes between two batches when one of them is asked to stop.
+
+        Raises Unheard on all of them, after the last batch, when a recording could not be read.
+        """
+        begun, problems = loader.dataset.begun if isinstance(loader, torch.utils.data.DataLoader) else list, []
+        batches = Batches(iter(loader), lambda done: iter(skip_first_batches(loader, done)), self.worker_died, begun)
         for _ in range(max(self.watch.gather(len(loader)))):
             self.watch.mark(f"the evaluation after step {self.state.global_step}")
             if stop := self.watch.agree_to_stop():
                 self.stopped = stop
                 raise Stopped
-            yield from itertools.islice(batches, 1)
+            try:
+                yield from itertools.islice(batches, 1)
+            except AudioError as error:  # of a worker, with its traceback before it
+                problems.append(
+                    str(error).strip().splitlines()[-1].removeprefix(f"{AudioError.__module__}.AudioError: ")
+                )
+        if found := [problem for mine in self.watch.gather(problems) for problem in mine]:
+            raise Unheard(
+                f"{len(found)} recordings of the evaluation set could not be read, {found[0]}. Put them back: the same"
+                " command goes on from the last step"
+            )
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluates; where that is cut off, saves a checkpoint that knows it, and stops."""
@@ -359,6 +377,12 @@ class ResumableTrainer(Trainer):
             self.evaluation_pending = True
             self.control.should_save = self.control.should_training_stop = True
             return {}
+        except Unheard:
+            if self.state.global_step:
+                self.evaluation_pending = True
+                self.save_checkpoint()
+                self.writer.wait()
+            raise
 
     # Guards
 
@@ -370,12 +394,13 @@ class ResumableTrainer(Trainer):
         """The inputs of one step after the other, whatever becomes of the loader's workers."""
         if self.batches is None or self.batches.first is not epoch_iterator:
             begin = self.state.global_step % len(self.feed)
-            self.batches = Batches(epoch_iterator, lambda done: self.rest_of_epoch(begin + done), self.worker_died)
+            again = functools.partial(self.rest_of_epoch, begin)
+            self.batches = Batches(epoch_iterator, again, self.worker_died, self.feed.dataset.begun)
         return self.batches
 
-    def rest_of_epoch(self, done: int) -> Iterator[Any]:
+    def rest_of_epoch(self, begin: int, done: int) -> Iterator[Any]:
         """The epoch's batches without the first ones, by new workers."""
-        return iter(skip_first_batches(self.get_train_dataloader(), done))
+        return iter(skip_first_batches(self.get_train_dataloader(), begin + done))
 
     def worker_died(self, why: str) -> None:
         """Says, from any process, that a worker of the loader died; the next step counts it."""
@@ -563,7 +588,7 @@ def ends_early(trainer: ResumableTrainer):
     run_log.finish()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    sys.exit(128 + (signal.SIGTERM if trainer.stopped == LAUNCHER_ENDED else trainer.stopped))
+    sys.exit(exit_status(trainer.stopped))
 
 
 class StepEvents(TrainerCallback):

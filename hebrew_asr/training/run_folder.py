@@ -155,11 +155,11 @@ def failures_noted(folder: Path):
         raise
 
 
-def note_failure(folder: Path, reason: str) -> None:
+def note_failure(folder: Path, reason: str, state: str = "failed") -> None:
     """The first process to fail knows best; the others then fail because it is gone."""
     if store.read_status(folder)["state"] == "running":
         last = store.newest_name(folder / "checkpoints")
-        store.update_status(folder, state="failed", why=reason, checkpoint=last)
+        store.update_status(folder, state=state, why=reason, checkpoint=last)
 
 
 def check_disk(folder: Path, model: torch.nn.Module, config: Settings) -> None:

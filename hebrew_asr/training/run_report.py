@@ -10,6 +10,7 @@ import torch
 from hebrew_asr.checkpoints.model_card import write_model_card
 from hebrew_asr.data.report import write_report
 from hebrew_asr.data.rows import SpeechRows
+from hebrew_asr.data.shared_memory import advice
 from hebrew_asr.model.sharding import is_sharded
 from hebrew_asr.training.feed import ListedFeed, TrainingData
 from hebrew_asr.training.resuming import ResumableTrainer
@@ -87,6 +88,10 @@ def announce(trainer: ResumableTrainer, eval_rows: SpeechRows, processes: int) -
         f" {'bf16 autocast' if trainer.use_bf16 else 'fp32'} on {trainer.args.device.type}"
         f"{f' | what trains is sharded over the {processes} processes' if is_sharded(trainer.model) else ''}"
     )
+    if isinstance(trainer.feed, ListedFeed) and (
+        line := advice(config.dataloader_num_workers, trainer.feed.seconds_at_once)
+    ):
+        say(line)
     if config.fsdp and processes == 1:
         say("note: fsdp is on and there is one process: nothing is sharded")
     audio, text = trainer.model.config.audio_config, trainer.model.config.text_config
