@@ -9,16 +9,14 @@ The run's folder (`--output_dir`) gets config.yaml, corpus.html, metrics.jsonl, 
 and final_model/. The same command in the same folder goes on from the last checkpoint.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
 import math
 import os
 import re
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -33,11 +31,11 @@ from tqdm.auto import tqdm
 from transformers import Qwen3ASRProcessor
 
 from hebrew_asr.checkpoints import store
-from hebrew_asr.checkpoints.final import damage_of, finish
+from hebrew_asr.checkpoints.final import finish
 from hebrew_asr.checkpoints.hub import CheckpointUploader, check_upload, upload, upload_command
 from hebrew_asr.command_line import Between, Range, check_ranges, parse_config
 from hebrew_asr.data.augmentation import WaveformAugmentation
-from hebrew_asr.data.identity import digest_of, identity_of
+from hebrew_asr.data.identity import identity_of
 from hebrew_asr.data.prepare import prepare
 from hebrew_asr.data.rows import BROKEN, SpeechRows
 from hebrew_asr.data.sources import check_language
@@ -48,7 +46,7 @@ from hebrew_asr.model.costs import work_of
 from hebrew_asr.model.generation import generate, new_token_limit
 from hebrew_asr.model.loading import load_processor, load_to_train
 from hebrew_asr.model.loss import IGNORED_LABEL, SpeechModel, label_nats
-from hebrew_asr.model.packing import FRAMES_PER_CHUNK, halves, pack
+from hebrew_asr.model.packing import FRAMES_PER_CHUNK, pack
 from hebrew_asr.model.prompts import MEL_BINS, pad, padded
 from hebrew_asr.model.sharding import is_sharded, shard, whole_model
 from hebrew_asr.model.stages import (
@@ -65,12 +63,11 @@ from hebrew_asr.model.stages import (
 from hebrew_asr.processes import has_gpu, launch, leave_process_group, quiet_libraries, together
 from hebrew_asr.training.batches import Collator, check_batch, collate_evaluation, evaluation_batches
 from hebrew_asr.training.feed import TrainingData, load_data, open_feed, speech_loader
-from hebrew_asr.training.final_model import evaluate_final, write_final_model
+from hebrew_asr.training.final_model import evaluate_final, is_whole, write_final_model
 from hebrew_asr.training.measuring import Output, pool, transcribe_batches
 from hebrew_asr.training.moving_average import MovingAverage
 from hebrew_asr.training.plan import lines_of, make_plan
 from hebrew_asr.training.resuming import (
-    ResumableTrainer,
     StepEvents,
     ends_early,
     stand_in_for_lost,
@@ -85,19 +82,21 @@ from hebrew_asr.training.run_folder import (
     open_run_folder,
     settle,
 )
-from hebrew_asr.training.run_log import PANELS, RunLog, is_worse, success_criteria
-from hebrew_asr.training.run_report import announce, describe_result, facts_of_run, report_data, warn_of_a_wrong_start
+from hebrew_asr.training.run_log import PANELS, WORSE, RunLog, is_worse, success_criteria
+from hebrew_asr.training.run_report import (
+    announce,
+    describe_result,
+    facts_of_run,
+    note_changed_data,
+    report_data,
+    warn_of_a_wrong_start,
+)
 from hebrew_asr.training.settings import Settings
 from hebrew_asr.training.speed import StepClock, StepCounts, Window
+from hebrew_asr.training.step import StepTrainer
 from hebrew_asr.training.token_budget import find_token_budget
 
-WORSE = (
-    "the final model is worse than before training, so it is better not to use it. To try: more data, more steps"
-    " (--num_epochs, or a smaller --target_effective_batch for few recordings), lower rates in --stages; and look at"
-    " corpus.html for wrong transcripts"
-)
 SILENCE = np.zeros((MEL_BINS, FRAMES_PER_CHUNK), np.float32)  # a second, for a process without work in a step
-ENOUGH_TO_JUDGE = 1000  # utterances, before a share of broken ones means something
 
 
 @dataclass
@@ -401,7 +400,7 @@ class DataCollatorSpeechSeq2SeqWithPadding(Collator):
 
 
 # ------------------------------------------------------------------------------------------------------------- Trainer
-class GradualUnfreezeTrainer(ResumableTrainer):
+class GradualUnfreezeTrainer(StepTrainer):
     """Trainer that changes what trains at stage boundaries and evaluates by transcribing.
 
     What it relies on in Trainer 5.23: `_run_epoch` gets the wrapped model as an argument, one item of the loader is
@@ -448,8 +447,6 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         ends = {stage.last_epoch * len(self.feed): stage.name for stage in config.stages}
         self.stage_ends = {step: name for step, name in ends.items() if step < self.total_steps}
         self.clock = StepClock(args.device)
-        self.too_many_tokens = math.inf  # of a micro-batch: so many did not fit the device's memory
-        self.split_micro_batches = 0
         self.add_callback(StepEvents(self.note_step, run_log, config.eval_steps, {*self.stage_ends, self.total_steps}))
         self.window_started = time.perf_counter()
         self.moving_average: MovingAverage | None = None
@@ -504,17 +501,6 @@ class GradualUnfreezeTrainer(ResumableTrainer):
 
     # Optimizer and schedule
 
-    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
-        """Has the fused optimizer scale the gradients as it reads them, which saves a pass over all of them."""
-        optimizer = self.optimizer.optimizer
-        if not optimizer.defaults["fused"] or is_sharded(model):
-            return super()._clip_grad_norm(model)
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        optimizer.grad_scale = ((norm + 1e-6) / self.args.max_grad_norm).clamp(min=1.0)
-        optimizer.found_inf = torch.zeros_like(norm)  # steps without a finite gradient are skipped before
-        return norm
-
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over every parameter that some stage trains, one group for each component, layer and decay.
 
@@ -563,15 +549,6 @@ class GradualUnfreezeTrainer(ResumableTrainer):
 
     # Step
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any) -> tuple[list, torch.Tensor | int | None]:
-        began = time.perf_counter()
-        samples = super().get_batch_samples(epoch_iterator, *args)
-        self.window.waited += time.perf_counter() - began
-        return samples
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.use_bf16)
-
     def training_step(
         self,
         model: Any,
@@ -614,97 +591,6 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             except torch.OutOfMemoryError as error:
                 problem = first_line(error)  # what it had allocated goes with its traceback, at the end of this block
             micro_batches = self.in_smaller_parts(model, micro_batches, problem)
-
-    def accumulate(
-        self, model: torch.nn.Module, micro_batches: list[dict[str, torch.Tensor]], scale: float
-    ) -> torch.Tensor:
-        """Adds up the gradient of these micro-batches; returns the sum of their losses."""
-        loss = torch.zeros((), device=self.args.device)
-        # Autocast keeps its bf16 copies of what trains to the end of the outermost block: one copy for the whole step.
-        with self.autocast(), torch.autocast(self.args.device.type, enabled=False):
-            for i, batch in enumerate(micro_batches):
-                is_last = i == len(micro_batches) - 1
-                self.running, self.exchanges = i, False
-                if is_sharded(model):
-                    model.set_requires_gradient_sync(is_last)
-                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                    share = self.scaled_loss(model, batch, scale)
-                    if is_last:
-                        self.clock.end_after(share)
-                    self.exchanges = is_last and model is not self.model
-                    self.accelerator.backward(share)
-                loss += share.detach()
-        return loss
-
-    def in_smaller_parts(
-        self, model: torch.nn.Module, micro_batches: list[dict[str, torch.Tensor]], problem: str
-    ) -> list[dict[str, torch.Tensor]]:
-        """The step's micro-batches with the one that memory did not hold in two; the step begins again with them.
-
-        That is between this process and its device, as long as no gradient was exchanged. Else, or where one utterance
-        does not fit, it raises what says so: InputError where this process is the only one.
-        """
-        failed = micro_batches[self.running]
-        tokens = failed["input_ids"].numel()
-        too_late = is_sharded(model) or self.exchanges
-        parts = [] if too_late else self.halves_of(failed)
-        if not parts:
-            what, remedy = "an utterance", ""
-            if too_late:
-                what, remedy = "a micro-batch", f"--tokens_per_micro_batch {max(64, tokens // 2 // 64 * 64)}, "
-            kind = InputError if self.args.world_size == 1 else torch.OutOfMemoryError
-            raise kind(
-                f"step {self.state.global_step + 1}: {what} of {tokens} tokens does not fit the device's memory"
-                f" ({problem}). Give {remedy}--gradient_checkpointing true, a lower --max_audio_length_seconds, or"
-                " stages that train fewer layers; --find_token_budget tries what fits"
-            )
-        self.model.zero_grad()
-        torch.cuda.empty_cache()
-        self.split_micro_batches += 1
-        if tokens < self.too_many_tokens:
-            self.too_many_tokens = tokens
-            print(
-                f"process {self.args.process_index}, step {self.state.global_step + 1}: {tokens} tokens at once do not"
-                " fit the device's memory; such micro-batches are done in two, with the same gradient. Less time is"
-                f" lost with --tokens_per_micro_batch {max(64, int(0.9 * tokens) // 64 * 64)}",
-                file=sys.stderr,
-                flush=True,
-            )
-        return micro_batches[: self.running] + parts + micro_batches[self.running + 1 :]
-
-    def as_it_fitted(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        """A micro-batch, cut as often as those were that memory did not hold."""
-        parts = self.halves_of(batch) if batch["input_ids"].numel() >= self.too_many_tokens else []
-        return [piece for part in parts for piece in self.as_it_fitted(part)] or [batch]
-
-    def halves_of(self, batch: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
-        """A micro-batch in two; none where it cannot be cut."""
-        return halves(batch, self.model.config.audio_token_id)
-
-    def note_step(self) -> None:
-        """Called after each step, when the norm of its gradient is known and so the device is through with it."""
-        self.window.computed.append(self.clock.seconds())
-
-    def check_broken(self, step: int) -> None:
-        """Raises InputError, on all processes, when more was broken so far than `max_broken_share` allows."""
-        heard = step * self.config.target_effective_batch
-        if heard >= ENOUGH_TO_JUDGE and self.broken_utterances > self.config.max_broken_share * heard:
-            raise InputError(
-                f"{self.broken_utterances} of the {heard} utterances up to step {step} are broken, more than"
-                f" max_broken_share ({self.config.max_broken_share:g}): they are listed in dropped-*.txt"
-            )
-
-    def items_of(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """How many items the loss of a micro-batch is a sum over: its supervised tokens."""
-        return (batch["labels"] != IGNORED_LABEL).sum()
-
-    def scaled_loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
-        """Summed nats of the supervised tokens of one micro-batch, times `scale`; the backward pass begins there."""
-        with self.autocast():
-            return model(**self._prepare_inputs(batch), root_scale=scale).loss
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        return 0  # Trainer's estimate reads one batch of text tokens; a step here is several, with audio
 
     # Evaluation
 
@@ -992,38 +878,6 @@ def run(
     run_log.finish()
     leave_process_group()
     return trainer.uploader
-
-
-def is_whole(folder: Path, state: accelerate.PartialState, run_log: RunLog) -> bool:
-    """Whether a finished run's final model is as it was written; False: it is made anew from the checkpoints."""
-    with together():
-        problem = damage_of(folder / "final_model") if state.is_main_process else None
-        if problem and not store.names(folder / "checkpoints"):
-            raise InputError(
-                f"{folder}/final_model is damaged ({problem}), and no checkpoint is left to make it of: take it from"
-                " where it was uploaded or copied to, or train in another --output_dir"
-            )
-        if problem:
-            run_log.say(f"warning: {folder}/final_model is damaged ({problem}): it is made anew")
-    (problem,) = broadcast_object_list([problem])
-    return problem is None
-
-
-def note_changed_data(loads: Callable, was: dict[str, str], run_log: RunLog) -> None:
-    """Says which data of a finished run are other ones now than `was`, their digests at its end."""
-    try:
-        data, eval_rows = loads()
-    except InputError as problem:
-        run_log.say(f"note: the run's data cannot be read now: {problem}")
-        return
-    now = {"evaluation": digest_of(identity_of(eval_rows))}
-    if isinstance(data, SpeechRows):
-        now["training"] = digest_of(identity_of(data))
-    for name in [name for name, digest in now.items() if was.get(name, digest) != digest]:
-        run_log.say(
-            f"warning: the {name} data are others now than this model was made with: to use them, choose another"
-            " --output_dir"
-        )
 
 
 def publish(config: TrainingConfig, folder: Path, run_log: RunLog) -> None:

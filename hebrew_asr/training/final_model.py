@@ -3,15 +3,18 @@
 import shutil
 from pathlib import Path
 
+import accelerate
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import Qwen3ASRForConditionalGeneration
 
 from hebrew_asr.checkpoints import store
 from hebrew_asr.checkpoints.averages import model_of, newest
-from hebrew_asr.checkpoints.final import save_for_use
+from hebrew_asr.checkpoints.final import damage_of, save_for_use
 from hebrew_asr.errors import InputError
 from hebrew_asr.processes import together
 from hebrew_asr.training.resuming import ResumableTrainer
+from hebrew_asr.training.run_log import RunLog
 
 
 def write_final_model(trainer: ResumableTrainer) -> None:
@@ -82,3 +85,18 @@ def evaluate_final(trainer: ResumableTrainer) -> dict[str, float]:
         f" average: final_model is the {better.replace('_', ' ')}"
     )
     return final
+
+
+def is_whole(folder: Path, state: accelerate.PartialState, run_log: RunLog) -> bool:
+    """Whether a finished run's final model is as it was written; False: it is made anew from the checkpoints."""
+    with together():
+        problem = damage_of(folder / "final_model") if state.is_main_process else None
+        if problem and not store.names(folder / "checkpoints"):
+            raise InputError(
+                f"{folder}/final_model is damaged ({problem}), and no checkpoint is left to make it of: take it from"
+                " where it was uploaded or copied to, or train in another --output_dir"
+            )
+        if problem:
+            run_log.say(f"warning: {folder}/final_model is damaged ({problem}): it is made anew")
+    (problem,) = broadcast_object_list([problem])
+    return problem is None

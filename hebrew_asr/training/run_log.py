@@ -23,6 +23,11 @@ from hebrew_asr.files import Appended
 TRACKERS = ("wandb", "trackio", "none")
 FINISH_SECONDS = 300.0  # for W&B, at the end, to take what it has not yet; by itself it waits until it has all
 METRICS, SKIPPED = "metrics.jsonl", "skipped-steps.txt"
+WORSE = (
+    "the final model is worse than before training, so it is better not to use it. To try: more data, more steps"
+    " (--num_epochs, or a smaller --target_effective_batch for few recordings), lower rates in --stages; and look at"
+    " corpus.html for wrong transcripts"
+)
 Row = dict[str, Any]  # one line of metrics.jsonl: `step`, and names such as train/loss or eval/wer with their values
 
 

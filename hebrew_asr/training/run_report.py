@@ -2,15 +2,18 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hebrew_asr.checkpoints.model_card import write_model_card
+from hebrew_asr.data.identity import digest_of, identity_of
 from hebrew_asr.data.report import write_report
 from hebrew_asr.data.rows import SpeechRows
 from hebrew_asr.data.shared_memory import advice
+from hebrew_asr.errors import InputError
 from hebrew_asr.model.sharding import is_sharded
 from hebrew_asr.training.feed import ListedFeed, TrainingData
 from hebrew_asr.training.resuming import ResumableTrainer
@@ -123,4 +126,21 @@ def warn_of_a_wrong_start(loss: float, vocab_size: int, run_log: RunLog) -> None
         run_log.say(
             f"warning: the loss starts at {loss:.2f} nats per token (ln of the vocabulary is {guessing:.2f}): the"
             " model is guessing, so the prompt or the labels are wrong, or the checkpoint is untrained"
+        )
+
+
+def note_changed_data(loads: Callable, was: dict[str, str], run_log: RunLog) -> None:
+    """Says which data of a finished run are other ones now than `was`, their digests at its end."""
+    try:
+        data, eval_rows = loads()
+    except InputError as problem:
+        run_log.say(f"note: the run's data cannot be read now: {problem}")
+        return
+    now = {"evaluation": digest_of(identity_of(eval_rows))}
+    if isinstance(data, SpeechRows):
+        now["training"] = digest_of(identity_of(data))
+    for name in [name for name, digest in now.items() if was.get(name, digest) != digest]:
+        run_log.say(
+            f"warning: the {name} data are others now than this model was made with: to use them, choose another"
+            " --output_dir"
         )
