@@ -82,8 +82,11 @@ class DataConfig:
     """At most so many utterances are evaluated, spread evenly over the set; None: all."""
     text_rules: TextRules = field(default_factory=TextRules)
     """How targets are written; scoring has rules of its own."""
-    prev_context_prob: float = 0.0
-    """How often the text before an utterance is given in the system turn, where Qwen3-ASR takes context."""
+    no_system_prob: Annotated[float, Range(0, 1)] = 0.2
+    """How often training leaves the system turn out, as the transcription endpoints of vLLM and SGLang do."""
+    prev_context_prob: Annotated[float, Range(0, 1)] = 0.3
+    """How often the text before an utterance is given in the system turn, where Qwen3-ASR takes context; where none is
+    known, another utterance's (not in a stream). What is left has an empty turn."""
 
     # Training utterances outside of these are dropped and counted; evaluation sets keep whatever has text and decodes
     min_audio_length_seconds: float = 0.3
