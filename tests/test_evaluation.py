@@ -305,6 +305,8 @@ def test_other_speech_models_are_run_by_their_own_pipeline(tmp_path, heldout):
     found = results_of(tmp_path / "out")
     assert [r["reason"] for r in found["results"]] == [None, None]
     assert all(r["wer"]["value"] > 50 and r["language_accuracy"] is None for r in found["results"])
+    told = load_speech_model(str(tmp_path / "whisper"), Decoding(), torch.device("cpu")).settings()
+    assert told == {"generate_kwargs": {"num_beams": 1, "language": "hebrew", "task": "transcribe"}}
     with pytest.raises(InputError, match="only Qwen3-ASR takes a context"):
         load_speech_model(str(tmp_path / "ctc"), Decoding(context="x"), torch.device("cpu"))
 
