@@ -26,10 +26,10 @@ from accelerate.utils import broadcast_object_list
 from hebrew_asr.command_line import Range, parse_config
 from hebrew_asr.data.rows import SpeechRows
 from hebrew_asr.errors import InputError
-from hebrew_asr.evaluation.engines import decoding_for, key, open_engine, ways_of
+from hebrew_asr.evaluation.engines import decoding_for, open_engine, ways_of
 from hebrew_asr.evaluation.results import Cells, display_names, read_files, report, score_files
 from hebrew_asr.evaluation.sets import DEMO_SETS, LEADERBOARD, QUOTED, EvaluationConfig, load_set, read_set
-from hebrew_asr.evaluation.transcription import Decoding, Transcriber, transcribe_set, transcription_problems
+from hebrew_asr.evaluation.transcription import Decoding, Transcriber, key, transcribe_set, transcription_problems
 from hebrew_asr.files import DEMO, digest
 from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
 
@@ -58,14 +58,16 @@ class EvaluationOptions(Decoding):
     """JSONL files of transcripts, a {"reference": …, "hypothesis": …} a line, instead of a model or beside it. Beside
     it they are those of the sets, in their order; a line may name its "set"."""
     output_dir: str | None = None
+    """None: a folder under runs/, named after the settings."""
     max_utterances: Annotated[int, Range(1)] | None = None
-    """Of each set, for a quick look."""
+    """At most so many of each set, for a quick look."""
     max_wer_rise: Annotated[float, Range(0)] | None = 5.0
     """Points of WER that the model may be worse than the first it is compared with, on sets in other languages and
     guarded ones; null: any."""
     max_broken_share: Annotated[float, Range(0, 1)] = 0.05
-    """Of a set's rows, before it is refused."""
+    """A set of which more rows than this share cannot be read is not measured."""
     num_workers: Annotated[int, Range(0)] = 4
+    """Processes that decode and extract features, for each rank."""
     update_card: bool = False
     """Write the figures into the model's card."""
 
@@ -93,17 +95,18 @@ def parse(argv: list[str]) -> EvaluationConfig:
     if given.update_card and (given.max_utterances or not given.model or not card.is_file()):
         raise InputError("--update_card needs a local folder with a README.md as --model, and whole sets")
     known = {one.name: one for one in (DEMO_SETS if is_demo else LEADERBOARD)}
+    sets = [read_set(name, known) for name in given.sets]
+    sets = sets or [dataclasses.replace(one, asked=is_demo) for one in known.values()]
     config = EvaluationConfig(
         models=models,
-        sets=[read_set(name, known) for name in given.sets]
-        or [dataclasses.replace(one, asked=is_demo) for one in known.values()],
+        sets=sets,
         decoding=Decoding(**{one.name: getattr(given, one.name) for one in dataclasses.fields(Decoding)}),
         score=given.score,
         prompt_forms=given.prompt_forms,
         max_utterances=given.max_utterances,
         max_wer_rise=given.max_wer_rise,
         max_broken_share=given.max_broken_share,
-        quoted=[] if is_demo or not models else list(QUOTED),
+        quoted=list(QUOTED) if models and not is_demo and any(one.name in known for one in sets) else [],
         num_workers=given.num_workers,
         update_card=given.update_card,
     )
@@ -182,7 +185,7 @@ def transcribe(
     state: accelerate.PartialState,
 ) -> Path:
     """Lets `engine` transcribe a set, all processes together; returns the folder of the transcripts."""
-    (done,) = broadcast_object_list([key(path, engine, engine.decoding, rows)])
+    (done,) = broadcast_object_list([key(engine, engine.decoding, rows)])
     parts = folder / "transcripts" / done
     parts.mkdir(parents=True, exist_ok=True)
     state.wait_for_everyone()

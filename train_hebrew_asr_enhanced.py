@@ -16,8 +16,9 @@ import json
 import math
 import os
 import re
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -27,16 +28,19 @@ import accelerate
 import numpy as np
 import torch
 import transformers
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DDPCommunicationHookType, broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import Qwen3ASRProcessor
 
 from hebrew_asr.checkpoints import store
+from hebrew_asr.checkpoints.final import damage_of, finish
 from hebrew_asr.checkpoints.hub import CheckpointUploader, check_upload, upload, upload_command
 from hebrew_asr.command_line import Between, Range, check_ranges, parse_config
 from hebrew_asr.data.augmentation import WaveformAugmentation
+from hebrew_asr.data.identity import digest_of, identity_of
 from hebrew_asr.data.prepare import prepare
 from hebrew_asr.data.rows import BROKEN, SpeechRows
+from hebrew_asr.data.sources import check_language
 from hebrew_asr.data.utterances import SpeechDataset
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.attention import is_inside_utterances
@@ -44,12 +48,12 @@ from hebrew_asr.model.costs import work_of
 from hebrew_asr.model.generation import generate, new_token_limit
 from hebrew_asr.model.loading import load_processor, load_to_train
 from hebrew_asr.model.loss import IGNORED_LABEL, SpeechModel, label_nats
-from hebrew_asr.model.packing import FRAMES_PER_CHUNK, pack
+from hebrew_asr.model.packing import FRAMES_PER_CHUNK, halves, pack
 from hebrew_asr.model.prompts import MEL_BINS, pad, padded
 from hebrew_asr.model.sharding import is_sharded, shard, whole_model
 from hebrew_asr.model.stages import (
-    COMPONENTS,
     Stage,
+    check_stage_list,
     component_of,
     ever_trained,
     freeze_for,
@@ -58,21 +62,40 @@ from hebrew_asr.model.stages import (
     trainable_parameters,
     trains_in,
 )
-from hebrew_asr.processes import launch, leave_process_group, quiet_libraries, together
+from hebrew_asr.processes import has_gpu, launch, leave_process_group, quiet_libraries, together
 from hebrew_asr.training.batches import Collator, check_batch, collate_evaluation, evaluation_batches
 from hebrew_asr.training.feed import TrainingData, load_data, open_feed, speech_loader
 from hebrew_asr.training.final_model import evaluate_final, write_final_model
 from hebrew_asr.training.measuring import Output, pool, transcribe_batches
 from hebrew_asr.training.moving_average import MovingAverage
 from hebrew_asr.training.plan import lines_of, make_plan
-from hebrew_asr.training.resuming import ResumableTrainer, StepEvents, ends_early, train, training_arguments
-from hebrew_asr.training.run_folder import check_disk, checkpoint_to_resume, failures_noted, open_run_folder
-from hebrew_asr.training.run_log import PANELS, RunLog, success_criteria
+from hebrew_asr.training.resuming import (
+    ResumableTrainer,
+    StepEvents,
+    ends_early,
+    stand_in_for_lost,
+    train,
+    training_arguments,
+)
+from hebrew_asr.training.run_folder import (
+    check_disk,
+    checkpoint_to_resume,
+    failures_noted,
+    first_line,
+    open_run_folder,
+    settle,
+)
+from hebrew_asr.training.run_log import PANELS, RunLog, is_worse, success_criteria
 from hebrew_asr.training.run_report import announce, describe_result, facts_of_run, report_data, warn_of_a_wrong_start
 from hebrew_asr.training.settings import Settings
 from hebrew_asr.training.speed import StepClock, StepCounts, Window
 from hebrew_asr.training.token_budget import find_token_budget
 
+WORSE = (
+    "the final model is worse than before training, so it is better not to use it. To try: more data, more steps"
+    " (--num_epochs, or a smaller --target_effective_batch for few recordings), lower rates in --stages; and look at"
+    " corpus.html for wrong transcripts"
+)
 SILENCE = np.zeros((MEL_BINS, FRAMES_PER_CHUNK), np.float32)  # a second, for a process without work in a step
 ENOUGH_TO_JUDGE = 1000  # utterances, before a share of broken ones means something
 
@@ -88,7 +111,7 @@ class TrainingConfig(Settings):
     """bf16 autocast and bf16 frozen weights (what trains is kept in fp32); None: where the GPU has it."""
     attention: Literal["auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"] = "auto"
     """auto: the fastest there is; sdpa: as transformers does it; varlen: PyTorch's FlashAttention, for packed rows and
-    the encoder's windows; flash_attention_2, flash_attention_3: the package's."""
+    the encoder's windows; flash_attention_2, flash_attention_3: those of the flash-attn package."""
     torch_compile: bool = False
     """torch.compile of the language model's layers while training: it takes minutes at the start and after a switch."""
     final_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -107,6 +130,7 @@ class TrainingConfig(Settings):
     num_time_masks: int = 2
     num_freq_masks: int = 2
     mask_value: float = 0.0
+    """What masked features become."""
     max_time_mask_share: Annotated[float, Range(0, 1)] = 0.2
     """All time masks of an utterance together cover at most this share of its frames."""
 
@@ -128,6 +152,7 @@ class TrainingConfig(Settings):
     warmup_ratio: Annotated[float, Range(0, 1)] = 0.1
     """Share of the run's steps; 0: warmup_steps is used instead."""
     warmup_steps: int = 500
+    """Steps, where warmup_ratio is 0."""
     layerwise_lr_decay_rate: Annotated[float, Range(0, 1)] = 1.0
     """Each layer of llm_top and audio_top trains this much slower than the one above it; 1.0: all alike."""
 
@@ -135,17 +160,20 @@ class TrainingConfig(Settings):
     target_effective_batch: Annotated[int, Range(1)] = 64
     """Utterances of one optimizer step, over all processes."""
     tokens_per_micro_batch: Annotated[int, Range(1)] | None = 3072
-    """Tokens (audio and text) of one forward pass of one process; it governs. None: batch_size does, in padded rows."""
+    """Token budget (audio and text) of one forward pass on one GPU; None: use batch_size (padded rows)."""
     batch_size: Annotated[int, Range(1)] = 2
     """Utterances of one forward pass of one process, where tokens_per_micro_batch is None."""
     gradient_checkpointing: bool = False
     """Less memory for a third more time: what trains runs forward a second time in the backward pass."""
+    bf16_exchange: bool = False
+    """Gradients are rounded to bf16 while they are added up over the processes: half of the exchange."""
     fsdp: bool = False
     """Less memory for more exchange: of what trains, each process holds only a part, with its gradient and moments."""
 
     # Optimizer: AdamW
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
     ema_decay: Annotated[float, Between(0, 1)] | None = None
     """Keep an exponential moving average of what trains (0.999 spans about 1,000 steps; fp32, beside the weights), and
     make it the final model where its WER is lower than the best checkpoint's. It is evaluated at the end only."""
@@ -160,18 +188,23 @@ class TrainingConfig(Settings):
     generation_max_new_tokens: Annotated[int, Range(1)] | None = None
     """Tokens of a transcript at most; None: 64, and 12 for each second (a fast speaker's Hebrew has 8 a second)."""
     num_logged_predictions: int = 5
+    """References with their hypotheses that each evaluation prints and tracks."""
 
     # Tracking
     tracker: Literal["wandb", "trackio", "none"] = "wandb"
     """wandb, trackio (a local dashboard, no account), or none; metrics.jsonl is written in any case."""
     wandb_project: str = field(default_factory=lambda: os.environ.get("WANDB_PROJECT", "qwen3-asr-hebrew"))
     wandb_run_name: str | None = field(default_factory=lambda: os.environ.get("WANDB_RUN_NAME"))
+    """None: the name of the run's folder. Also of trackio, as wandb_project is."""
     logging_steps: Annotated[int, Range(1)] = 10
+    """Steps from one line of the log to the next."""
 
     # Checkpoints
     resume: str = "auto"
-    """auto: go on where the run in the folder stopped; never: a new run; hub: also from what was uploaded, where the
-    folder has nothing as new; or the folder of a checkpoint."""
+    """auto: go on where the run in the folder stopped; never: a new run; hub: also from what was uploaded, if that is
+    newer than the folder's; or the folder of a checkpoint."""
+    accept_changed_data: bool = False
+    """Go on with other data than the checkpoint was trained or evaluated with; the lowest WER begins anew with them."""
     save_steps: Annotated[int, Range(1)] = 500
     """Steps from one checkpoint to the next. Also when the WER is the lowest so far, and at the end of each stage."""
     save_total_limit: Annotated[int, Range(1)] = 2
@@ -179,13 +212,13 @@ class TrainingConfig(Settings):
     preemption_grace_seconds: float = 25
     """From a signal to stop to the end of the processes, with a checkpoint or without; torchrun itself gives 30."""
     stall_timeout_minutes: float = 10
-    """A process that does not get on for so long while training ends the run."""
+    """A process that makes no progress for so long while training ends the run."""
     max_bad_steps: Annotated[int, Range(1)] = 3
     """Steps in a row without a finite gradient after which the run goes back to the last checkpoint."""
     check_ranks_steps: Annotated[int, Range(1)] = 100
     """Steps from one comparison of the processes' weights to the next."""
 
-    # What the run is held to at its end
+    # Success criteria, checked after training
     target_loss: float = 11.0
     """Nats per target token. The figure is Round 2's; a run whose prompt and labels are right starts below 2."""
     target_wer: float = 11.0
@@ -196,6 +229,7 @@ class TrainingConfig(Settings):
     """owner/name on the Hub; None: the model stays on this disk."""
     skip_hf_upload: bool = field(default_factory=lambda: os.environ.get("SKIP_HF_UPLOAD", "").lower() in ("1", "true"))
     hf_private: bool = True
+    """Of a repository that the upload creates."""
     hub_checkpoints: bool = True
     """Upload checkpoints while training, to a branch of the repository, which `--resume hub` goes on from."""
     hub_save_total_limit: int = 1
@@ -205,17 +239,18 @@ class TrainingConfig(Settings):
     inspect_data: bool = False
     """Only read the corpora and write their report (corpus.html, .md, .json) into the run's folder."""
     prepare: bool = False
-    """Only listen to the corpora (prepare_corpora.py) and write their report; later starts use what was heard."""
+    """Only listen to the corpora once and write their report; later starts use what was heard (docs/data.md)."""
     find_token_budget: bool = False
-    """Only try, on the GPUs given, how large tokens_per_micro_batch may be (token_budget.py), and print it."""
+    """Only try, on the GPUs given, how large tokens_per_micro_batch may be, and print it (docs/training.md)."""
     output_dir: str | None = None
-    """None: a folder under runs/ with a name of the settings, the same for the same command."""
+    """None: a folder under runs/, named after the settings: the same for the same command."""
     seed: int = 42
+    """Of the order of the data, augmentation, masks and what is held out."""
     process_timeout_minutes: int = 60
     """How long processes wait for one another at the start, above all while the first one reads the corpora."""
 
     def gradient_accumulation_steps(self, processes: int) -> float:
-        """Micro-batches of one process in a step where batch_size governs, and then a whole number."""
+        """Micro-batches of one process in a step; a whole number where batch_size is used (no token budget)."""
         return self.target_effective_batch / (self.batch_size * processes)
 
     @property
@@ -234,12 +269,12 @@ class TrainingConfig(Settings):
         return [tag for tag, is_on in on.items() if is_on]
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide what the run computes, as they are in JSON."""
+        """The settings that identify the run, as JSON has them; a resumed run must match them."""
         settings = json.loads(json.dumps(dataclasses.asdict(self)))
         return {name: value for name, value in settings.items() if name not in MAY_CHANGE}
 
     def stage_of_epoch(self, epoch: int) -> Stage:
-        """The stage that `epoch` (from 1) belongs to; the last one goes on for ever."""
+        """The stage that `epoch` (from 1) belongs to; epochs after the last stage use the last stage."""
         return next((stage for stage in self.stages if epoch <= stage.last_epoch), self.stages[-1])
 
     def first_epoch_of(self, stage: Stage) -> int:
@@ -248,25 +283,8 @@ class TrainingConfig(Settings):
 
     def check(self, processes: int) -> None:
         """Raises InputError for settings that cannot mean what they say, before anything is loaded."""
-        if not self.stages:
-            raise InputError("stages is empty: name at least one stage")
-        last_epochs = [stage.last_epoch for stage in self.stages]
-        if last_epochs != sorted(set(last_epochs)) or last_epochs[0] < 1:
-            raise InputError(
-                f"the stages' last_epoch must grow from one stage to the next, starting at 1: {last_epochs}"
-            )
-        if self.max_steps is None and self.num_epochs > last_epochs[-1]:
-            raise InputError(
-                f"num_epochs is {self.num_epochs}, but the last stage ({self.stages[-1].name}) ends at epoch"
-                f" {last_epochs[-1]}: raise its last_epoch, or lower num_epochs"
-            )
-        if (self.num_epochs if self.max_steps is None else self.max_steps) < 1:
-            raise InputError(f"nothing to train: num_epochs is {self.num_epochs}, max_steps {self.max_steps}")
-        for stage in self.stages:
-            if unknown := set(stage.learning_rates) - set(COMPONENTS):
-                raise InputError(f"stage {stage.name}: unknown component {sorted(unknown)}, known: {list(COMPONENTS)}")
-            if not stage.learning_rates or not all(rate > 0 for rate in stage.learning_rates.values()):
-                raise InputError(f"stage {stage.name} trains nothing: give at least one component a rate above 0")
+        check_language(self.language)
+        check_stage_list(self.stages, self.num_epochs, self.max_steps)
         check_ranges(self)
         check_batch(self, processes)
         if self.hub_checkpoints and not 1 <= self.hub_save_total_limit <= self.save_total_limit:
@@ -275,7 +293,7 @@ class TrainingConfig(Settings):
                 f" here: {self.hub_save_total_limit}"
             )
         self.check_sources()
-        if self.uploads and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.hf_repo_id):
+        if self.uploads and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.hf_repo_id or ""):
             raise InputError(f"hf_repo_id must be owner/name, got {self.hf_repo_id!r} (from HF_REPO_ID?)")
 
 
@@ -286,9 +304,16 @@ MAY_CHANGE = {  # settings that a resumed run may have otherwise than before
     *("target_loss", "target_wer"),
     *("tracker", "wandb_project", "wandb_run_name", "hf_repo_id", "skip_hf_upload", "hf_private"),
     *("hub_checkpoints", "hub_save_total_limit"),
-    *("resume", "save_steps", "save_total_limit", "preemption_grace_seconds", "stall_timeout_minutes"),
+    *(
+        "resume",
+        "accept_changed_data",
+        "save_steps",
+        "save_total_limit",
+        "preemption_grace_seconds",
+        "stall_timeout_minutes",
+    ),
     *("max_bad_steps", "check_ranks_steps", "inspect_data", "output_dir", "process_timeout_minutes"),
-    *("tokens_per_micro_batch", "gradient_checkpointing", "fsdp", "prepare", "prepared_dir"),
+    *("tokens_per_micro_batch", "gradient_checkpointing", "fsdp", "bf16_exchange", "prepare", "prepared_dir"),
     *("plan", "plan_device", "plan_devices", "plan_hours_of_audio", "plan_mean_seconds", "plan_price_per_hour"),
     "find_token_budget",
 }
@@ -383,6 +408,8 @@ class GradualUnfreezeTrainer(ResumableTrainer):
     one optimizer step when `gradient_accumulation_steps` is 1, and `create_optimizer` and `create_scheduler` are hooks.
     """
 
+    config: TrainingConfig
+    eval_dataset: SpeechDataset
     loss_is_nats = True  # so that it compares with the evaluation's
     panels: ClassVar[dict[str, list[str]]] = PANELS  # of curves.png
     chosen_by = "eval/wer"  # the metric whose lowest value makes the best checkpoint
@@ -406,14 +433,23 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         freeze_for(model, self.stage)
         if config.fsdp and args.world_size > 1:
             shard(model, ever_trained(model, config.stages).keys(), args.device)
+        self.identities = {"evaluation": identity_of(eval_rows)} | (
+            {"training": identity_of(data)} if isinstance(data, SpeechRows) else {}
+        )
         self.feed = open_feed(data, processor, self.collator, config, args.process_index, args.world_size)
         super().__init__(
             model=model, args=args, eval_dataset=SpeechDataset(eval_rows, processor, config, training=False)
         )
+        # The gradients then lie in what is exchanged, instead of being copied there and back.
+        self.accelerator.ddp_handler.gradient_as_bucket_view = True
+        if config.bf16_exchange:
+            self.accelerator.ddp_handler.comm_hook = DDPCommunicationHookType.BF16
         self.total_steps = config.max_steps or config.num_epochs * len(self.feed)
         ends = {stage.last_epoch * len(self.feed): stage.name for stage in config.stages}
         self.stage_ends = {step: name for step, name in ends.items() if step < self.total_steps}
         self.clock = StepClock(args.device)
+        self.too_many_tokens = math.inf  # of a micro-batch: so many did not fit the device's memory
+        self.split_micro_batches = 0
         self.add_callback(StepEvents(self.note_step, run_log, config.eval_steps, {*self.stage_ends, self.total_steps}))
         self.window_started = time.perf_counter()
         self.moving_average: MovingAverage | None = None
@@ -436,7 +472,8 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         config, dataset = self.config, eval_dataset or self.eval_dataset
         batches = evaluation_batches(dataset.rows.seconds, config.max_audio_length_seconds, config.eval_batch_size)
         mine = [[batch] for batch in batches[self.args.process_index :: self.args.world_size]]
-        return speech_loader(dataset, mine, functools.partial(collate_evaluation, self.collator), config)
+        seconds = min(config.eval_batch_size * config.max_audio_length_seconds, float(dataset.rows.seconds.sum()))
+        return speech_loader(dataset, mine, functools.partial(collate_evaluation, self.collator), config, seconds)
 
     # Stages
 
@@ -467,6 +504,17 @@ class GradualUnfreezeTrainer(ResumableTrainer):
 
     # Optimizer and schedule
 
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        """Has the fused optimizer scale the gradients as it reads them, which saves a pass over all of them."""
+        optimizer = self.optimizer.optimizer
+        if not optimizer.defaults["fused"] or is_sharded(model):
+            return super()._clip_grad_norm(model)
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        optimizer.grad_scale = ((norm + 1e-6) / self.args.max_grad_norm).clamp(min=1.0)
+        optimizer.found_inf = torch.zeros_like(norm)  # steps without a finite gradient are skipped before
+        return norm
+
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over every parameter that some stage trains, one group for each component, layer and decay.
 
@@ -490,7 +538,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
                     key, {"component": component, "depth": key[1], "weight_decay": weight_decay, "params": []}
                 )
                 group["params"].append(parameter)
-            # The schedule's factor is the rate itself, so every group starts from a rate of 1.
+            # The base learning rate is 1, and the lambda of create_scheduler returns the learning rate.
             self.optimizer = torch.optim.AdamW(list(groups.values()), lr=1.0, fused=torch.cuda.is_available() or None)
         return self.optimizer
 
@@ -500,7 +548,9 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         """A schedule whose rate is a pure function of (group, step): see `learning_rate`."""
         optimizer = optimizer or self.optimizer
         self.factor = schedule_factor(self.config, num_training_steps)
-        rates = [functools.partial(self.learning_rate, g["component"], g["depth"]) for g in optimizer.param_groups]
+        rates: list[Any] = [
+            functools.partial(self.learning_rate, g["component"], g["depth"]) for g in optimizer.param_groups
+        ]
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
         self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -513,9 +563,9 @@ class GradualUnfreezeTrainer(ResumableTrainer):
 
     # Step
 
-    def get_batch_samples(self, *args: Any) -> tuple[list, torch.Tensor | int | None]:
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any) -> tuple[list, torch.Tensor | int | None]:
         began = time.perf_counter()
-        samples = super().get_batch_samples(*args)
+        samples = super().get_batch_samples(epoch_iterator, *args)
         self.window.waited += time.perf_counter() - began
         return samples
 
@@ -524,7 +574,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
 
     def training_step(
         self,
-        model: torch.nn.Module,
+        model: Any,
         inputs: tuple[list[dict[str, torch.Tensor]], list[str]],
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -543,6 +593,7 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             most = max(self.watch.gather(len(micro_batches)))
             micro_batches = micro_batches + [self.collator.packed([])] * (most - len(micro_batches))
         self.run_log.note_dropped(dropped, self.state.global_step + 1)
+        micro_batches = [part for batch in micro_batches for part in self.as_it_fitted(batch)]
         counts = StepCounts(dropped=len(dropped), broken=sum(line.split(":")[0] in BROKEN for line in dropped))
         for batch in micro_batches:
             counts.add(batch, self.items_of(batch))
@@ -553,21 +604,82 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         self.broken_utterances += int(counts.broken)
         self.dead_workers += int(counts.dead_workers)
         self.check_broken(self.state.global_step + 1)
-        loss = torch.zeros((), device=self.args.device)
+        # Gradients are averaged over the processes; the loss is a sum over items. A step of which nothing decodes has
+        # none: its gradient is NaN, and it is skipped as every such step is.
+        scale = self.args.world_size / items if items else math.nan
         self.clock.begin()
-        for i, batch in enumerate(micro_batches):
-            is_last = i == len(micro_batches) - 1
-            if is_sharded(model):
-                model.set_requires_gradient_sync(is_last)
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                # Gradients are averaged over the processes; the loss is a sum over items. A step of which
-                # nothing decodes has none: its gradient is NaN, and it is skipped as every such step is.
-                share = self.summed_loss(model, batch) * self.args.world_size / items
-                if is_last:
-                    self.clock.end_after(share)
-                self.accelerator.backward(share)
-            loss += share.detach()
+        while True:
+            try:
+                return self.accumulate(model, micro_batches, scale)
+            except torch.OutOfMemoryError as error:
+                problem = first_line(error)  # what it had allocated goes with its traceback, at the end of this block
+            micro_batches = self.in_smaller_parts(model, micro_batches, problem)
+
+    def accumulate(
+        self, model: torch.nn.Module, micro_batches: list[dict[str, torch.Tensor]], scale: float
+    ) -> torch.Tensor:
+        """Adds up the gradient of these micro-batches; returns the sum of their losses."""
+        loss = torch.zeros((), device=self.args.device)
+        # Autocast keeps its bf16 copies of what trains to the end of the outermost block: one copy for the whole step.
+        with self.autocast(), torch.autocast(self.args.device.type, enabled=False):
+            for i, batch in enumerate(micro_batches):
+                is_last = i == len(micro_batches) - 1
+                self.running, self.exchanges = i, False
+                if is_sharded(model):
+                    model.set_requires_gradient_sync(is_last)
+                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                    share = self.scaled_loss(model, batch, scale)
+                    if is_last:
+                        self.clock.end_after(share)
+                    self.exchanges = is_last and model is not self.model
+                    self.accelerator.backward(share)
+                loss += share.detach()
         return loss
+
+    def in_smaller_parts(
+        self, model: torch.nn.Module, micro_batches: list[dict[str, torch.Tensor]], problem: str
+    ) -> list[dict[str, torch.Tensor]]:
+        """The step's micro-batches with the one that memory did not hold in two; the step begins again with them.
+
+        That is between this process and its device, as long as no gradient was exchanged. Else, or where one utterance
+        does not fit, it raises what says so: InputError where this process is the only one.
+        """
+        failed = micro_batches[self.running]
+        tokens = failed["input_ids"].numel()
+        too_late = is_sharded(model) or self.exchanges
+        parts = [] if too_late else self.halves_of(failed)
+        if not parts:
+            what, remedy = "an utterance", ""
+            if too_late:
+                what, remedy = "a micro-batch", f"--tokens_per_micro_batch {max(64, tokens // 2 // 64 * 64)}, "
+            kind = InputError if self.args.world_size == 1 else torch.OutOfMemoryError
+            raise kind(
+                f"step {self.state.global_step + 1}: {what} of {tokens} tokens does not fit the device's memory"
+                f" ({problem}). Give {remedy}--gradient_checkpointing true, a lower --max_audio_length_seconds, or"
+                " stages that train fewer layers; --find_token_budget tries what fits"
+            )
+        self.model.zero_grad()
+        torch.cuda.empty_cache()
+        self.split_micro_batches += 1
+        if tokens < self.too_many_tokens:
+            self.too_many_tokens = tokens
+            print(
+                f"process {self.args.process_index}, step {self.state.global_step + 1}: {tokens} tokens at once do not"
+                " fit the device's memory; such micro-batches are done in two, with the same gradient. Less time is"
+                f" lost with --tokens_per_micro_batch {max(64, int(0.9 * tokens) // 64 * 64)}",
+                file=sys.stderr,
+                flush=True,
+            )
+        return micro_batches[: self.running] + parts + micro_batches[self.running + 1 :]
+
+    def as_it_fitted(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """A micro-batch, cut as often as those were that memory did not hold."""
+        parts = self.halves_of(batch) if batch["input_ids"].numel() >= self.too_many_tokens else []
+        return [piece for part in parts for piece in self.as_it_fitted(part)] or [batch]
+
+    def halves_of(self, batch: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+        """A micro-batch in two; none where it cannot be cut."""
+        return halves(batch, self.model.config.audio_token_id)
 
     def note_step(self) -> None:
         """Called after each step, when the norm of its gradient is known and so the device is through with it."""
@@ -586,10 +698,10 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         """How many items the loss of a micro-batch is a sum over: its supervised tokens."""
         return (batch["labels"] != IGNORED_LABEL).sum()
 
-    def summed_loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Summed nats of the supervised tokens of one micro-batch (the model's own loss divides by what it is told)."""
+    def scaled_loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
+        """Summed nats of the supervised tokens of one micro-batch, times `scale`; the backward pass begins there."""
         with self.autocast():
-            return model(**self._prepare_inputs(batch), num_items_in_batch=1).loss
+            return model(**self._prepare_inputs(batch), root_scale=scale).loss
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # Trainer's estimate reads one batch of text tokens; a step here is several, with audio
@@ -630,9 +742,10 @@ class GradualUnfreezeTrainer(ResumableTrainer):
     def transcribe(self, module: torch.nn.Module, batch: dict[str, torch.Tensor]) -> list[Output]:
         """Hypothesis, language, mean nats of the batch, and target tokens of each utterance of one batch."""
         loss, generated, labels = self.prediction_step(module, batch, prediction_loss_only=False)
-        outputs = self.processor.decode(generated, return_format="parsed")
-        tokens = (labels != IGNORED_LABEL).sum(dim=1).tolist()
-        return [Output(o["transcription"], o["language"], loss.item(), n) for o, n in zip(outputs, tokens, strict=True)]
+        assert labels is not None
+        tokens = labels.ne(IGNORED_LABEL).sum(dim=1).tolist()
+        written = zip(self.collator.read(generated), tokens, strict=True)
+        return [Output(text, language, loss.item(), count) for (language, text), count in written]
 
     @torch.compiler.set_stance("force_eager")  # decoding a token at a time would compile the layers again and again
     def evaluate(
@@ -648,7 +761,8 @@ class GradualUnfreezeTrainer(ResumableTrainer):
             model: another model than the one in training; its result is logged but never becomes the best checkpoint.
 
         Returns:
-            `eval/wer`, `eval/cer`, `eval/loss` and the other numbers of `hebrew_scoring.score`, under the prefix.
+            `eval/wer`, `eval/cer`, `eval/loss` and the other numbers of `score` in
+            hebrew_asr/text/scoring.py, under the prefix.
         """
         started = time.perf_counter()
         metrics, references, hypotheses = self.measure(
@@ -702,6 +816,8 @@ class GradualUnfreezeTrainer(ResumableTrainer):
         numbers["train/trainable_parameters"] = trainable_parameters(self.model)
         numbers["train/dropped_utterances"] = self.dropped_utterances
         numbers["train/dead_workers"] = self.dead_workers
+        if self.split_micro_batches:
+            numbers["train/split_micro_batches"] = self.split_micro_batches  # of this process
         numbers |= self.window.numbers(self.model, now - self.window_started, self.watch.gather(self.window.computed))
         numbers |= self.uploader.numbers(step)
         self.window_started, self.window = now, Window()
@@ -741,7 +857,7 @@ def main(
         return
 
     # 1. Processes and settings
-    cpu = not torch.cuda.is_available()
+    cpu = not has_gpu()
     state = accelerate.PartialState(cpu=cpu, timeout=timedelta(minutes=config.process_timeout_minutes))
     config.check(state.num_processes)
     use_bf16 = config.bf16 if config.bf16 is not None else not cpu and torch.cuda.is_bf16_supported(False)
@@ -776,12 +892,16 @@ def main(
         leave_process_group()
         return
     (status,) = broadcast_object_list([store.read_status(folder)])
-    if status["state"] == "finished":
-        run_log.say(f"the run in {folder} is finished; for another one choose another --output_dir, or --resume never")
+    if status["state"] == "finished" and is_whole(folder, state, run_log):
+        never = "" if config.output_dir else ", or --resume never"
+        run_log.say(f"the run in {folder} is finished; for another one choose another --output_dir{never}")
+        if "data" in status:
+            loads = functools.partial(trainer_class.load_data, config, state)
+            note_changed_data(loads, status["data"], run_log)
         leave_process_group()
         if state.is_main_process:
             before_upload()
-            if config.uploads and not status["uploaded"]:
+            if config.uploads and not status.get("uploaded"):
                 publish(config, folder, run_log)
         return
     with together():
@@ -797,6 +917,8 @@ def main(
             if config.uploads:
                 publish(config, folder, run_log)
                 uploader.finish()
+            elif is_worse(run_log.rows):
+                run_log.say(WORSE)
             else:
                 run_log.say(f"not uploaded; to do it: {upload_command(config, folder / 'final_model')}")
         finally:
@@ -824,6 +946,8 @@ def run(
     # 3. Data
     train_rows, eval_rows = trainer_class.load_data(config, state)
     report_data(folder, train_rows, eval_rows, config, run_log)
+    if found and isinstance(train_rows, SpeechRows):
+        train_rows = stand_in_for_lost(train_rows, found, run_log)
 
     # 4. What will run
     trainer = trainer_class(
@@ -837,8 +961,9 @@ def run(
         use_bf16,
     )
     if found:
-        trainer.resume(found)
-    else:
+        trainer.resume(found)  # raises where it cannot go on, before anything in the folder is moved
+    trainer.resumed = settle(found, trainer.writer.parent)
+    if not found:
         run_log.go_back([], 0)
     announce(trainer, eval_rows, state.num_processes)
     run_log.say(stage_line(model, trainer.stage))
@@ -860,11 +985,45 @@ def run(
         final = evaluate_final(trainer)
     if state.is_main_process:
         describe_result(trainer, final)
-        step = trainer.state.global_step
-        store.write_status(folder, "finished", step=step, uploaded=None, **trainer.uploader.facts())
+        finish(trainer.final_folder)
+        facts = {"step": trainer.state.global_step, "failed_saves": trainer.writer.failures, "uploaded": None}
+        facts |= {"failed_log_writes": run_log.failed_writes, "data": trainer.run_facts()["data"]}
+        store.write_status(folder, "finished", **facts, **trainer.uploader.facts())
     run_log.finish()
     leave_process_group()
     return trainer.uploader
+
+
+def is_whole(folder: Path, state: accelerate.PartialState, run_log: RunLog) -> bool:
+    """Whether a finished run's final model is as it was written; False: it is made anew from the checkpoints."""
+    with together():
+        problem = damage_of(folder / "final_model") if state.is_main_process else None
+        if problem and not store.names(folder / "checkpoints"):
+            raise InputError(
+                f"{folder}/final_model is damaged ({problem}), and no checkpoint is left to make it of: take it from"
+                " where it was uploaded or copied to, or train in another --output_dir"
+            )
+        if problem:
+            run_log.say(f"warning: {folder}/final_model is damaged ({problem}): it is made anew")
+    (problem,) = broadcast_object_list([problem])
+    return problem is None
+
+
+def note_changed_data(loads: Callable, was: dict[str, str], run_log: RunLog) -> None:
+    """Says which data of a finished run are other ones now than `was`, their digests at its end."""
+    try:
+        data, eval_rows = loads()
+    except InputError as problem:
+        run_log.say(f"note: the run's data cannot be read now: {problem}")
+        return
+    now = {"evaluation": digest_of(identity_of(eval_rows))}
+    if isinstance(data, SpeechRows):
+        now["training"] = digest_of(identity_of(data))
+    for name in [name for name, digest in now.items() if was.get(name, digest) != digest]:
+        run_log.say(
+            f"warning: the {name} data are others now than this model was made with: to use them, choose another"
+            " --output_dir"
+        )
 
 
 def publish(config: TrainingConfig, folder: Path, run_log: RunLog) -> None:
@@ -873,5 +1032,9 @@ def publish(config: TrainingConfig, folder: Path, run_log: RunLog) -> None:
     store.update_status(folder, uploaded=address)
 
 
+def parse(argv: list[str]) -> TrainingConfig:
+    return parse_config(argv, TrainingConfig(), about=__doc__)
+
+
 if __name__ == "__main__":
-    launch(lambda arguments: main(parse_config(arguments, TrainingConfig(), about=__doc__)))
+    launch(lambda arguments: main(parse(arguments)))

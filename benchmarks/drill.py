@@ -331,13 +331,12 @@ def instrument(folder: Path, rank: int, fault: Fault | None) -> None:
 
         files_module.flush = deadly_flush
     if fault.kind == "NaN loss" and rank == fault.processes - 1:
-        loss_of = GradualUnfreezeTrainer.summed_loss
+        loss_of = GradualUnfreezeTrainer.scaled_loss
 
-        def broken_loss(self, model, batch):
-            loss = loss_of(self, model, batch)
-            return loss * float("nan") if self.state.global_step + 1 == fault.step else loss
+        def broken_loss(self, model, batch, scale):
+            return loss_of(self, model, batch, float("nan") if self.state.global_step + 1 == fault.step else scale)
 
-        GradualUnfreezeTrainer.summed_loss = broken_loss
+        GradualUnfreezeTrainer.scaled_loss = broken_loss
     if fault.control:
         believe_everything()
 

@@ -1,6 +1,6 @@
 """How much of a training step is signal: Round 3's objectives and cross-entropy at one checkpoint of the demo world.
 
-    uv run --group demo python benchmarks/gradient_signal.py --start CHECKPOINT --work FOLDER OF round3.py
+    uv run --group demo python benchmarks/gradient_signal.py --start CHECKPOINT --work FOLDER
 
 Of the gradients g of n steps of different utterances at the same weights, the products of two different ones are on
 average |E g|², those of one with itself E |g|². Their quotient is the share of signal in a step. Where it is s, the
@@ -8,7 +8,8 @@ noise scale of McCandlish et al. (2018, arXiv:1812.06162, equation 2.9: the batc
 utterances a step · (1 - s) / s. Intervals are of a bootstrap over steps. Two objectives are compared by products of
 different steps too, so that what the utterances have in common does not count.
 
-The steps are those of round3.py's arms (its utterances, noise and samples) at rates that move nothing.
+FOLDER is the --work of round3.py. The steps are those of its arms (its utterances, noise and samples) at rates that
+move nothing.
 """
 
 import argparse

@@ -4,6 +4,7 @@ A field's docstring in the source is its help, its type says what it takes, and 
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -24,8 +25,18 @@ import yaml
 
 from hebrew_asr.errors import InputError
 
-Config = TypeVar("Config")  # a dataclass
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 WIDTH = 110  # columns of the help
+NOT_OPTIONS = {  # what other trainers call an option, and where it is here
+    "learning_rate": ": the learning rates are in --stages, one for each component",
+    "lr": ": the learning rates are in --stages, one for each component",
+    "per_device_train_batch_size": " (did you mean --target_effective_batch, or --tokens_per_micro_batch?)",
+    "num_train_epochs": " (did you mean --num_epochs?)",
+    "fp16": " (did you mean --bf16?)",
+}
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,16 @@ def read_file(file: Path, defaults: Any, of_another: bool = False) -> dict[str, 
     return {name: value for name, value in written.items() if name in names}
 
 
-def split_options(argv: list[str], of: type) -> tuple[list[str], list[str]]:
+def refuse_classes(value: Any, where: str) -> None:
+    """Raises InputError for a `class_path`, which jsonargparse would import before it refuses the class."""
+    inside = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    if isinstance(value, dict) and "class_path" in value:
+        raise InputError(f"{where}: class_path is no setting here: settings are values, and load no code")
+    for one in inside:
+        refuse_classes(one, where)
+
+
+def split_options(argv: list[str], of: "type[DataclassInstance]") -> tuple[list[str], list[str]]:
     """The options that are fields of a dataclass, and the others."""
     names = {field.name for field in dataclasses.fields(of)}
     mine: list[str] = []
@@ -134,7 +154,8 @@ def options_of(argv: list[str], defaults: Any) -> dict[str, str]:
     for option, words in options_and_words(argv):
         name, _, part = option.partition(".")
         if name not in names and option != "config":
-            raise InputError(f"there is no option --{option}{meant(name, [*names, 'config', 'help'], '--')}")
+            hint = NOT_OPTIONS.get(name) or meant(name, [*names, "config", "help"], "--")
+            raise InputError(f"there is no option --{option}{hint}")
         if part and part not in (parts := parts_of(hints[name])):
             raise InputError(f"there is no option --{option}{meant(part, parts, f'--{name}.')}")
         if not part:
@@ -190,6 +211,8 @@ def typed(given: dict[str, str], defaults: Any) -> dict[str, Any]:
         name, _, part = option.partition(".")
         hint = hint_of(option, type(defaults))
         parser = parser_of(hint)
+        with contextlib.suppress(yaml.YAMLError):
+            refuse_classes(yaml.safe_load(text), f"--{option}")
         try:
             value = parser.parse_args([f"--value={text}"], defaults=False).as_dict()["value"]
         except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
@@ -202,6 +225,7 @@ def replaced(defaults: Config, values: dict[str, Any]) -> Config:
     """`defaults` with values as YAML has them; raises InputError for one that its field does not take."""
     made = {}
     for name, value in values.items():
+        refuse_classes(value, name)
         mine, hint = getattr(defaults, name), hint_of(name, type(defaults))
         if dataclasses.is_dataclass(mine) and isinstance(value, dict):
             value = dataclasses.asdict(mine) | value
@@ -338,7 +362,9 @@ def option_lines(option: str, what: str, meaning: str) -> list[str]:
 def described(of: type) -> Iterator[tuple[str, str, str]]:
     """Of each field of a class: the comment that opens its group (or ""), its name, its docstring."""
     source = textwrap.dedent(inspect.getsource(of))
-    lines, body = source.splitlines(), ast.parse(source).body[0].body
+    lines, (made,) = source.splitlines(), ast.parse(source).body
+    assert isinstance(made, ast.ClassDef)
+    body = made.body
     group = (inspect.getdoc(of) or of.__name__).splitlines()[0]
     for node, following in zip(body, [*body[1:], None], strict=True):
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
@@ -347,6 +373,6 @@ def described(of: type) -> Iterator[tuple[str, str, str]]:
         if above.startswith("# "):
             group = above[2:]
         is_doc = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-        meaning = " ".join(inspect.cleandoc(following.value.value).split()) if is_doc else ""
+        meaning = " ".join(inspect.cleandoc(str(following.value.value)).split()) if is_doc else ""
         yield group, node.target.id, meaning
         group = ""

@@ -2,9 +2,12 @@
 
 import contextlib
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -14,7 +17,11 @@ import torch.distributed
 import transformers
 from accelerate.utils import gather_object
 
+from hebrew_asr.console import use_console
 from hebrew_asr.errors import InputError
+
+REPORT_SECONDS = 60.0  # for the launcher to end after a command that failed
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # there as soon as the driver is loaded
 
 
 class Task(torch.utils.data.Dataset):
@@ -26,8 +33,8 @@ class Task(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, number: int) -> Any:
-        return self.function(self.items[number])
+    def __getitem__(self, index: int) -> Any:
+        return self.function(self.items[index])
 
 
 def in_processes(items: list[Any], function: Callable[[Any], Any], workers: int) -> Iterator[Any]:
@@ -77,13 +84,18 @@ def launch(command: Callable[[list[str]], None]) -> None:
     Every rank meets an InputError at the same place, and they leave together. What else fails may fail on one rank
     alone: that one shows its traceback and ends at once, since on NCCL an orderly end would wait for the others.
     """
+    use_console()
     try:
         command(sys.argv[1:])
     except InputError as error:
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            say_last(f"error: {error}")
         leave_process_group()
         sys.exit(1)
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print("\ninterrupted", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)
     except Exception:
         if not torch.distributed.is_initialized():
             raise
@@ -92,6 +104,46 @@ def launch(command: Callable[[list[str]], None]) -> None:
         os._exit(1)
 
 
+def say_last(message: str) -> None:
+    """Prints an error where it is the last thing on the screen: under torchrun, below the report of the launcher."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        print(message, file=sys.stderr, flush=True)
+        return
+    launcher, began = os.getppid(), time.monotonic()
+    sys.stderr.flush()
+    if os.fork():
+        return
+    try:  # a process of its own, which holds nothing but the screen and outlives the launcher by a moment
+        os.setsid()
+        os.closerange(3, 4096)
+        while os.path.exists(f"/proc/{launcher}") and time.monotonic() - began < REPORT_SECONDS:
+            time.sleep(0.005)
+        os.write(2, f"{message}\n".encode())
+    finally:
+        os._exit(0)
+
+
 def leave_process_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def has_gpu(driver: Path = NVIDIA_DRIVER) -> bool:
+    """Whether this process has a GPU; InputError where the machine has one that torch cannot use.
+
+    Hiding all GPUs (CUDA_VISIBLE_DEVICES empty or -1) is to choose the CPU.
+    """
+    if torch.cuda.is_available():
+        return True
+    if not driver.exists() or os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
+        return False
+    try:
+        torch.cuda.init()
+        problem = "torch finds none of its GPUs"
+    except (RuntimeError, AssertionError) as error:
+        problem = str(error).strip().splitlines()[0]
+    raise InputError(
+        f"this machine has an NVIDIA driver, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it:"
+        f" {problem}. Update the driver, or install torch for its CUDA (nvidia-smi names it); to run on the CPU all the"
+        " same, set CUDA_VISIBLE_DEVICES=-1"
+    )

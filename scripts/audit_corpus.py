@@ -1,7 +1,8 @@
 """Scores every training utterance with a checkpoint, to find the transcripts that are not what is spoken.
 
-    uv run torchrun --nproc_per_node=8 audit_corpus.py --model runs/NAME/final_model --config runs/NAME/config.yaml
-    uv run audit_corpus.py --model CHECKPOINT --demo
+    uv run torchrun --nproc_per_node=8 scripts/audit_corpus.py --model runs/NAME/final_model \\
+        --config runs/NAME/config.yaml
+    uv run scripts/audit_corpus.py --model CHECKPOINT --demo
 
 Beside `--model` and `--audit_output` it takes every setting of train_round2_gradual.py. The scores go to audit.parquet
 in `--output_dir`, or else beside the checkpoint's folder. A second start goes on where the first one stopped.
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import numpy as np
@@ -28,13 +30,16 @@ from tqdm.auto import tqdm
 
 from hebrew_asr.command_line import help_of, parse_config, split_options
 from hebrew_asr.data.rows import SpeechRows, load_rows
+from hebrew_asr.data.utterances import SpeechDataset
 from hebrew_asr.errors import InputError
+from hebrew_asr.files import whole_or_nothing
 from hebrew_asr.model.loading import load_processor, load_to_train
 from hebrew_asr.model.loss import IGNORED_LABEL, label_nats
 from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
 from hebrew_asr.text.scoring import count_errors, leaderboard_normalize
 from hebrew_asr.training import resuming
-from hebrew_asr.training.feed import speech_loader
+from hebrew_asr.training.batches import evaluation_batches
+from hebrew_asr.training.feed import ListedFeed, speech_loader
 from hebrew_asr.training.run_log import RunLog
 from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig
 from train_round2_gradual import demo, round2
@@ -85,10 +90,15 @@ def character_error_rate(text: str, hypothesis: str) -> float:
     return count_errors(text, hypothesis).cer if text else 100.0 * bool(hypothesis)
 
 
+def dataset_of(trainer: GradualUnfreezeTrainer) -> SpeechDataset:
+    assert isinstance(trainer.feed, ListedFeed), "a stream is not audited"
+    return trainer.feed.dataset
+
+
 def score(trainer: GradualUnfreezeTrainer, batches: list[list[tuple[int, int]]]) -> Iterator[list[dict]]:
     """Yields the rows of PART of each batch of (epoch, number)."""
     loader = speech_loader(
-        trainer.feed.dataset, [[batch] for batch in batches], lambda loaded: loaded[0], trainer.config
+        dataset_of(trainer), [[batch] for batch in batches], lambda loaded: loaded[0], trainer.config
     )
     for batch, utterances in zip(batches, loader, strict=True):
         found = {
@@ -98,7 +108,7 @@ def score(trainer: GradualUnfreezeTrainer, batches: list[list[tuple[int, int]]])
         if heard := [u for u in utterances if "dropped" not in u]:
             inputs = trainer.collator(heard, training=False)
             _, generated, _ = trainer.prediction_step(trainer.model, inputs, prediction_loss_only=False)
-            hypotheses = trainer.processor.decode(generated, return_format="transcription_only")
+            hypotheses = [text for _, text in trainer.collator.read(generated)]
             nats_of_each = nats_per_token(trainer, inputs, [u["language"] for u in heard])
             for u, nats, hypothesis in zip(heard, nats_of_each, hypotheses, strict=True):
                 cer = character_error_rate(u["text"], hypothesis)
@@ -116,8 +126,8 @@ def key(config: TrainingConfig, rows: SpeechRows) -> str:
 
 
 def write_whole(table: pyarrow.Table, file: Path) -> None:
-    pyarrow.parquet.write_table(table, file.with_suffix(".unfinished"))
-    file.with_suffix(".unfinished").rename(file)
+    with whole_or_nothing(file) as unfinished:
+        pyarrow.parquet.write_table(table, unfinished)
 
 
 def read_parts(folder: Path) -> pyarrow.Table:
@@ -130,7 +140,11 @@ def score_what_is_left(trainer: GradualUnfreezeTrainer, folder: Path) -> int:
     """Scores this process's share of the batches that no part holds; returns how many utterances were in parts."""
     done = set(read_parts(folder)["number"].to_pylist())
     trainer.accelerator.wait_for_everyone()  # every process has read the same parts before one writes another
-    mine = [batch for (batch,) in trainer.get_eval_dataloader(trainer.feed.dataset).batch_sampler]
+    config, args = trainer.config, trainer.args
+    batches = evaluation_batches(
+        dataset_of(trainer).rows.seconds, config.max_audio_length_seconds, config.eval_batch_size
+    )
+    mine = batches[args.process_index :: args.world_size]
     left = [batch for batch in mine if batch[0][1] not in done]
     found: list[dict] = []
     with tqdm(total=sum(map(len, left)), desc="auditing", disable=trainer.run_log.hides_progress) as bar:
@@ -165,7 +179,7 @@ def settings(argv: list[str]) -> tuple[TrainingConfig, Path]:
     config.check_sources()
     beside = Path(given.model).resolve().parent if Path(given.model).is_dir() else Path("runs")
     output = Path(given.audit_output or Path(config.output_dir or beside) / "audit.parquet")
-    as_it_is = {"no_system_prob": 0.0, "prev_context_prob": 0.0, "use_waveform_augmentation": False}
+    as_it_is: dict[str, Any] = {"no_system_prob": 0.0, "prev_context_prob": 0.0, "use_waveform_augmentation": False}
     as_it_is |= {"fsdp": False, "torch_compile": False, "ema_decay": None}  # of training
     return dataclasses.replace(config, model_name_or_path=given.model, **as_it_is), output
 

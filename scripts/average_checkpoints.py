@@ -1,7 +1,7 @@
 """Averages a run's checkpoints, measures each average, and makes the best one the run's final model.
 
-    uv run average_checkpoints.py --run runs/NAME                    the last 3, the best 3, and the moving average
-    uv run torchrun --nproc_per_node=8 average_checkpoints.py --run runs/NAME --last 5 --best 0
+    uv run scripts/average_checkpoints.py --run runs/NAME            the last 3, the best 3, and the moving average
+    uv run torchrun --nproc_per_node=8 scripts/average_checkpoints.py --run runs/NAME --last 5 --best 0
 
 The averages stand in runs/NAME/averages/, each a checkpoint of its own. They are measured as evaluate_hebrew_asr.py
 measures, on the run's evaluation set, with the best single checkpoint among them; the one of the lowest WER becomes
@@ -24,7 +24,7 @@ from accelerate.utils import broadcast_object_list
 
 from hebrew_asr.checkpoints import averages as averaging
 from hebrew_asr.checkpoints import store
-from hebrew_asr.checkpoints.final import save_for_use
+from hebrew_asr.checkpoints.final import finish, save_for_use
 from hebrew_asr.checkpoints.hub import upload, upload_command
 from hebrew_asr.checkpoints.model_card import write_model_card
 from hebrew_asr.checkpoints.store import Checkpoint
@@ -44,7 +44,7 @@ from hebrew_asr.evaluation.transcription import (
     transcribe_set,
     transcription_problems,
 )
-from hebrew_asr.files import put, sha256
+from hebrew_asr.files import flush, put, sha256
 from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
 from hebrew_asr.training.watch import take_lock
 from train_hebrew_asr_enhanced import TrainingConfig
@@ -107,7 +107,7 @@ def write_average(average: Average, folder: Path, dtype: torch.dtype) -> None:
         return
     like = average.found[0].folder
     model = averaging.model_of(average.found, average.is_moving)
-    save_for_use(model, transformers.AutoProcessor.from_pretrained(like), folder, dtype)
+    save_for_use(model, transformers.AutoProcessor.from_pretrained(like, trust_remote_code=False), folder, dtype)
     put(note, json.dumps(made_of))
 
 
@@ -127,7 +127,7 @@ def measure_average(
     decoding = Decoding(language=config.language if config.eval_prefill_language else None)
     with together():
         model = load_speech_model(str(folder), decoding, state.device)
-    (done,) = broadcast_object_list([key(str(folder), model.dtype, decoding, rows)])
+    (done,) = broadcast_object_list([key(model, decoding, rows)])
     parts = place / "transcripts" / done
     parts.mkdir(parents=True, exist_ok=True)
     state.wait_for_everyone()
@@ -154,15 +154,18 @@ def take(
         model_id=config.hf_repo_id or str(final),
         base_model=config.model_name_or_path,
         train_sources=[source.path for source in config.train_sources],
-        eval_name=", ".join(source.path for source in config.eval_sources) or "held-out recordings",
+        eval_names=[source.path for source in config.eval_sources] or ["held-out recordings"],
         final={f"final/{name}": result[name] for name in ("utterances", "wer_raw")}
         | {f"final/{name}": result[name]["value"] for name in ("wer", "cer")},
         origin=average.origin,
         settings=dataclasses.asdict(config),
         tags=config.tags,
     )
+    for path in (*unfinished.iterdir(), unfinished):
+        flush(path)
     shutil.rmtree(final, ignore_errors=True)
     unfinished.rename(final)
+    finish(final)
 
 
 def settings_of(run: Path) -> RunSettings:
@@ -247,10 +250,16 @@ class AveragingOptions:
     """So many of those with the lowest WER; 0: not."""
 
 
-def command(argv: list[str]) -> None:
+def parse(argv: list[str]) -> AveragingOptions:
+    """Reads the command line; raises InputError."""
     given = parse_config(argv, AveragingOptions(), about=__doc__)
     if not given.run:
         raise InputError("give --run, the folder of a run")
+    return given
+
+
+def command(argv: list[str]) -> None:
+    given = parse(argv)
     main(Path(given.run), given.last, given.best)
 
 

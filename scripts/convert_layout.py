@@ -1,10 +1,10 @@
 """Writes a Qwen3-ASR checkpoint in the layout that another engine loads.
 
-    uv run python scripts/convert_layout.py output/final_model output/final_model_thinker --to thinker
+    uv run scripts/convert_layout.py runs/NAME/final_model OLDER --to thinker
 
 `thinker` is the older layout: qwen-asr 0.0.6, ms-swift 4.6, SGLang, vLLM up to 0.25. `transformers` is the layout of
-transformers' own classes: vLLM 0.26 and later, and this project, which reads the older one as well. SOURCE must be in
-the other layout; the weights change their names and nothing else.
+transformers' own classes: vLLM 0.26 and later, and this project, which reads the older one as well. The first
+folder must be in the other layout; the weights change their names and nothing else.
 """
 
 import argparse
@@ -15,12 +15,16 @@ from hebrew_asr.model.layouts import convert, layout_of
 from hebrew_asr.processes import launch
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="the checkpoint's folder")
     parser.add_argument("target", type=Path, help="a folder that is not there yet, or is empty")
-    parser.add_argument("--to", choices=["thinker", "transformers"], help="default: the layout that SOURCE is not in")
-    options = parser.parse_args(argv)
+    parser.add_argument("--to", choices=["thinker", "transformers"], help="default: the layout that `source` is not in")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
     to = options.to or {"thinker": "transformers", "transformers": "thinker"}[layout_of(options.source)]
     try:
         convert(options.source, options.target, to)

@@ -1,6 +1,7 @@
 """Transcribes audio without transcripts, and makes a training corpus of what a checkpoint agrees with itself on.
 
-    uv run torchrun --nproc_per_node=8 pseudo_label.py --model runs/NAME/final_model --source DATA --output data/more
+    uv run torchrun --nproc_per_node=8 scripts/pseudo_label.py --model runs/NAME/final_model \\
+        --source DATA --output data/more
 
 DATA is a path or Hub id of any form that training reads, or a source as JSON; its transcripts, if any, are not read. An
 utterance is transcribed greedily and `--samples` times at a temperature; its confidence is 1 less the mean distance of
@@ -11,11 +12,9 @@ fate is in labels.parquet beside it. The same command goes on where it was inter
 """
 
 import dataclasses
-import io
 import itertools
 import json
-import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,16 +22,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import accelerate
-import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-import soundfile
 import torch
 from accelerate.utils import broadcast_object_list
 
 from hebrew_asr.command_line import Range, parse_config
-from hebrew_asr.data.audio import SAMPLE_RATE, check_waveform, decode_audio
+from hebrew_asr.data.audio import check_waveform, decode_audio
+from hebrew_asr.data.corpus import corpus_row, piece_of_audio, whole_audio, write_corpus
 from hebrew_asr.data.rows import RowSettings, SpeechRows, load_rows, row_settings, why_unusable
 from hebrew_asr.data.sources import DataConfig, Source
 from hebrew_asr.errors import InputError
@@ -50,20 +48,6 @@ from hebrew_asr.files import put
 from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
 from hebrew_asr.text.scoring import count_errors, leaderboard_normalize, repeats
 from hebrew_asr.text.targets import normalize_target
-
-ROWS_PER_FILE = 2000
-SLICE_SECONDS = 30.0  # metadata.duration in ivrit.ai's sets, whatever the clip's own length
-CORPUS = datasets.Features(
-    {
-        "audio": datasets.Audio(),
-        "transcript": datasets.Value("string"),
-        "metadata": {name: datasets.Value("float64") for name in ("seek", "duration", "quality_score")}
-        | {name: datasets.Value("string") for name in ("source", "entry_id")},
-        "has_prev": datasets.Value("bool"),
-        "has_timestamps": datasets.Value("bool"),
-        "prev_transcript": datasets.Value("string"),
-    }
-)
 
 
 @dataclass
@@ -132,42 +116,12 @@ def utterances_of(rows: SpeechRows, longest: float, workers: int) -> SpeechRows:
     return SpeechRows(rows.sources, index, np.arange(len(index)), rows.dropped)
 
 
-def audio_of(row: dict[str, Any]) -> dict[str, Any]:
-    """A whole recording's bytes as they are; a piece of one as FLAC."""
-    audio = row["audio"]
-    if row["end"] is None and not row["start"] and row["channel"] is None:
-        content = audio["bytes"] or Path(audio["path"]).read_bytes()
-        return {"bytes": content, "path": Path(str(audio["path"])).name}
-    file = io.BytesIO()
-    soundfile.write(file, decode_audio(audio, row["start"], row["end"]), SAMPLE_RATE, format="FLAC")
-    return {"bytes": file.getvalue(), "path": f"{row['recording']}-{row['start']:.2f}.flac"}
-
-
 def corpus_rows(rows: SpeechRows, kept: list[dict[str, Any]], source: Source) -> Iterator[dict[str, Any]]:
     for label in kept:
         row = rows[label["number"]]
-        yield {
-            "audio": audio_of(row),
-            "transcript": label["text"],
-            "metadata": {"seek": row["start"], "duration": SLICE_SECONDS, "quality_score": label["confidence"]}
-            | {"source": str(source), "entry_id": row["recording"]},
-            "has_prev": False,
-            "has_timestamps": False,
-            "prev_transcript": "",
-        }
-
-
-def write_corpus(folder: Path, rows: Iterator[dict[str, Any]], count: int) -> None:
-    """Parquet files in a folder that is there once all of them are."""
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    files = -(-count // ROWS_PER_FILE)
-    for number in range(files):
-        table = pyarrow.Table.from_pylist(list(itertools.islice(rows, ROWS_PER_FILE)), CORPUS.arrow_schema)
-        name = f"train-{number:05}-of-{files:05}.parquet"
-        pyarrow.parquet.write_table(table, unfinished / name, row_group_size=100)
-    unfinished.rename(folder)
+        is_whole = row["end"] is None and not row["start"] and row["channel"] is None
+        audio = whole_audio(row["audio"]) if is_whole else piece_of_audio(row, row["start"], row["end"])
+        yield corpus_row(audio, label["text"], row["start"], label["confidence"], str(source), row["recording"])
 
 
 # --------------------------------------------------------------------------------------------------------------- Main
@@ -193,7 +147,7 @@ def label(rows: SpeechRows, texts: list[list[Transcript]], given: Labelling) -> 
 
 
 def report_of(labels: list[dict[str, Any]], rows: SpeechRows, given: Labelling) -> dict[str, Any]:
-    hours = Counter({"kept": 0.0})
+    hours = defaultdict(float, kept=0.0)
     counts = Counter({"kept": 0})
     for one in labels:
         counts[one["dropped"] or "kept"] += 1
@@ -237,7 +191,7 @@ def main(given: Labelling) -> None:
     texts: list[list[Transcript]] = []
     for decoding in (Decoding(), *sampled):
         model.decoding = decoding
-        (done,) = broadcast_object_list([key(given.model, model.dtype, decoding, rows)])
+        (done,) = broadcast_object_list([key(model, decoding, rows)])
         parts = beside / "transcripts" / done
         parts.mkdir(parents=True, exist_ok=True)
         state.wait_for_everyone()

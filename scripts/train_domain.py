@@ -1,8 +1,8 @@
 """Adapts a checkpoint to a domain of its own, with the general mix replayed, and fails if something was forgotten.
 
-    uv run torchrun --nproc_per_node=8 train_domain.py --model_name_or_path runs/NAME/final_model \
+    uv run torchrun --nproc_per_node=8 scripts/train_domain.py --model_name_or_path runs/NAME/final_model \\
         --domain data/calls/train --domain_test data/calls/test --nonspeech data/noise
-    uv run train_domain.py --demo                      other words as the domain of the small model, no GPU
+    uv run scripts/train_domain.py --demo                      other words as the domain of the small model, no GPU
 
 A domain, its test set and the recordings without speech are each a path, a Hub id, or a source as JSON. After training,
 and before the final model is uploaded, the first process has evaluate_hebrew_asr.py compare it with the one it began
@@ -134,6 +134,7 @@ def recipe(argv: list[str]) -> tuple[TrainingConfig, list[str]]:
 
 def check_forgetting(config: TrainingConfig, arguments: list[str]) -> None:
     """Evaluates in a process of its own, without torchrun; raises InputError where the gate is shut."""
+    assert config.output_dir is not None
     folder = Path(config.output_dir)
     models = ["--model", str(folder / "final_model"), "--compare", config.model_name_or_path]
     workers = ["--num_workers", str(config.dataloader_num_workers)]

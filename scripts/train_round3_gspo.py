@@ -1,10 +1,11 @@
 """Round 3: reinforcement learning on the error rate itself, from a checkpoint that Round 2 wrote.
 
-    uv run torchrun --nproc_per_node=8 train_round3_gspo.py --model runs/NAME/final_model
-    uv run torchrun --nproc_per_node=2 train_round3_gspo.py --demo    the small model on the corpus in demo/, no GPU
+    uv run torchrun --nproc_per_node=8 scripts/train_round3_gspo.py --model runs/NAME/final_model
+    uv run torchrun --nproc_per_node=2 scripts/train_round3_gspo.py --demo    the small model in demo/, no GPU
 
-For each utterance `group_size` transcripts are sampled and rewarded (rewards.py); those that earn more than the mean of
-their group become likelier (policy_losses.py). Every field of GspoConfig can be given after the command.
+For each utterance `group_size` transcripts are sampled and rewarded (hebrew_asr/rl/rewards.py); those that earn more
+than the mean of their group become likelier (hebrew_asr/rl/losses.py). Every field of GspoConfig can be given after the
+command.
 """
 
 import dataclasses
@@ -55,6 +56,7 @@ from hebrew_asr.rl.rollouts import (
 )
 from hebrew_asr.rl.vllm_sampler import VllmSampler, check_installed
 from hebrew_asr.text.scoring import repeats
+from hebrew_asr.training.feed import ListedFeed, TrainingData
 from hebrew_asr.training.resuming import Stopped
 from hebrew_asr.training.run_log import PANELS, curve
 from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig, main
@@ -101,7 +103,7 @@ class GspoConfig(TrainingConfig):
     nonspeech_share: Annotated[float, Range(0, 0.9)] = 0.05
     """Of the utterances: heard are silence or noise instead, and the right transcript is empty."""
     difficulty_scores: str | None = None
-    """Scores that audit_corpus.py wrote, to choose utterances by how hard they are."""
+    """Scores that scripts/audit_corpus.py wrote, to choose utterances by how hard they are."""
     difficulty_range: tuple[float, float] = (0.0, 1.0)
     """Quantiles between which an utterance is kept; 1 is the one whose transcript is most likely wrong."""
 
@@ -210,6 +212,8 @@ class GspoTrainer(GradualUnfreezeTrainer):
     by utterance, so that a resumed run trains on the same.
     """
 
+    config: GspoConfig
+    feed: ListedFeed
     loss_is_nats = False
     panels: ClassVar[dict[str, list[str]]] = {
         "reward": ["train/reward", *(f"train/reward_{part.name}" for part in dataclasses.fields(RewardWeights))],
@@ -253,8 +257,10 @@ class GspoTrainer(GradualUnfreezeTrainer):
         )
 
     @staticmethod
-    def load_data(config: GspoConfig, state: accelerate.PartialState) -> tuple[SpeechRows, SpeechRows]:
+    def load_data(config: TrainingConfig, state: accelerate.PartialState) -> tuple[TrainingData, SpeechRows]:
+        assert isinstance(config, GspoConfig)
         train, heldout = GradualUnfreezeTrainer.load_data(config, state)
+        assert isinstance(train, SpeechRows), "a stream is refused"
         if config.noisy_eval_sources:
             noisy = load_in_turn(state, functools.partial(load_noisy, config))
             train = without_leaks(train, noisy, config)
@@ -264,7 +270,7 @@ class GspoTrainer(GradualUnfreezeTrainer):
 
     # Rollouts
 
-    def get_batch_samples(self, epoch_iterator: Iterator, *args: Any) -> tuple[list, Any]:
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any) -> tuple[list, Any]:
         """The inputs of the next step; reads and samples those of the next few where none are left."""
         if not self.steps_prepared:
             began, done = time.perf_counter(), self.state.global_step
@@ -296,6 +302,7 @@ class GspoTrainer(GradualUnfreezeTrainer):
         for mine, dropped in items:
             kept = [u for u in mine if of_key[u["epoch"], u["index"]].advantages()]
             budget = self.config.tokens_per_micro_batch
+            assert budget is not None, "refused by check"
             whole_groups = self.config.objective == "mwer"
             of_kept = [of_key[u["epoch"], u["index"]] for u in kept]
             packed = micro_batches_of(kept, of_kept, self.collator, budget, whole_groups)
@@ -367,7 +374,10 @@ class GspoTrainer(GradualUnfreezeTrainer):
         """The loss is a mean over utterances."""
         return batch["utterances"]
 
-    def summed_loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    def halves_of(self, batch: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+        return []  # a group's samples belong together
+
+    def scaled_loss(self, model: torch.nn.Module, batch: dict[str, Any], scale: float) -> torch.Tensor:
         config = self.config
         inputs = self._prepare_inputs({k: v for k, v in batch.items() if k != "utterances"})
         policy = inputs.pop("policy")
@@ -390,7 +400,7 @@ class GspoTrainer(GradualUnfreezeTrainer):
         counted = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=log_p.device) for n in counted])
         if counted.isfinite().all():  # else the step is skipped
             self.sums.update(dict(zip(names, counted.tolist(), strict=False)))
-        return loss
+        return loss * scale
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds a line on the samples since the last one, over all processes."""

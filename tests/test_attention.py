@@ -13,7 +13,7 @@ from transformers import modeling_flash_attention_utils as flash_utils
 from hebrew_asr.data.utterances import SpeechDataset
 from hebrew_asr.errors import InputError
 from hebrew_asr.model import attention
-from hebrew_asr.model.attention import ONE_CALL, set_attention
+from hebrew_asr.model.attention import PADDED, VARLEN, set_attention
 from hebrew_asr.model.costs import work_of
 from hebrew_asr.model.loading import load_to_train
 from hebrew_asr.model.packing import useful_tokens
@@ -40,7 +40,7 @@ def loop(query, key, value, ends, longest, scale, is_causal):
 def stand_in(*args, **kwargs):
     given = REAL_KERNEL.bind(*args, **kwargs).arguments
     assert given["query"].dtype == given["key"].dtype == given["value"].dtype
-    assert given["query"].shape == given["key"].shape, "heads must be as many"
+    assert given.get("enable_gqa", False) or given["query"].shape == given["key"].shape, "heads must be as many"
     is_causal = {(-1, 0): True, (-1, -1): False}[given["window_size"]]
     tensors = (given[name] for name in ("query", "key", "value", "cu_seq_q", "max_q"))
     return loop(*tensors, given["scale"], is_causal)
@@ -59,13 +59,12 @@ def never(*args, **kwargs):
 
 def attend_with(model, kernel, monkeypatch):
     """Has a model on a CPU attend as it would on a GPU, as far as to the kernel."""
-    name = "flash_attention_2" if kernel == "package" else ONE_CALL
-    attention.AttentionInterface.register(ONE_CALL, attention.attend)
-    attention.AttentionMaskInterface.register(ONE_CALL, attention.sdpa_mask)
+    name = {"package": "flash_attention_2", "varlen": VARLEN, "padded": PADDED}[kernel]
+    attention.register()
     for config in (model.config.text_config, model.config.audio_config):
         config._attn_implementation_internal = name
     if kernel == "varlen":
-        monkeypatch.setattr(attention, "takes_flash", lambda tensor: True)
+        monkeypatch.setattr(attention, "FLASH_TYPES", (torch.bfloat16, torch.float32))
         monkeypatch.setattr(attention, "varlen_attn", stand_in)
     elif kernel == "package":
         process = flash_utils._lazy_define_process_function(package_stand_in)
@@ -185,10 +184,10 @@ def implementations(model):
     ("wanted", "gpu", "flash", "bf16", "expected"),
     [
         ("auto", False, False, False, ("sdpa", "sdpa")),
-        ("auto", True, True, True, (ONE_CALL, ONE_CALL)),
-        ("auto", True, True, False, ("sdpa", ONE_CALL)),
-        ("auto", True, False, False, ("sdpa", ONE_CALL)),
-        ("varlen", True, True, True, (ONE_CALL, ONE_CALL)),
+        ("auto", True, True, True, (VARLEN, VARLEN)),
+        ("auto", True, True, False, ("sdpa", PADDED)),
+        ("auto", True, False, False, ("sdpa", PADDED)),
+        ("varlen", True, True, True, (VARLEN, VARLEN)),
         ("sdpa", True, True, True, ("sdpa", "sdpa")),
     ],
 )

@@ -34,7 +34,9 @@ def test_every_rate_and_channel_count_is_read_and_an_hour_is_cut_or_dropped(tmp_
         {"audio": hour, "transcript": "שלום"},
         {"audio": hour, "transcript": segments},
     ]
-    found = load(parquet(tmp_path / "data", rows), drop_duplicates=False, min_characters_per_second=0.5)
+    found = load(
+        parquet(tmp_path / "data", rows), drop_duplicates=False, min_characters_per_second=0.5, max_dropped_share=1.0
+    )
     assert found.seconds.tolist() == pytest.approx([1.0, 1.5, *[5.0] * 6])
     assert [(drop.reason, drop.utterances) for drop in found.dropped] == [("longer than 30 s, without timestamps", 1)]
 

@@ -91,7 +91,9 @@ def test_what_cannot_be_used_is_dropped_with_its_reason(tmp_path):
         {"audio": empty, "transcript": "שלום"},
     ]
     folder = parquet(tmp_path / "data", rows)
-    config = DataConfig(max_audio_length_seconds=2.0, max_broken_share=0.5, drop_duplicates=False)
+    config = DataConfig(
+        max_audio_length_seconds=2.0, max_broken_share=0.5, max_dropped_share=1.0, drop_duplicates=False
+    )
     kept = load_rows([Source(str(folder))], config, for_training=True)
     assert kept.column("text") == ["שלום"]
     assert {drop.reason: drop.utterances for drop in kept.dropped} == {
@@ -156,7 +158,7 @@ def test_a_recording_that_does_not_decode_is_left_out_of_its_step_and_listed(con
     damaged.write_bytes(data)
     rows = [{"audio": clip, "transcript": "שלום עולם"}] * 7 + [{"audio": damaged, "transcript": "שלום"}]
     config.train_sources = [Source(str(parquet(tmp_path / "data", rows)))]
-    config.max_steps = 2
+    config.max_steps, config.max_dropped_share = 2, 1.0  # of two different clips
     main(config)
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["train/dropped_utterances"] for row in logged if "train/loss" in row] == [1, 2]
@@ -220,7 +222,7 @@ def test_every_piece_has_exactly_the_words_spoken_in_it(tmp_path):
     whole = closed + "<|19.00|>הא<|29.00|>"
     file = spoken(timeline, 29.0, tmp_path / "a.wav")
     rows = [{"audio": file, "transcript": text} for text in (crossing, whole, "אלף בית גימל דלת הא")]
-    settings = {"drop_duplicates": False, "min_characters_per_second": 0.1}
+    settings = {"drop_duplicates": False, "min_characters_per_second": 0.1, "max_dropped_share": 1.0}
     for longest in (30.0, 19.0, 10.0, 4.5):
         config = DataConfig(max_audio_length_seconds=longest, **settings)
         pieces = load_rows([Source(str(parquet(tmp_path / f"{longest}", rows)))], config, for_training=True)
@@ -236,7 +238,7 @@ def test_every_piece_has_exactly_the_words_spoken_in_it(tmp_path):
             assert of_rows[1] == ["אלף בית", "גימל דלת", "הא"]
             assert pieces[1]["previous"] == "אלף בית", "the piece before it"
         reasons = {drop.reason for drop in pieces.dropped}
-        assert "open last segment" in reasons
+        assert "last segment without an end timestamp" in reasons
         assert ("longer than 10 s, without timestamps" in reasons) == (longest == 10.0)
 
 

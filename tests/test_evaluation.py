@@ -45,7 +45,7 @@ BASE = str(DEMO / "base")
 def settings(tmp_path, heldout, *arguments, sets=None):
     own = json.dumps({"name": "few", "path": str(heldout), "split": "train"})
     config = parse(["--model", BASE, "--sets", own, "--output_dir", str(tmp_path / "out"), *arguments])
-    config.num_workers, config.quoted = 0, []
+    config.num_workers = 0
     if sets:
         config.sets = sets
     return config
@@ -367,6 +367,12 @@ def test_the_figures_land_in_the_model_card(tmp_path, heldout):
 def test_settings_that_cannot_be(arguments, message):
     with pytest.raises(InputError, match=message):
         parse(arguments)
+
+
+def test_figures_of_others_stand_beside_the_leaderboards_sets_only():
+    own = json.dumps({"name": "calls", "path": "data/calls"})
+    assert parse(["--model", "x"]).quoted and parse(["--model", "x", "--sets", own, "fleurs"]).quoted
+    assert not parse(["--model", "x", "--sets", own]).quoted and not parse(["--demo"]).quoted
 
 
 def test_a_model_that_names_no_language_any_more_fails_the_gate():

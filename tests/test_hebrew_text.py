@@ -17,6 +17,8 @@ from hebrew_asr.text.targets import (
     normalize_target,
     read_segments,
     script_shares,
+    spoken_language,
+    without_prefix,
 )
 
 SWITCHES = ("unicode_form", "niqqud", "invisible_marks", "dashes", "repeated_punctuation", "whitespace")
@@ -143,6 +145,16 @@ def test_broken_transcripts_are_refused_with_the_reason(transcript, reason):
         read_segments(transcript)
 
 
+def test_a_raw_output_is_its_language_and_its_text():
+    for raw in (
+        "language Hebrew<asr_text>שלום",
+        "\u200elanguage hebrew<asr_text>שלום",
+        " Language Hebrew<asr_text>שלום",
+    ):
+        assert (spoken_language(raw), without_prefix(raw)) == ("Hebrew", "שלום")
+    assert (spoken_language("שלום"), without_prefix("שלום")) == (None, "שלום")
+
+
 def test_previous_transcripts_lose_their_timestamps_and_are_written_like_targets():
     previous = "<|0.00|> אמר הַשָּׂר<|2.40|><|2.40|>בצה״ל.<|5.00|><|26.00|>"
     assert clean_previous(previous, TextRules()) == 'אמר השר בצה"ל.'
@@ -159,10 +171,10 @@ THREE = "<|1.00|>א<|8.00|><|9.00|>ב<|18.00|><|18.00|>ג<|29.00|>"
         (THREE, 30, 20, [(1, 18, "א ב"), (18, 29, "ג")], []),
         (THREE, 30, 17, [(1, 18, "א ב"), (18, 29, "ג")], []),
         (THREE, 30, 10, [(1, 8, "א"), (9, 18, "ב")], [(18, 29, "segment longer than 10 s")]),
-        (THREE + "<|29.50|>", 30.5, 30, [(0, 29, "א ב ג")], [(29, 30.5, "open last segment")]),
+        (THREE + "<|29.50|>", 30.5, 30, [(0, 29, "א ב ג")], [(29, 30.5, "last segment without an end timestamp")]),
         (THREE + "<|29.50|>", 28.95, 28.95, [(0, None, "א ב ג")], []),
         (THREE, 12, 30, [(0, 8, "א")], [(8, 12, "timestamps past the end of the audio")]),
-        ("<|0.00|>", 30, 30, [], [(0, 30, "open last segment")]),
+        ("<|0.00|>", 30, 30, [], [(0, 30, "last segment without an end timestamp")]),
         ("שלום", 9, 10, [(0, None, "שלום")], []),
         ("שלום", 11, 10, [], [(0, 11, "longer than 10 s, without timestamps")]),
     ],

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 import hub_server
 import huggingface_hub
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT, TOKEN
 from hub_server import HubServer
@@ -295,7 +297,7 @@ def test_a_process_ends_at_once_while_an_upload_is_stuck(hub, run, tmp_path):
     code = f"""if True:
         import pathlib, sys, time
         sys.path.insert(0, {str(ROOT)!r})
-        from hub_upload import CheckpointUploader
+        from hebrew_asr.checkpoints.hub import CheckpointUploader
         uploader = CheckpointUploader({REPO!r}, pathlib.Path({str(run)!r}), 1, print)
         print(uploader.drain(2), time.time())
     """
@@ -314,7 +316,9 @@ def test_a_process_ends_at_once_while_an_upload_is_stuck(hub, run, tmp_path):
 @pytest.fixture
 def model(run) -> Path:
     (run / "final_model").mkdir()
-    (run / "final_model" / "model.safetensors").write_bytes(bytes(range(256)) * 5000)
+    weights = {"a": torch.arange(1_280_000).to(torch.uint8)}
+    safetensors.torch.save_file(weights, run / "final_model" / "model.safetensors")
+    (run / "final_model" / "config.json").write_text("{}")
     (run / "final_model" / "README.md").write_text("---\nlanguage: he\n---\n# תמלול\n")
     return run / "final_model"
 
@@ -345,7 +349,7 @@ def test_the_model_is_on_the_hub_and_tagged_after_another_attempt(hub, model, na
     address = upload(Config(), model, say)
     assert fault.times == 0
     assert model_on(hub, "main") == model_on(hub, "run") == {f.name: f.read_bytes() for f in model.iterdir()}
-    assert f"uploaded: {address}, its 2 files have the hashes of those in" in say
+    assert f"uploaded: {address}, its 3 files have the hashes of those in" in say
 
 
 def test_a_model_with_another_hash_on_the_hub_is_sent_again(hub, model, monkeypatch):
@@ -536,5 +540,7 @@ def test_neither_a_token_nor_the_permission_in_an_address_is_in_a_message():
 
 
 def test_the_name_of_a_run_is_one_that_a_branch_may_have():
-    names = {"runs/hebrew-asr-0f3c": "hebrew-asr-0f3c", "/x/סבב 2": "2", "/x/a.b..lock": "a-b-lock", "/": "run"}
-    assert {folder: hub_upload.run_name(Path(folder)) for folder in names} == names
+    names = {"runs/hebrew-asr-0f3c": "hebrew-asr-0f3c", "/x/סבב 2": "2-", "/x/a.b..lock": "a-b-lock-", "/": "run-"}
+    found = {folder: hub_upload.run_name(Path(folder)) for folder in names}
+    assert {folder: re.sub("-[0-9a-f]{8}$", "-", name) for folder, name in found.items()} == names
+    assert len({hub_upload.run_name(Path(name)) for name in ("סבב א", "סבב ב", "a.b", "a-b", "a b")}) == 5

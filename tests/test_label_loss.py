@@ -1,5 +1,6 @@
 """The loss at label positions is transformers' loss: same nats, same gradients, whatever is chunked or frozen."""
 
+import gpu_stand_ins  # noqa: F401 - wide products
 import pytest
 import torch
 import transformers
@@ -8,7 +9,7 @@ from conftest import DEMO
 from hebrew_asr.data.utterances import SpeechDataset
 from hebrew_asr.model import loss
 from hebrew_asr.model.loading import load_to_train
-from hebrew_asr.model.loss import IGNORED_LABEL, ChunkedNats, label_nats
+from hebrew_asr.model.loss import IGNORED_LABEL, ChunkedNats, label_nats, label_states
 from hebrew_asr.model.stages import freeze_for
 from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding
 
@@ -111,3 +112,56 @@ def test_checkpointing_runs_what_trains_twice_and_a_frozen_encoder_once(config, 
     encoder = [runs[f"model.audio_tower.layers.{i}.fc1"] for i in range(3)]
     assert encoder == ([1, 1, 1] if number == 0 else [1, 1, 2]), "its top layer trains in the second stage"
     assert {count for name, count in runs.items() if "language_model" in name} == {2}
+
+
+@pytest.mark.parametrize(("use_bf16", "wide"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("positions_at_once", [3, 1000])
+def test_a_scale_known_beforehand_and_one_gradient_for_both_uses_change_nothing(
+    model, batch, monkeypatch, positions_at_once, use_bf16, wide
+):
+    """Against autograd's own sum of the head's gradient and the embedding's, scaled afterwards."""
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", positions_at_once * 168)
+    monkeypatch.setattr(loss, "has_wide_products", lambda _: wide)
+    monkeypatch.setattr(loss, "spares_passes", lambda _: True)
+    weight = model.lm_head.weight
+    assert weight is model.get_input_embeddings().weight
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    found = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=use_bf16):
+        hidden, targets = label_states(model, labels=batch["labels"], **inputs)
+        plain = ChunkedNats.apply(hidden, weight, targets)[0] / 7
+        rooted = model(**batch, root_scale=1 / 7).loss
+        unrooted = 2 * model(**batch, num_items_in_batch=14).loss
+    for total in (plain, rooted, unrooted):
+        model.zero_grad()
+        total.backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        assert total.item() == pytest.approx(plain.item(), rel=1e-6)
+    for name, gradient in found[0].items():
+        if not name.endswith("k_proj.bias"):
+            for other in found[1:]:
+                assert (other[name] - gradient).norm() <= (1e-2 if use_bf16 else 1e-5) * gradient.norm(), name
+
+
+def test_a_batch_without_a_label_gives_zeros(model, batch, monkeypatch):
+    monkeypatch.setattr(loss, "spares_passes", lambda _: True)
+    batch["labels"] = torch.full_like(batch["labels"], IGNORED_LABEL)
+    model(**batch, root_scale=0.1).loss.backward()
+    assert all(not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_the_embeddings_padding_gets_no_gradient_from_it(model, batch, monkeypatch):
+    monkeypatch.setattr(loss, "spares_passes", lambda _: True)
+    embedding = model.get_input_embeddings()
+    gradients = []
+    for padding in (None, int(batch["input_ids"][0, 0])):
+        embedding.padding_idx = padding
+        model.zero_grad()
+        hidden, targets = label_states(model, **batch)
+        ChunkedNats.apply(hidden, model.lm_head.weight, targets)[0].backward()
+        expected = model.lm_head.weight.grad.clone()
+        model.zero_grad()
+        model(**batch, root_scale=1.0).loss.backward()
+        assert torch.allclose(model.lm_head.weight.grad, expected, rtol=1e-4, atol=1e-6)
+        gradients.append(expected)
+    assert not torch.allclose(*gradients)

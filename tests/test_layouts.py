@@ -418,7 +418,7 @@ def test_the_command(older, tmp_path, capsys):
 
 def test_the_card_names_a_command_that_works(tmp_path, older):
     """What the card of a final model says to run, run."""
-    (line,) = re.findall(r"`python scripts/convert_layout.py (.*?)`", SERVE)
+    (line,) = re.findall(r"`uv run scripts/convert_layout.py (.*?)`", SERVE)
     names = {"FOLDER": str(TUNED), "OLDER": str(tmp_path / "older")}
     convert_layout.main([names.get(word, word) for word in line.split()])
     assert_same(older, tmp_path / "older")

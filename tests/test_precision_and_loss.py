@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -190,9 +191,28 @@ def test_hypotheses_are_scored_against_the_transcripts_as_they_stand(config, mod
     trainer = make_trainer(model)
     rows = trainer.eval_dataset.rows
     monkeypatch.setattr(rows, "column", lambda name: ["חיילי צה״ל יצאו"] * len(rows))
-    outputs = [{"language": "Hebrew", "transcription": 'חיילי צה"ל יצאו'}] * 16
+    outputs = ['language Hebrew<asr_text>חיילי צה"ל יצאו'] * 16
     monkeypatch.setattr(type(trainer.processor), "decode", lambda self, tokens, **_: outputs[: len(tokens)])
     assert trainer.evaluate()["eval/wer"] == pytest.approx(50.0), "צה ל against צהל: two of four words"
+
+
+@pytest.mark.parametrize("count", [19, 20, 21, 50])
+def test_a_loop_is_scored_as_the_model_wrote_it(config, model, make_trainer, processor, monkeypatch, count):
+    """In training and in the evaluation alike; transformers' own parsing shows 20 and more repetitions as one."""
+    from hebrew_asr.evaluation import transcription
+
+    loop = " ".join(["שלום"] * count)
+    tokens = torch.tensor([processor.tokenizer(f"language Hebrew<asr_text>{loop}<|im_end|>")["input_ids"]] * 4)
+    trainer = make_trainer(model)
+    monkeypatch.setattr("train_hebrew_asr_enhanced.generate", lambda *_, **__: tokens)
+    monkeypatch.setattr(transcription, "generate", lambda *_, **__: tokens)
+    heard = trainer.transcribe(model, evaluation_batch(trainer))
+    assert [(text, language) for text, language, _, _ in heard] == [(loop, "Hebrew")] * 4
+
+    decoding = transcription.Decoding(max_new_tokens=1000, dtype="float32")
+    user = transcription.QwenModel(config.model_name_or_path, decoding, torch.device("cpu"), bf16=False)
+    written = user.transcribe([np.zeros((128, 100), np.float32)] * 4, [1.0] * 4)
+    assert [(one.text, one.language, one.truncated) for one in written] == [(loop, "Hebrew", False)] * 4
 
 
 def test_the_model_kept_is_the_best_and_the_one_reported(config, monkeypatch, tmp_path):
@@ -282,3 +302,5 @@ def test_the_final_model_is_written_in_one_type_and_tied(config, model, processo
     expected = dict(model.named_parameters())
     assert all(torch.equal(p, expected[n].to(torch.bfloat16)) for n, p in again.named_parameters())
     assert not list(tmp_path.glob("**/*.bin")) and not list(tmp_path.glob("*.unfinished"))
+    (tmp_path / "new").touch()
+    assert {f.stat().st_mode for f in (tmp_path / "final_model").iterdir()} == {(tmp_path / "new").stat().st_mode}

@@ -99,6 +99,7 @@ def test_exact_lengths_and_what_only_decoding_shows(tmp_path):
         eval_sources=[Source(written(tmp_path / "heldout", sentences("heldout", 3), as_wav))],
         preprocessing_num_workers=2,
         max_broken_share=0.1,
+        max_dropped_share=0.5,
         min_characters_per_second=5.0,
     )
     assert not dropped(load_train_and_eval(config, seed=1)[0])

@@ -509,7 +509,7 @@ def test_a_checkpoint_that_writes_otherwise_is_refused(tmp_path):
     final = {f"final/{name}": 1.0 for name in ("wer", "cer", "wer_raw", "utterances")}
     other = copy.deepcopy(config)
     other.text_rules.quote_style = "hebrew"
-    write_model_card(tmp_path, "x/y", "base", [], "set", final, 1, dataclasses.asdict(other), [])
+    write_model_card(tmp_path, "x/y", "base", [], ["set"], final, 1, dataclasses.asdict(other), [])
     assert settings_of((tmp_path / "README.md").read_text())["text_rules"]["quote_style"] == "hebrew"
     assert settings_of("# another card") is None
     config.model_name_or_path = str(tmp_path)

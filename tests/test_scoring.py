@@ -1,13 +1,23 @@
 """Error rates equal an independent computation, and the normalisation equals the leaderboard's."""
 
 import random
+import time
 import unicodedata
 
 import hebrew
 import jiwer
+import numpy as np
 import pytest
 
-from hebrew_asr.text.scoring import ErrorCounts, count_utterance, leaderboard_normalize, repeats, score
+from hebrew_asr.text.scoring import (
+    DELETED,
+    ErrorCounts,
+    count_utterance,
+    leaderboard_normalize,
+    repeats,
+    score,
+    whisper_basic_normalizer,
+)
 
 REMOVED = "\u061c\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff\"'"
 
@@ -178,3 +188,14 @@ def test_an_empty_hypothesis_counts_as_all_deletions():
 def test_no_reference_with_a_word_is_an_error():
     with pytest.raises(ValueError, match="no reference holds a word"):
         score(["...", ""], ["א", "ב"])
+
+
+def test_brackets_are_dropped_as_whispers_normaliser_does_and_in_linear_time():
+    draw = np.random.default_rng(0)
+    for _ in range(3000):
+        text = "".join(draw.choice(list("()[]<>אb "), draw.integers(0, 14)))
+        assert leaderboard_normalize(text) == whisper_basic_normalizer(text.translate(DELETED)).strip(), text
+    began = time.perf_counter()
+    for opening in ("[", "(", "<", "((((" + "[)]"):
+        leaderboard_normalize(opening * 100_000)
+    assert time.perf_counter() - began < 5, "100,000 of them took minutes"

@@ -274,6 +274,12 @@ def test_control_tokens_never_become_targets(folder):
                 load(folder)
 
 
+def test_a_language_is_named_in_english():
+    for wrong, meant in (("he", "Hebrew"), ("hebrew", "Hebrew"), ("he-IL", "Hebrew"), ("עברית", "None")):
+        with pytest.raises(InputError, match=rf"language is '{wrong}'.*{meant}"):
+            DataConfig(train_sources=[Source("x", language=wrong)]).check_sources()
+
+
 def test_what_would_be_dropped_for_its_length_or_sound_is_said_before_training(tmp_path, folder):
     wav(folder / "call.wav", 60.0)
     table(folder / "metadata.csv", [*ROWS, ("call.wav", "שלום")])

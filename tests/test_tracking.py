@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from wandb_server import WandbServer
 
+from hebrew_asr.training import run_log
+
 HERE = Path(__file__).parent
 KEY = "0123456789" * 4  # as long as W&B's
 SCRIPT = """
@@ -86,3 +88,13 @@ def test_a_run_outlives_its_dashboard(server, tmp_path):
     assert re.fullmatch(r"warning: wandb failed and gets no more \(\w+: .+\); metrics.jsonl has every number", warning)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4] and out.endswith(f"metrics: {tmp_path / 'metrics.jsonl'}\n")
+
+
+def test_a_final_model_with_more_errors_than_the_start_is_worse():
+    final = {"final/wer": 20.0, "final/wer_low": 15.0, "final/wer_high": 25.0}
+    rows = [{"step": 0, "eval/wer": 19.0}, {"step": 4, "eval/wer": 18.0}, {"step": 4, **final}]
+    assert run_log.is_worse(rows)
+    assert not run_log.is_worse([{"step": 0, "eval/wer": 21.0}, *rows[1:]])
+    assert run_log.wer_summary(rows, {}, "A")[-1] == (
+        "WER  20.00 %  final model, reloaded from disk (95 % interval 15.00–25.00)"
+    )

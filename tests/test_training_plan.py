@@ -20,6 +20,7 @@ from hebrew_asr.errors import InputError
 from hebrew_asr.model.costs import PEAK_FLOPS, flops, work_of
 from hebrew_asr.model.loss import SpeechModel, label_nats
 from hebrew_asr.model.packing import audio_token_count, pack
+from hebrew_asr.model.roofline import trace
 from hebrew_asr.model.stages import Stage, freeze_for, trains_in
 from hebrew_asr.training import plan as training_plan
 from hebrew_asr.training.plan import Weights, activations, make_plan, passing, standing
@@ -68,22 +69,17 @@ def checkpoint(model):
     model.disable_input_require_grads()
 
 
-def bytes_saved(model, batch, autocast: bool) -> int:
+def bytes_saved(model, batch) -> int:
     """Of the tensors that autograd still holds after the forward pass, each storage once, without the weights."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     seen = []
 
     def note(tensor):
-        is_copy = autocast and tensor.dim() == 2 and (tensor.numel() in matrices) and tensor.dtype == torch.bfloat16
-        if tensor.untyped_storage().data_ptr() not in weights and not is_copy:
+        if tensor.untyped_storage().data_ptr() not in weights:
             seen.append(weakref.ref(tensor))
         return tensor
 
-    matrices = {parameter.numel() for parameter in model.parameters() if parameter.dim() == 2}
-    with (
-        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss, _ = label_nats(model, **batch)
     storages = (tensor.untyped_storage() for ref in seen if (tensor := ref()) is not None)
     found = {storage.data_ptr(): storage.nbytes() for storage in storages}
@@ -104,11 +100,14 @@ def test_what_a_forward_pass_saves_is_what_the_plan_says(size, checkpointing, st
     def trains(name):
         return trains_in(name, stage, model.config)
 
-    for element in (4, 2):
-        planned = activations(model.config, work_of(batch, model.config), trains, element, checkpointing)
-        measured = bytes_saved(model, batch, autocast=element == 2)
-        exact = element == 4 and not checkpointing
-        assert planned.saved == pytest.approx(measured, rel=0.03 if exact else 0.15)
+    planned = activations(model.config, work_of(batch, model.config), trains, 4, checkpointing)
+    assert planned.saved == pytest.approx(bytes_saved(model, batch), rel=0.15 if checkpointing else 0.03)
+    if not checkpointing:  # under bf16 autocast, with a GPU's kernels: on fake tensors
+        traced = trace(
+            model.config, batch, trains, lambda name: any(trains_in(name, one, model.config) for one in STAGES)
+        )
+        planned = activations(model.config, traced.work, trains, 2, checkpointing=False)
+        assert planned.saved == pytest.approx(traced.saved, rel=0.05)
 
 
 class Peak(TorchDispatchMode):
@@ -147,6 +146,7 @@ def test_the_peak_of_a_micro_batch_is_what_the_plan_says(size, vocabulary, check
     """In each stage after the first step, with gradients and moments there; what stands is exact."""
     model = small_model(size, vocabulary)
     monkeypatch.setattr("hebrew_asr.model.loss.LOGITS_AT_ONCE", 40 * vocabulary)
+    monkeypatch.setattr("hebrew_asr.model.loss.spares_passes", lambda _: True)
     monkeypatch.setattr(training_plan, "LOGITS_AT_ONCE", 40 * vocabulary)
     if checkpointing:
         checkpoint(model)
@@ -185,34 +185,41 @@ def test_the_stages_train_what_the_recipe_names(real):
     assert [stage.trained_parameters for stage in real[1].stages] == [expected, expected + 8 * encoder_layer]
 
 
-def test_hours_are_the_operations_of_the_steps_over_the_devices(real):
-    """The step's 64 utterances of 6 s on 8 devices, counted as one large batch; dealing them costs a tenth at most."""
+def test_hours_are_those_of_the_roofline(real):
+    """A step takes at least what its operations do at the data sheet's rate; the slow end is not twice the fast one."""
     config, plan = real
     model, seconds = training_plan.real_config(), np.full(64, 6.0)
     work = training_plan.work_expected(seconds)
     for stage, planned in zip(config.stages, plan.stages, strict=True):
         operations = sum(flops(model, work, lambda name, stage=stage: trains_in(name, stage, model)).values())
-        ideal = operations / 8 / (0.4 * PEAK_FLOPS["A100"])
-        assert ideal < planned.step_seconds[0] < 1.12 * ideal
-        assert planned.step_seconds[1] == pytest.approx(0.8 * planned.step_seconds[0])
+        fast, slow = planned.step_seconds
+        assert operations / 8 / PEAK_FLOPS["A100"] < fast < slow < 2 * fast
+        assert planned.mfu[1] == pytest.approx(operations / 8 / PEAK_FLOPS["A100"] / slow, rel=0.12)
     assert sum(stage.steps for stage in plan.stages) == pytest.approx(5 * 350 * 3600 / 6 / 64, rel=0.01)
+    assert plan.hours[0] == pytest.approx(sum(stage.steps * stage.step_seconds[0] / 3600 for stage in plan.stages))
     assert plan.cost == pytest.approx([hours * 8 * 2 for hours in plan.hours])
 
 
-def test_checkpointing_repeats_the_forward_pass_of_what_has_a_graph(real):
-    """All of the language model, below whose top the embedding trains; of the encoder only the top third, in A."""
-    config, model = real[0], training_plan.real_config()
-    work = training_plan.work_expected(np.full(64, 6.0))
-    forward = flops(model, work)
-    found = [
-        training_plan.repeated(model, work, lambda name, stage=stage: trains_in(name, stage, model))
-        for stage in config.stages
-    ]
-    assert found == pytest.approx([forward["llm"], forward["llm"] + forward["encoder"] / 3])
+def test_memory_counts_the_tokens_a_rank_has(real):
+    """On eight devices no rank fills a budget of 3,072 tokens with its share of 64 utterances of 6 s."""
+    one, eight = (
+        make_plan(dataclasses.replace(real[0], plan_device="H200", plan_devices=devices)).stages[0]
+        for devices in (1, 8)
+    )
+    assert eight.memory["activations"] < 0.5 * one.memory["activations"]
+    smaller = make_plan(dataclasses.replace(real[0], tokens_per_micro_batch=1536)).stages[0]
+    assert smaller.memory == real[1].stages[0].memory, "all that a rank has fits both budgets"
+
+
+def test_checkpointing_makes_the_step_longer_and_needs_less(real):
+    plans = real[1], make_plan(dataclasses.replace(real[0], gradient_checkpointing=True))
+    without, with_it = (plan.stages[1] for plan in plans)
+    assert 1.05 * without.step_seconds[0] < with_it.step_seconds[0] < 1.4 * without.step_seconds[0]
+    assert with_it.memory["activations"] < 0.3 * without.memory["activations"]
 
 
 def test_the_advised_budget_fits_and_the_next_larger_does_not(real):
-    config = dataclasses.replace(real[0], tokens_per_micro_batch=8192)
+    config = dataclasses.replace(real[0], tokens_per_micro_batch=8192, plan_devices=1)
     stage = make_plan(config).stages[1]
     assert not stage.fits and stage.advice[0].startswith("--tokens_per_micro_batch ")
     budget = int(stage.advice[0].split()[1])
@@ -253,7 +260,7 @@ def test_the_command_prints_the_plan_and_does_nothing_else(config, tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    "given", [["--plan_device", "V100"], ["--plan_devices", "0"], ["--model_name_or_path", "Qwen/Qwen3-ASR-0.6B-hf"]]
+    "given", [["--plan_device", "V100"], ["--plan_devices", "0"], ["--model_name_or_path", "Qwen/Qwen3-ASR-9B-hf"]]
 )
 def test_what_the_plan_does_not_know_is_said(given):
     with pytest.raises(InputError, match=r"plan_device|--plan"):

@@ -26,8 +26,8 @@ def enter_stage_without_rewrap(self, stage):
     freeze_for(self.model, stage)
 
 
-def slow_on_the_second_process(self, model, batch, compute=GradualUnfreezeTrainer.summed_loss):
-    loss = compute(self, model, batch)
+def slow_on_the_second_process(self, model, batch, scale, compute=GradualUnfreezeTrainer.scaled_loss):
+    loss = compute(self, model, batch, scale)
     if self.args.process_index == 1:
         loss.register_hook(lambda _: time.sleep(0.25))
     return loss
@@ -58,7 +58,7 @@ def run(settings: str, folder: str, *flags: str) -> None:
         GradualUnfreezeTrainer.enter_stage = enter_stage_without_rewrap
         GradualUnfreezeTrainer.check_ranks = lambda self: None  # it would end the run
     if "slow_rank" in flags:
-        GradualUnfreezeTrainer.summed_loss = slow_on_the_second_process
+        GradualUnfreezeTrainer.scaled_loss = slow_on_the_second_process
     _, GradualUnfreezeTrainer.train = keep_after_training(Path(folder))
     launch(lambda _: main(parse_config(["--config", settings], TrainingConfig())))
 

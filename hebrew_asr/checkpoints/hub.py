@@ -30,9 +30,10 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils._http import default_client_factory
 
 from hebrew_asr.checkpoints import store
+from hebrew_asr.checkpoints.final import damage_of
 from hebrew_asr.checkpoints.store import MANIFEST, NAME, UNFINISHED, InvalidCheckpoint, Say
 from hebrew_asr.errors import InputError
-from hebrew_asr.files import flush
+from hebrew_asr.files import digest, flush, sha256
 
 MAIN = "main"
 CONNECT_SECONDS = 20.0
@@ -98,7 +99,7 @@ def asked_wait(error: BaseException) -> float:
     return float(asked) if asked.isdigit() else 0.0
 
 
-def persist(action: Callable[[], T], attempts: int, say: Say, what: str) -> T:
+def retry(action: Callable[[], T], attempts: int, say: Say, what: str) -> T:
     """Calls `action` until it does not raise, so many times at most; raises at once what lasts."""
     wait = FIRST_WAIT_SECONDS
     for left in reversed(range(attempts)):
@@ -119,12 +120,12 @@ def listing(api: HfApi, repo_id: str, revision: str) -> Listing:
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
-def differs(file: Path, entry: RepoFile | None, sha256: str | None = None) -> bool:
-    """Whether a file is another than the Hub's, by the Hub's hashes; `sha256` is the file's, where it is known."""
+def differs(file: Path, entry: RepoFile | None, known: str | None = None) -> bool:
+    """Whether a file is another than the Hub's, by the Hub's hashes; `known` is the file's SHA-256, if it is known."""
     if entry is None:
         return True
     if entry.lfs:
-        return entry.lfs.sha256 != (sha256 or sha256(file))
+        return entry.lfs.sha256 != (known or sha256(file))
     content = file.read_bytes()
     return entry.blob_id != hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
@@ -161,7 +162,7 @@ def check_upload(config: Any, folder: Path, say: Say) -> None:
 
     has_checkpoint = bool(store.names(folder / "checkpoints"))
     try:
-        persist(check, START_ATTEMPTS, say, f"asking for {repo_id}")
+        retry(check, START_ATTEMPTS, say, f"asking for {repo_id}")
         if config.resume == "auto" and config.hub_checkpoints and not has_checkpoint:
             check_nothing_there(api, repo_id, folder)
     except InputError:
@@ -193,11 +194,14 @@ def upload(config: Any, folder: Path, say: Say) -> str:
 
     Raises InputError and leaves the folder as it is.
     """
+    if problem := damage_of(folder):
+        raise InputError(f"{folder} is damaged and is not uploaded: {problem}. The training command makes it anew")
     api, repo_id = client(), config.hf_repo_id
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     tag = run_name(folder.parent)
 
     def attempt() -> str:
+        api.create_repo(repo_id, private=config.hf_private, exist_ok=True)  # a run without uploads has made none
         commit = send(api, repo_id, MAIN, files, f"Fine-tuned to Hebrew speech recognition: {tag}")
         there = listing(api, repo_id, commit.oid)
         if wrong := [path for path, file in files.items() if differs(file, there.get(path))]:
@@ -206,7 +210,7 @@ def upload(config: Any, folder: Path, say: Say) -> str:
         return commit.commit_url
 
     try:
-        address = persist(attempt, FINAL_ATTEMPTS, say, f"the upload to {repo_id}")
+        address = retry(attempt, FINAL_ATTEMPTS, say, f"the upload to {repo_id}")
     except Exception as error:
         raise InputError(
             f"the upload to {repo_id} failed: {reason(error)}. {remedy(error)}. The model is in {folder}; the same"
@@ -229,8 +233,10 @@ def put_tag(api: HfApi, repo_id: str, tag: str, revision: str) -> None:
 
 # ---------------------------------------------------------------------------------------------- Checkpoints to the Hub
 def run_name(folder: Path) -> str:
-    """The name of the run's folder, as a branch or a tag may have it."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name).strip("-") or "run"
+    """The name of the run's folder, as a branch or a tag may have it; another one for every folder's name."""
+    name = folder.resolve().name
+    allowed = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "run"
+    return allowed if allowed == name else f"{allowed}-{digest(name.encode())[:8]}"
 
 
 def branch_of(folder: Path) -> str:
@@ -260,7 +266,7 @@ def is_there(folder: Path, entries: Listing) -> bool:
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         hashes = {MANIFEST: None} | {name: entry["sha256"] for name, entry in files.items()}
-        return not any(differs(folder / name, entries.get(name), sha256) for name, sha256 in hashes.items())
+        return not any(differs(folder / name, entries.get(name), known) for name, known in hashes.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged, or pruned a moment ago
         return False
 
@@ -299,8 +305,8 @@ class CheckpointUploader:
         """For status.json."""
         if self.repo_id is None:
             return {}
-        newest = next(iter(store.names(self.parent)), None)
-        behind = store.number_of(newest) - self.step if newest else 0
+        newest = store.newest_name(self.parent)
+        behind = store.number_of(Path(newest)) - self.step if newest else 0
         state = {"repository": self.repo_id, "branch": self.branch, "checkpoint": self.uploaded, "lag_steps": behind}
         return {"hub": state | {"failures": self.failures, "problem": self.problem}}
 
@@ -423,7 +429,7 @@ def fetch_checkpoints(config: Any, folder: Path, say: Say) -> None:
     place = folder / "checkpoints"
     here = store.newest_valid(place, say)
     try:
-        there = persist(lambda: on_hub(api, repo_id, branch), START_ATTEMPTS, say, f"asking for {repo_id}")
+        there = retry(lambda: on_hub(api, repo_id, branch), START_ATTEMPTS, say, f"asking for {repo_id}")
         found = _fetch_newest(api, repo_id, branch, newest_first(there), place, say, here.step if here else -1)
         if not (found or here):
             raise InputError(f"{repo_id} has no checkpoint of this run in a branch {branch}{_others(api, repo_id)}")
@@ -464,9 +470,18 @@ def _wer(api: HfApi, repo_id: str, branch: str, name: str) -> float | None:
         return None
 
 
+def is_plain(path: str, name: str) -> bool:
+    """Whether a path is a file right in a checkpoint's folder, or does not belong to that."""
+    inside = path.removeprefix(f"{name}/")
+    return inside == path or not ({"..", "."} & set(re.split(r"[/\\]", inside)))
+
+
 def _fetch(api: HfApi, repo_id: str, branch: str, name: str, place: Path, say: Say) -> store.Checkpoint | None:
     """Downloads one checkpoint, checks it against its manifest, and only then gives it its name."""
     if (place / name).exists():
+        return None
+    if strange := [path for path in api.list_repo_files(repo_id, revision=branch) if not is_plain(path, name)]:
+        say(f"warning: checkpoint {name} of {repo_id} is not used: it has a file {strange[0]!r}")
         return None
     unfinished = place / f"{UNFINISHED}hub"
     started = time.perf_counter()
@@ -475,7 +490,7 @@ def _fetch(api: HfApi, repo_id: str, branch: str, name: str, place: Path, say: S
         api.snapshot_download(repo_id, revision=branch, allow_patterns=f"{name}/*", local_dir=unfinished)
 
     for what in ("downloaded again", "not used"):
-        persist(download, FINAL_ATTEMPTS, say, f"the download of {name}")
+        retry(download, FINAL_ATTEMPTS, say, f"the download of {name}")
         try:
             found = store.verify(unfinished / name)
             break

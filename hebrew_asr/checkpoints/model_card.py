@@ -11,18 +11,36 @@ from typing import Any
 import huggingface_hub
 
 SNIPPET = """\
-import soundfile
+import av  # pip install av: FFmpeg, for any format of sound or video
+import numpy as np
 from transformers import AutoProcessor, Qwen3ASRForConditionalGeneration
 
-model_id = "{model_id}"
+model_id, file, longest = "{model_id}", "speech.wav", 30  # seconds
 processor = AutoProcessor.from_pretrained(model_id)
 model = Qwen3ASRForConditionalGeneration.from_pretrained(model_id, dtype="auto")
 
-audio, rate = soundfile.read("speech.wav", dtype="float32")  # mono, 16 kHz
-inputs = processor.apply_transcription_request(audio=audio, sampling_rate=rate).to(model.device, model.dtype)
-tokens = model.generate(**inputs, max_new_tokens=256)[:, inputs["input_ids"].shape[1] :]
-print(processor.decode(tokens[0], return_format="transcription_only"))
+with av.open(file) as container:
+    resampler = av.AudioResampler(format="flt", layout="mono", rate=16_000)
+    frames = [part for frame in [*container.decode(audio=0), None] for part in resampler.resample(frame)]
+audio = np.concatenate([frame.to_ndarray()[0] for frame in frames])
+if len(audio) > longest * 16_000:
+    raise SystemExit(f"{{file}} is longer than {{longest}} s and would be cut off: cut it at pauses")
+
+inputs = processor.apply_transcription_request(audio=audio, sampling_rate=16_000).to(model.device, model.dtype)
+tokens = model.generate(**inputs, max_new_tokens=64 + 12 * longest)[0, inputs["input_ids"].shape[1] :]
+if tokens[-1] not in model.generation_config.eos_token_id:
+    raise SystemExit(f"the transcript of {{file}} does not end: the model repeats itself")
+print(processor.decode(tokens, return_format="transcription_only"))
 """
+COMMAND = """\
+Recordings of any length, folders of them, subtitles and the times of words: the project that trained this has a command
+and a function for them.
+
+```
+uv run transcribe_hebrew_asr.py FILE_OR_FOLDER --model {model_id}
+```
+"""
+
 
 SERVE = """\
 In the layout of these files, that of transformers' own classes:
@@ -30,7 +48,7 @@ In the layout of these files, that of transformers' own classes:
 - transformers 5.23: as above
 - vLLM 0.26 and later (0.33 brings transformers 5.20): `vllm serve {model_id}`
 
-In the older layout, which `python scripts/convert_layout.py FOLDER OLDER --to thinker` of the training code writes into
+In the older layout, which `uv run scripts/convert_layout.py FOLDER OLDER --to thinker` of the training code writes into
 the new folder OLDER (FOLDER holds these files):
 
 - qwen-asr 0.0.6: `Qwen3ASRModel.from_pretrained("OLDER")`
@@ -42,12 +60,30 @@ Versions as read in their source; under transformers and qwen-asr the conversion
 """
 
 
+PATHS = ("path", "model_name_or_path")  # settings that name a folder or something of the Hub
+
+
+def is_local(path: str) -> bool:
+    return path.startswith(("/", "~", "./", "../")) or Path(path).exists()
+
+
+def public(value: Any, name: str = "") -> Any:
+    """A setting without the way to a local file or folder, whose last name is kept."""
+    if isinstance(value, dict):
+        return {key: public(one, key) for key, one in value.items()}
+    if isinstance(value, list):
+        return [public(one, name) for one in value]
+    if isinstance(value, str) and ("/" in value or name in PATHS) and is_local(value):
+        return f"local: {Path(value).name}"
+    return value
+
+
 def write_model_card(
     folder: Path,
     model_id: str,
     base_model: str,
     train_sources: list[str],
-    eval_name: str,
+    eval_names: list[str],
     final: dict[str, float],
     origin: str,
     settings: dict[str, Any],
@@ -56,11 +92,14 @@ def write_model_card(
     """Writes README.md into the model's folder.
 
     Args:
-        model_id: what the snippet loads: the repository on the Hub, or the folder.
+        model_id: what the snippet loads: the repository on the Hub, or the folder, of which only the name is shown.
+        eval_names: datasets and folders that the metrics are of.
         final: the metrics of the checkpoint as it is stored, `final/wer`, `final/cer`, `final/wer_raw`, ….
         origin: a sentence that says which weights these are.
         settings: the run's, without secrets; names of folders and projects are left out.
     """
+    base_model, model_id = public(base_model, "path"), model_id if not is_local(model_id) else Path(model_id).name
+    eval_name = ", ".join(public(name, "path") for name in eval_names)
     results = [
         huggingface_hub.EvalResult(
             task_type="automatic-speech-recognition",
@@ -76,14 +115,14 @@ def write_model_card(
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="automatic-speech-recognition",
-        base_model=None if Path(base_model).exists() else base_model,
-        datasets=[path for path in train_sources if not Path(path).exists()] or None,
+        base_model=None if base_model.startswith("local: ") else base_model,
+        datasets=[path for path in train_sources if not is_local(path)] or None,
         tags=tags,
         model_name=model_id.split("/")[-1],
         eval_results=results,
     )
     private = ("hf_repo_id", "output_dir", "wandb_project", "wandb_run_name")
-    settings = {name: value for name, value in settings.items() if name not in private}
+    settings = {name: public(value, name) for name, value in settings.items() if name not in private}
     language = "given" if settings["eval_prefill_language"] else "left to the model"
     folder.joinpath("README.md").write_text(
         f"---\n{data.to_yaml()}\n---\n\n"
@@ -94,7 +133,7 @@ def write_model_card(
         f" {final['final/wer_raw']:.2f} |\n\n"
         f"Measured on this checkpoint as it is stored here, greedy decoding, the language {language}, text normalised"
         " as the ivrit.ai leaderboard does.\n\n"
-        f"## Transcribe\n\n```python\n{SNIPPET.format(model_id=model_id)}```\n\n"
+        f"## Transcribe\n\n```python\n{SNIPPET.format(model_id=model_id)}```\n\n{COMMAND.format(model_id=model_id)}\n"
         f"## Serve\n\n{SERVE.format(model_id=model_id)}\n"
         f"## Training\n\n{origin} Settings:\n\n"
         f"```json\n{json.dumps(settings, indent=2, ensure_ascii=False)}\n```\n",

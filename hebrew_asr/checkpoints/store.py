@@ -11,9 +11,10 @@ import hashlib
 import json
 import re
 import shutil
+import stat
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+from hebrew_asr.errors import InputError
 from hebrew_asr.files import UNFINISHED, flush, put, sha256
 
 MANIFEST = "manifest.json"
@@ -35,6 +37,17 @@ Say = Callable[[str], None]
 
 class InvalidCheckpoint(Exception):
     """A folder that is not, or no longer, what its manifest says."""
+
+
+class UnreadableCheckpoint(InputError):
+    """A checkpoint that cannot be read now (rights, a mount, a broken disk), so that nobody knows what it is worth."""
+
+    def __init__(self, place: Path, error: OSError):
+        super().__init__(
+            f"{place} cannot be read ({error.strerror or error}), which does not say that it is damaged: nothing was"
+            " changed. Mend the rights, the mount or the disk and start again; or name a checkpoint with --resume; or"
+            " move it away"
+        )
 
 
 @dataclass(frozen=True)
@@ -96,14 +109,8 @@ def write(
             save_file(group, unfinished / name, metadata={"format": "pt"})
         for name, content in documents.items():
             (unfinished / name).write_bytes(content)
-        files = {name: {"bytes": (unfinished / name).stat().st_size} for name in (*tensors, *documents)}
-        for name, entry in files.items():
-            flush(unfinished / name)
-            entry["sha256"] = sha256(unfinished / name)
         facts = {"step": step, **facts}
-        (unfinished / MANIFEST).write_text(json.dumps(facts | {"files": files}, indent=1))
-        flush(unfinished / MANIFEST)
-        flush(unfinished)
+        seal(unfinished, (*tensors, *documents), facts)
         unfinished.rename(folder)
         flush(parent)
     except BaseException:
@@ -112,10 +119,25 @@ def write(
     return Checkpoint(folder, facts)
 
 
+def seal(folder: Path, names: Iterable[str], facts: dict[str, Any]) -> None:
+    """Flushes a folder's files to the disk, and then the manifest of them.
+
+    All get the mode that the umask gives: safetensors writes files that their owner alone may read.
+    """
+    files = {}
+    for name in names:
+        (folder / name).chmod(folder.stat().st_mode & 0o666)
+        flush(folder / name)
+        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+    (folder / MANIFEST).write_text(json.dumps(facts | {"files": files}, indent=1))
+    flush(folder / MANIFEST)
+    flush(folder)
+
+
 class Writer:
     """Writes checkpoints in a thread: training waits for the copy to host memory, and for nothing else.
 
-    A checkpoint that cannot be written is said and counted, and the run goes on with the last one it has.
+    A checkpoint that cannot be written is reported and counted, and the run goes on with the last one it has.
     """
 
     def __init__(
@@ -125,11 +147,15 @@ class Writer:
         say: Say,
         done: Callable[[Checkpoint], None],
         in_use: Callable[[], Collection[Path]] = tuple,
+        failed: Callable[[], None] = lambda: None,
     ):
-        """`done` is called, in the thread, with each checkpoint that is on the disk; `in_use` are not pruned."""
+        """`done` is called, in the thread, with each checkpoint that is on the disk, `failed` for each that is not;
+        `in_use` are not pruned."""
         self.parent, self.keep, self.say, self.done, self.in_use = parent, keep, say, done, in_use
+        self.failed = failed
         self.newest: Checkpoint | None = None
         self.failures = 0
+        self.problem = ""  # why the last one that is not there was not written
         self.stalls: list[float] = []  # seconds that training stood still for each save
         self._host: dict[str, torch.Tensor] = {}  # buffers in host memory, used again by the next save
         self._thread: threading.Thread | None = None
@@ -173,8 +199,10 @@ class Writer:
             self.newest = write(self.parent, step, tensors, documents, facts)
         except (OSError, SafetensorError) as error:  # safetensors has errors of its own for a full disk
             self.failures += 1
+            self.problem = str(error)
             last = self.newest.folder.name if self.newest else "none"
             self.say(f"warning: no checkpoint of step {step} ({error}); the last one is {last}, training goes on")
+            self.failed()
             return
         except Exception as error:
             self._bug = error
@@ -188,7 +216,7 @@ class Writer:
             )
             prune(self.parent, self.keep, self.say, self.in_use())
             self.done(self.newest)
-        except OSError as error:
+        except (OSError, UnreadableCheckpoint) as error:
             self.say(f"warning: checkpoint {folder.name} is there, but older ones may be too many ({error})")
         except Exception as error:
             self._bug = error
@@ -196,32 +224,64 @@ class Writer:
 
 # ---------------------------------------------------------------------------------------------- Verifying and choosing
 def verify(folder: Path) -> Checkpoint:
-    """Reads the manifest and checks every file against it; raises InvalidCheckpoint that names the file and why."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest.pop("files")
-        manifest["wer"] = manifest.get("wer")
-        if not isinstance(manifest["step"], int):
-            raise ValueError("step is no number")
-        for name, entry in files.items():
-            path = folder / name
-            if Path(name).name != name or path.is_symlink() or not path.is_file():
-                raise InvalidCheckpoint(f"{name} is not there, or no file of the folder")
-            if path.stat().st_size != entry["bytes"]:
-                raise InvalidCheckpoint(f"{name} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
-            if sha256(path) != entry["sha256"]:
-                raise InvalidCheckpoint(f"{name} has another content than the manifest says")
-    except FileNotFoundError:
-        raise InvalidCheckpoint("it has no manifest") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidCheckpoint(f"its manifest cannot be read: {error!r}") from error
+    """Reads the manifest and checks every file against it.
+
+    Raises InvalidCheckpoint, which names the file and why, where the content is wrong, and UnreadableCheckpoint where
+    that cannot be said.
+    """
+    manifest = verify_files(folder)
+    if not isinstance(manifest.get("step"), int):
+        raise InvalidCheckpoint("its manifest cannot be read: step is no number")
+    manifest["wer"] = manifest.get("wer")
     return Checkpoint(folder, manifest)
 
 
+def verify_files(folder: Path) -> dict[str, Any]:
+    """Checks a folder against its manifest, as `verify` does; returns what that says beside the files."""
+    try:
+        manifest = read_manifest(folder)
+        files = manifest.pop("files")
+        for name, entry in files.items():
+            path = folder / name
+            found = path.lstat() if Path(name).name == name else None
+            if found is None or not stat.S_ISREG(found.st_mode):
+                raise InvalidCheckpoint(f"{name} is not there, or no file of the folder")
+            if found.st_size != entry["bytes"]:
+                raise InvalidCheckpoint(f"{name} has {found.st_size} bytes, the manifest says {entry['bytes']}")
+            if sha256(path) != entry["sha256"]:
+                raise InvalidCheckpoint(f"{name} has another content than the manifest says")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        name = Path(error.filename).name
+        raise InvalidCheckpoint("it has no manifest" if name == MANIFEST else f"{name} is not there") from None
+    except OSError as error:
+        raise UnreadableCheckpoint(folder, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidCheckpoint(f"its manifest cannot be read: {error!r}") from error
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / MANIFEST).read_text())
+
+
 def names(parent: Path) -> list[Path]:
-    """The checkpoints' folders, the newest first, valid or not."""
-    found = [(match, path) for path in parent.glob("step-*") if (match := NAME.fullmatch(path.name))]
+    """The checkpoints' folders, the newest first, valid or not; raises UnreadableCheckpoint."""
+    try:
+        inside = list(parent.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UnreadableCheckpoint(parent, error) from error
+    found = [(match, path) for path in inside if (match := NAME.fullmatch(path.name))]
     return [path for match, path in sorted(found, key=lambda f: (int(f[0][1]), int(f[0][2] or 1)), reverse=True)]
+
+
+def newest_name(parent: Path) -> str | None:
+    """Of the newest checkpoint, valid or not; None where there is none, or none can be seen."""
+    try:
+        return next((path.name for path in names(parent)), None)
+    except UnreadableCheckpoint:
+        return None
 
 
 def newest_valid(parent: Path, say: Say) -> Checkpoint | None:
@@ -250,28 +310,57 @@ def best_valid(parent: Path, say: Say) -> Checkpoint | None:
 
 
 def by_wer(parent: Path) -> list[Path]:
-    """The checkpoints' folders whose manifest has a WER, the lowest first, unverified."""
-    found = []
+    """The checkpoints' folders whose manifest has a WER, the lowest first, unverified; raises UnreadableCheckpoint.
+
+    Only those that were evaluated on the set of the newest one.
+    """
+    found, sets = [], []
     for folder in names(parent):
         try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-            found.append((float(manifest["wer"]), manifest["step"], folder))
-        except (OSError, ValueError, KeyError, TypeError):
+            manifest = read_manifest(folder)
+            sets.append(manifest.get("run", {}).get("data", {}).get("evaluation"))
+            if sets[-1] in (None, sets[0]):  # None: of an older version
+                found.append((float(manifest["wer"]), manifest["step"], folder))
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
             continue
+        except OSError as error:
+            raise UnreadableCheckpoint(folder, error) from error
     return [folder for *_, folder in sorted(found)]
 
 
+def settle(checkpoint: Checkpoint | None, parent: Path) -> Checkpoint | None:
+    """Makes a checkpoint the newest of a run: hides what is later, after a copy of one of another run is complete."""
+    if checkpoint and checkpoint.folder.parent.resolve() != parent.resolve():
+        return adopt(checkpoint, parent)
+    set_aside_after(parent, checkpoint.step if checkpoint else -1)
+    return checkpoint
+
+
 def adopt(checkpoint: Checkpoint, parent: Path) -> Checkpoint:
-    """Copies a checkpoint of another run to this one's, with the best one up to it if it stands beside it."""
+    """Copies a checkpoint of another run in the place of this one's, with the best one up to it if that is beside it.
+
+    What this run had is hidden when the copies are on the disk; when this raises, all is as it was.
+    """
     parent.mkdir(parents=True, exist_ok=True)
     earlier = [folder for folder in by_wer(checkpoint.folder.parent) if number_of(folder) <= checkpoint.step]
-    for folder in {*earlier[:1], checkpoint.folder}:
-        unfinished = parent / f"{UNFINISHED}{folder.name}"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(folder, unfinished)
-        for path in (*unfinished.iterdir(), unfinished):
-            flush(path)
-        unfinished.rename(parent / folder.name)
+    copies = {folder.name: parent / f"{UNFINISHED}{folder.name}" for folder in (*earlier[:1], checkpoint.folder)}
+    try:
+        for name, unfinished in copies.items():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(checkpoint.folder.parent / name, unfinished)
+            for path in (*unfinished.iterdir(), unfinished):
+                flush(path)
+    except OSError as error:
+        for unfinished in copies.values():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise InputError(f"{checkpoint.folder} cannot be copied to {parent}: {error}") from error
+    for name, unfinished in copies.items():
+        if (parent / name).exists():
+            set_aside(parent / name)
+        unfinished.rename(parent / name)
+    for folder in names(parent):
+        if folder.name not in copies:
+            set_aside(folder)
     flush(parent)
     return Checkpoint(parent / checkpoint.folder.name, checkpoint.facts)
 
@@ -282,13 +371,16 @@ def prune(parent: Path, keep: int, say: Say, in_use: Collection[Path] = ()) -> N
     Nothing is removed unless the newest is valid: the last valid one may be any of the others. One that is `in_use`
     stays until a later call.
     """
-    folders = names(parent)
-    doomed = [folder for folder in folders[keep:] if folder not in (*by_wer(parent)[:1], *in_use)]
-    leftovers = [path for prefix in (UNFINISHED, SET_ASIDE) for path in parent.glob(f"{prefix}*")]
-    if not doomed and not leftovers:
-        return
     try:
+        folders = names(parent)
+        doomed = [folder for folder in folders[keep:] if folder not in (*by_wer(parent)[:1], *in_use)]
+        leftovers = [path for prefix in (UNFINISHED, SET_ASIDE) for path in parent.glob(f"{prefix}*")]
+        if not doomed and not leftovers:
+            return
         verify(folders[0])
+    except UnreadableCheckpoint as problem:
+        say(f"warning: no older checkpoint is removed: {problem}")
+        return
     except InvalidCheckpoint as problem:
         say(f"warning: checkpoint {folders[0].name} is damaged ({problem}); no older one is removed")
         return
@@ -312,10 +404,19 @@ def set_aside_after(parent: Path, step: int) -> None:
 
 
 def write_status(folder: Path, state: str, **facts: Any) -> None:
-    """Says in status.json how the run stands; a full disk does not end the run over it."""
-    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    """Says in status.json how the run stands; a full disk does not end the run over it, and it never says another."""
+    file, now = folder / "status.json", time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    content = json.dumps({"state": state, "at": now, **facts}, indent=1)
     with STATUS_LOCK, contextlib.suppress(OSError):
-        put(folder / "status.json", json.dumps({"state": state, "at": now, **facts}, indent=1))
+        try:
+            put(file, content)
+        except OSError:
+            try:
+                with open(file, "r+") as there:  # in the blocks that it has already
+                    there.write(content)
+                    there.truncate()
+            except OSError:
+                file.unlink()
 
 
 def update_status(folder: Path, **facts: Any) -> None:
@@ -327,10 +428,12 @@ def update_status(folder: Path, **facts: Any) -> None:
 
 
 def read_status(folder: Path) -> dict[str, Any]:
+    """What status.json says, with a `state` in any case."""
     try:
-        return json.loads((folder / "status.json").read_text())
+        status = json.loads((folder / "status.json").read_text())
     except (OSError, ValueError):
-        return {"state": "unknown"}
+        status = None
+    return {"state": "unknown"} | (status if isinstance(status, dict) else {})
 
 
 def flat(settings: Any, name: str = "") -> dict[str, Any]:

@@ -8,6 +8,7 @@ from hebrew_asr.checkpoints.store import Checkpoint
 from hebrew_asr.model.sharding import sharded_like
 
 WEIGHTS, ADAM = "model.safetensors", "optimizer.safetensors"  # the tensors of a checkpoint
+DATA = "data.safetensors"  # the identity of what trains and evaluates, see data/identity.py
 AVERAGE = "moving_average.safetensors"  # where a moving average is kept
 
 

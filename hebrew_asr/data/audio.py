@@ -76,7 +76,7 @@ def encode_audio(waveform: np.ndarray) -> str:
     """
     buffer = io.BytesIO()
     if len(waveform):
-        sound = np.clip(np.nan_to_num(waveform), -1, 1)
+        sound = np.clip(np.nan_to_num(waveform), -1, 1).astype(np.float32)
         with soundfile.SoundFile(buffer, "w", SAMPLE_RATE, 1, format="OGG", subtype="VORBIS") as file:
             for begin in range(0, len(sound), 10 * SAMPLE_RATE):
                 file.write(sound[begin : begin + 10 * SAMPLE_RATE])

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -172,9 +173,9 @@ def flac_structure(data: Data, start: int) -> Structure:
 
 
 def flac_frame_end(data: bytes, place: int, largest_block: int) -> int | None:
-    """The number of the sample after a frame, by its header; None where the header breaks off."""
-    head = data[place : place + 16]
-    if len(head) < 16 or not (code := head[2] >> 4):
+    """The number of the sample after a frame, by its header; None: it is none."""
+    head = data[place : place + 16].ljust(16, b"\0")  # a frame of silence is shorter
+    if not (code := head[2] >> 4):
         return None
     has_sample_number = head[1] & 1
     ones = 8 - (head[4] ^ 0xFF).bit_length()  # the number is coded like UTF-8
@@ -245,9 +246,12 @@ def mp3_structure(data: Data, start: int) -> Structure | None:
         heads.add(head)
     if frames < 2:
         return None
-    _, samples, rate = mp3_frame(data[start : start + 3])
+    kinds = {frame[1:] for head in heads if (frame := mp3_frame(head))}
+    first = mp3_frame(data[start : start + 3])
+    assert first is not None, "it is among the frames"
+    _, samples, rate = first
     is_one_kind = len({(head[1], head[2] & 0xFC) for head in heads}) == 1
-    is_one_rate = len({mp3_frame(head)[1:] for head in heads}) == 1
+    is_one_rate = len(kinds) == 1
     is_whole = place >= len(data) or data[place : place + 3] == b"TAG" or data[place : place + 8] == b"APETAGEX"
     is_cut = place > len(data)
     frames -= is_cut
@@ -335,7 +339,11 @@ class FFmpegReader:
         options = {"format_whitelist": FFMPEG_FORMATS} | ({"ignore_length": "1"} if ignores_length else {})
         try:
             self.container = av.open(
-                stream_of(data, name), format=BY_NAME.get(suffix), container_options=options, metadata_errors="replace"
+                stream_of(data, name),
+                mode="r",
+                format=BY_NAME.get(suffix),
+                container_options=options,
+                metadata_errors="replace",
             )
         except (av.FFmpegError, ValueError) as error:
             raise AudioError(HEADERLESS if suffix in HEADERLESS_NAMES else NO_AUDIO) from error
@@ -345,6 +353,7 @@ class FFmpegReader:
             self.container.close()
             raise AudioError(reason)
         self.track = tracks.audio[0]
+        self.tick = self.track.time_base or Fraction(1, av.time_base)  # seconds
         self.track.codec_context.thread_count = 1
         self.format = self.container.format.name.split(",")[0]
         self.rate, self.channels = self.track.codec_context.sample_rate, self.track.codec_context.channels
@@ -358,7 +367,7 @@ class FFmpegReader:
 
     def packets(self, start: float) -> Iterator[av.Packet]:
         """The track's packets from `start` seconds, where their times are exact, else from the beginning."""
-        begin = (self.track.start_time or 0) + math.floor((start - PREROLL_SECONDS) / self.track.time_base)
+        begin = (self.track.start_time or 0) + math.floor((start - PREROLL_SECONDS) / self.tick)
         is_late = start > PREROLL_SECONDS and self.format in EXACT_TIMES
         if is_late and self.format in INDEXED:
             self.container.seek(begin, stream=self.track)
@@ -410,11 +419,11 @@ class FFmpegReader:
                 rate = frame.sample_rate
             if place is None:
                 is_timed = self.format in EXACT_TIMES and frame.pts is not None
-                ticks = frame.pts - (self.track.start_time or 0) if is_timed else 0
-                place = round(ticks * frame.time_base * rate)
+                ticks = (frame.pts or 0) - (self.track.start_time or 0) if is_timed else 0
+                place = round(ticks * (frame.time_base or self.tick) * rate)
                 first, last = round(start * rate), math.inf if end is None else round(end * rate)
                 if self.format == "mov" and self.track.duration:  # the last packet is filled up
-                    last = min(last, round(self.track.duration * self.track.time_base * rate))
+                    last = min(last, round(self.track.duration * self.tick * rate))
             if place < first or place + len(block) > last:
                 block, place = block[max(0, first - place) : max(0, min(len(block), last - place))], place + len(block)
             else:
@@ -484,7 +493,7 @@ def inspect_audio(audio: dict[str, Any]) -> Sound:
         if isinstance(reader, SoundfileReader):
             seconds = reader.sound.frames / reader.rate if found.seconds is None else found.seconds
             return Sound(seconds, reader.rate, reader.channels, found.is_cut)
-        seconds = sum(len(block) / rate for rate, block in reader.blocks(0.0, None))
+        seconds = math.fsum(len(block) / rate for rate, block in reader.blocks(0.0, None))
         if not seconds:
             raise AudioError(CUT if found.is_cut else NO_SAMPLES)
         return Sound(seconds, reader.rate, reader.channels, found.is_cut or reader.is_cut)

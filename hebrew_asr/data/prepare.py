@@ -1,6 +1,6 @@
 """One pass over the audio of the training corpora, kept beside them: what only decoding shows, and how it sounds.
 
-    uv run train_round2_gradual.py --prepare [any other settings]
+    uv run train_round2_gradual.py --prepare
 
 Later starts know each utterance's exact length, leave out what cannot be heard before the first step, and what sounds
 like an utterance of the evaluation set. A second start goes on where the first one stopped, and listens only to what is
@@ -32,6 +32,7 @@ from hebrew_asr.data.selection import (
 )
 from hebrew_asr.data.sources import DataConfig
 from hebrew_asr.errors import InputError
+from hebrew_asr.files import whole_or_nothing
 from hebrew_asr.processes import in_processes
 
 AT_ONCE = 32  # pieces that a process listens to before it reports
@@ -53,9 +54,8 @@ def listen(piece: dict[str, Any]) -> tuple[float, str, bytes]:
 def write_part(table: pyarrow.Table, file: Path) -> None:
     """Writes a file that is there in whole or not at all."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(table, file.with_suffix(".unfinished"))
-        file.with_suffix(".unfinished").rename(file)
+        with whole_or_nothing(file) as unfinished:
+            pyarrow.parquet.write_table(table, unfinished)
     except OSError as error:
         raise InputError(f"cannot write {file}: {error.strerror}. Another place: --prepared_dir") from error
 

@@ -196,6 +196,6 @@ def write_report(folder: Path, train_rows: SpeechRows | None, eval_rows: SpeechR
     lines = table(summaries)
     (folder / "corpus.md").write_text("\n".join(["# Corpora", "", "```text", *lines, "```", ""]), encoding="utf-8")
     page = folder / "corpus.html"
-    write_page(summaries, rows, page)
+    write_page(summaries, {name: each for name, each in rows.items() if each is not None}, page)
     lines += ["", *train_rows.notes] if train_rows and train_rows.notes else []
     return [*lines, "", f"histograms and samples to hear: {page} ({page.stat().st_size / 1e6:.1f} MB)"]

@@ -1,7 +1,7 @@
 """Corpora of Hebrew speech: from a Hub id or a folder to pieces of audio, each with exactly the text spoken in it.
 
 At the start only texts and audio headers are read. What decoding alone can show (silence, clipping, truncation) is
-found by the workers that decode, or beforehand by prepare_corpora.py. Imports nothing of the training scripts.
+found by the workers that decode, or beforehand by `--prepare`. Imports nothing of the training scripts.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ BROKEN = BROKEN_AUDIO | {  # reasons that count for max_broken_share
     "text outside of the segments",
     "text is not a string",
     PAST_THE_END,
-    "not finite",  # only where the audio was listened to, see prepare.py
+    "not finite",  # only where the audio was listened to, see hebrew_asr/data/prepare.py
 }
 
 
@@ -295,6 +295,7 @@ class SpeechRows:
     ):
         self.sources, self.index, self.used, self.dropped = sources, index, used, dropped
         self.notes: list[str] = []  # for the report's reader
+        self.identity: np.ndarray | None = None  # where another one's rows are stood in for, see identity.py
         self.seconds = index["seconds"].to_numpy()[used] if seconds is None else seconds  # (pieces,)
         self.source_numbers = index["source"].to_numpy()[used]  # (pieces,)
 

@@ -46,7 +46,7 @@ HEARD = f"heard-{SOUND_VERSION}-*.parquet"
 
 
 def prepared_folder(source: Source, config: DataConfig) -> Path:
-    """Where prepare_corpora.py keeps what it heard of a source: heard-….parquet, leaks-<evaluation set>/….parquet."""
+    """Where `--prepare` keeps what it heard of a source: heard-….parquet, leaks-<evaluation set>/….parquet."""
     local = Path(source.path).resolve()
     if config.prepared_dir is None and local.exists():  # beside a file it is hidden, or it would be data of its folder
         return local.with_name(f"{local.name}.prepared" if local.is_dir() else f".{local.name}.prepared")
@@ -181,7 +181,7 @@ def without_worst(train: SpeechRows, config: DataConfig) -> SpeechRows:
     try:
         scores = pyarrow.parquet.read_table(config.audit_scores, columns=["digest", "words", "rank"])
     except (OSError, KeyError, pyarrow.ArrowException) as error:
-        raise InputError(f"{config.audit_scores} is no table of audit_corpus.py: {error}") from error
+        raise InputError(f"{config.audit_scores} is no table of scripts/audit_corpus.py: {error}") from error
 
     def names(column: Callable[[str], pyarrow.ChunkedArray]) -> pyarrow.ChunkedArray:
         return pyarrow.compute.binary_join_element_wise(column("digest"), column("words"), " ")
@@ -255,7 +255,7 @@ def chosen_by_difficulty(
     try:
         scores = pyarrow.parquet.read_table(scores_file, columns=["digest", "words", "rank"])
     except (OSError, KeyError, pyarrow.ArrowException) as error:
-        raise InputError(f"{scores_file} is no table of audit_corpus.py: {error}") from error
+        raise InputError(f"{scores_file} is no table of scripts/audit_corpus.py: {error}") from error
     scores = scores.filter(pyarrow.compute.is_valid(scores["rank"]))
     names = [
         pyarrow.compute.binary_join_element_wise(column("digest"), column("words"), " ").combine_chunks()

@@ -37,7 +37,7 @@ class Source:
     """A split, or a slice of one as `datasets` writes it (`train[:1000]`); folders name theirs in the file names."""
     text_column: str | None = None
     """The transcript's column; None takes the first of transcript, text, sentence, transcription. Empty: there is none,
-    or it is not to be read, for pseudo_label.py and where nobody speaks."""
+    or it is not to be read, for scripts/pseudo_label.py and where nobody speaks."""
     probability: float | None = None
     """Share of an epoch's utterances; for all sources or for none, where an epoch is every utterance once."""
     language: str | None = None
@@ -64,6 +64,18 @@ class Source:
         return f"{self.path} ({extra})" if extra else self.path
 
 
+LANGUAGE_CODES = {"he": "Hebrew", "iw": "Hebrew", "heb": "Hebrew", "en": "English", "ar": "Arabic", "ru": "Russian"}
+
+
+def check_language(language: str, where: str = "") -> None:
+    """Raises InputError for a language that is not named in English: the model would learn to write that instead."""
+    if not re.fullmatch("[A-Z][a-z]+", language):
+        meant = LANGUAGE_CODES.get(language.strip().lower()[:2] if "-" in language else language.strip().lower())
+        meant = meant or (language.strip().capitalize() if language.strip().isascii() else "")
+        hint = f": {meant}?" if re.fullmatch("[A-Z][a-z]{3,}", meant) else ""
+        raise InputError(f"{where}language is {language!r}, must be a name like English, or None{hint}")
+
+
 @dataclass
 class DataConfig:
     """What is trained and evaluated on; TrainingConfig adds the rest of the settings."""
@@ -79,7 +91,7 @@ class DataConfig:
     eval_fraction: Annotated[float, Range(0, 1)] = 0.02
     """Share of recordings held out when there is no evaluation source."""
     max_eval_utterances: int | None = 2000
-    """At most so many utterances are evaluated, spread evenly over the set; None: all."""
+    """At most so many utterances are evaluated, taken evenly over the set; None: all."""
     text_rules: TextRules = field(default_factory=TextRules)
     """How targets are written; scoring has rules of its own."""
     no_system_prob: Annotated[float, Range(0, 1)] = 0.25
@@ -88,21 +100,23 @@ class DataConfig:
     """How often the text before an utterance is given in the system turn, where Qwen3-ASR takes context; where none is
     known, another utterance's (not in a stream). What is left has an empty turn."""
 
-    # Training utterances outside of these are dropped and counted; evaluation sets keep whatever has text and decodes
+    # Filters of training utterances; evaluation sets keep whatever has text and decodes
     min_audio_length_seconds: float = 0.3
     max_audio_length_seconds: float = 30.0
     """Longer rows are cut between their timestamps; without timestamps they are dropped."""
     min_characters_per_second: float = 1.0
     max_characters_per_second: float = 40.0
     min_quality_score: float | None = None
-    """Of `metadata.quality_score`, where a row has one."""
+    """Lowest `metadata.quality_score`, where a row has one."""
     require_hebrew: bool = True
+    """Of a transcript in Hebrew: one without a Hebrew letter is dropped."""
     drop_duplicates: bool = True
-    """The same audio bytes a second time, in the same source or another."""
+    """Drop the same audio bytes a second time, in the same source or another."""
     leak_min_words: int = 4
-    """A training utterance with the same words as an evaluation utterance of at least so many is removed."""
+    """A training utterance with the same words as an evaluation utterance is dropped, if these are at least so many."""
     audit_scores: str | None = None
-    """Scores that audit_corpus.py wrote; with drop_worst_share, what is most likely a wrong transcript is dropped."""
+    """Scores that scripts/audit_corpus.py wrote; with drop_worst_share, the transcripts that are most likely wrong are
+    dropped."""
     drop_worst_share: float = 0.0
     """Share of the audited utterances."""
     max_broken_share: float = 0.05
@@ -112,9 +126,9 @@ class DataConfig:
     keep_flags: list[str] = field(default_factory=list)
     """Rows whose `extra_data` has a flag (skipped, noisy, multiple_speakers, …) are dropped, but for these flags."""
     streaming: bool = False
-    """Training data is read while it is trained on, for corpora that do not fit the disk: see corpus_stream.py."""
+    """Training data is read while it is trained on, for corpora that do not fit the disk."""
     steps_per_epoch: int | None = None
-    """Steps that are called an epoch when streaming, where nobody knows how many there are."""
+    """Steps of an epoch when streaming: how many utterances there are is not known then."""
     preprocessing_num_workers: int = 8
     """Processes that read headers and transcripts at the start, and the audio in `--prepare`."""
     prepared_dir: str | None = None
@@ -125,8 +139,8 @@ class DataConfig:
         if not self.train_sources:
             raise InputError("train_sources is empty: name at least one dataset")
         for source in [*self.train_sources, *self.eval_sources]:
-            if source.language is not None and not re.fullmatch("[A-Z][a-z]+", source.language):
-                raise InputError(f"{source}: language is {source.language!r}, must be a name like English, or None")
+            if source.language is not None:
+                check_language(source.language, f"{source}: ")
         if self.eval_sources and not any(source.has_speech for source in self.eval_sources):
             raise InputError("nobody speaks in eval_sources, so there is no error rate: name a set with speech")
         if not 0 <= self.drop_worst_share < 1 or (self.audit_scores is None) != (self.drop_worst_share == 0):
@@ -208,7 +222,7 @@ PARQUET_ROWS = 100  # read at once; `datasets` takes the first row group's size,
 
 def parquet_form(files: list[str]) -> dict[str, Any]:
     """One form for files whose columns differ (more of them, null in one, fields first seen late), as `load_dataset`
-    takes it; raises InputError with the file."""
+    takes it, and a cache by their sizes and times; raises InputError with the file."""
     kinds: dict[str, list[pyarrow.DataType]] = {}
     for file in files:
         try:
@@ -219,7 +233,11 @@ def parquet_form(files: list[str]) -> dict[str, Any]:
                 f"{file}: no Parquet file that can be read ({error}). Fetch it again, or remove it"
             ) from error
     schema = pyarrow.schema([(name, one_kind(types, name, files)) for name, types in kinds.items()])
-    return {"features": datasets.Features.from_arrow_schema(schema), "batch_size": PARQUET_ROWS} if files else {}
+    if not files:
+        return {}
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "local" / digest("\n".join(map(file_state, files)).encode())
+    features = datasets.Features.from_arrow_schema(schema)
+    return {"features": features, "batch_size": PARQUET_ROWS, "cache_dir": str(cache)}
 
 
 def one_kind(types: list[pyarrow.DataType], name: str, files: list[str]) -> pyarrow.DataType:
@@ -329,8 +347,8 @@ def table_rows(source: Source) -> datasets.Dataset:
             datasets.List(datasets.Value("string")) if source.channel == "each" else datasets.Value("string")
         )
     columns = {name: [row.get(name) for row in table.rows] for name in features}
+    states = [file_state(file) for file in columns["audio"]]
     columns["audio"] = [{"bytes": None, "path": file} for file in columns["audio"]]
-    states = [file_state(one["path"]) for one in columns["audio"]]
     key = datasets.fingerprint.Hasher.hash([columns, states])
     kept = Path(datasets.config.HF_DATASETS_CACHE) / "tables" / key
     if not kept.exists():
@@ -356,12 +374,12 @@ def file_digest(path: str, _: str) -> str:
 
 
 def file_state(path: str | None) -> str:
-    """A file's path, size and time of change."""
+    """A file's path, size and times; that of its change cannot be set back, as a copy sets that of its content."""
     if path is None:
         return ""
     with contextlib.suppress(OSError):
         status = os.stat(path)
-        return f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}"
+        return f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
     return path
 
 

@@ -20,6 +20,7 @@ from datasets.distributed import split_dataset_by_node
 
 from hebrew_asr.data.rows import RowSettings, SpeechRows, describe_row, load_rows, row_settings
 from hebrew_asr.data.selection import without_too_many
+from hebrew_asr.data.shared_memory import sent
 from hebrew_asr.data.sources import DataConfig, Source, load_source
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import DIGEST
@@ -180,6 +181,9 @@ def split_by_process(rows: datasets.IterableDataset, rank: int, processes: int) 
     return split_dataset_by_node(rows, rank, processes, strategy=strategy)
 
 
+MEAN_SECONDS = 10.0  # of an utterance, for the size of a batch; nobody has heard them yet
+
+
 class StreamReader(torch.utils.data.Dataset):
     """One process's steps of a SpeechStream, which runs in workers: whichever step is asked for is the next one.
 
@@ -193,7 +197,7 @@ class StreamReader(torch.utils.data.Dataset):
         self.items: Iterator | None = None
 
     def go_on_from(self, state: dict[str, Any], seed: int) -> None:
-        """Forgets what was read ahead; raises InputError for a state of another number of workers."""
+        """Drops what was read ahead; raises InputError for a state of another number of workers."""
         if state["num_workers"] != self.workers:
             raise InputError(
                 f"a streamed run goes on with as many workers as before: {state['num_workers']}, not {self.workers}"
@@ -211,7 +215,7 @@ class StreamReader(torch.utils.data.Dataset):
                 torch.utils.data.DataLoader(
                     self.stream,
                     batch_size=None,
-                    collate_fn=lambda item: item,
+                    collate_fn=sent(lambda item: item, self.workers, self.stream.share * MEAN_SECONDS),
                     num_workers=self.workers,
                     prefetch_factor=2 if self.workers else None,
                     pin_memory=self.pin_memory,

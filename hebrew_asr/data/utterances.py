@@ -1,5 +1,6 @@
 """One utterance: from a row to log-mel features and text."""
 
+import mmap
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -10,6 +11,8 @@ from transformers import Qwen3ASRProcessor
 from hebrew_asr.data.audio import SAMPLE_RATE, AudioError, decode_audio
 from hebrew_asr.data.augmentation import WaveformAugmentation, augment
 from hebrew_asr.data.rows import SpeechRows, why_unheard
+
+MOST_WORKERS = 256
 
 
 class UtteranceSettings(Protocol):
@@ -57,7 +60,7 @@ def log_mel(feature_extractor: transformers.Qwen3ASRFeatureExtractor, waveform: 
 
 
 class SpeechDataset(torch.utils.data.Dataset):
-    """Utterances with log-mel features, addressed by (epoch, number): what is drawn for one depends on nothing else.
+    """Utterances with log-mel features, addressed by (epoch, number), which alone seed their augmentation.
 
     Features are taken of each clip alone: in a batch the extractor gives most clips one more valid frame.
     """
@@ -65,23 +68,40 @@ class SpeechDataset(torch.utils.data.Dataset):
     def __init__(
         self, rows: SpeechRows | None, processor: Qwen3ASRProcessor, config: UtteranceSettings, training: bool
     ):
-        self.rows, self.config, self.training = rows, config, training
+        self.config, self.training = config, training
+        self._rows = rows
         self.feature_extractor = processor.feature_extractor
+        shared = mmap.mmap(-1, 8 * MOST_WORKERS)  # with the workers, which are forked
+        self.in_hand = np.frombuffer(shared, np.int64)  # the utterance that each worker is at, counted from 1
+
+    @property
+    def rows(self) -> SpeechRows:
+        assert self._rows is not None, "a stream's rows are not known"
+        return self._rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, index: tuple[int, int]) -> dict[str, Any]:
         """One utterance, or, in training, `dropped` with the reason why it cannot be heard."""
-        epoch, number = draw
-        return self.utterance(self.rows[number], epoch, number)
+        epoch, number = index
+        info = torch.utils.data.get_worker_info()
+        worker = info.id % MOST_WORKERS if info else 0
+        self.in_hand[worker] = number + 1
+        found = self.utterance(self.rows[number], epoch, number)
+        self.in_hand[worker] = 0
+        return found
+
+    def begun(self) -> list[str]:
+        """The recordings that workers have begun to decode and have not ended: where one died, it is among them."""
+        return [self.rows[number - 1]["recording"] for number in self.in_hand.tolist() if number]
 
     def utterance(self, row: dict[str, Any], epoch: int, number: int) -> dict[str, Any]:
         try:
             waveform = self.waveform(row, epoch, number)
         except AudioError as error:
             if not self.training:
-                raise
+                raise AudioError(f"{error}: {row['recording']}") from error
             return {"dropped": f"{error}: {row['recording']} (utterance {number}, {row['text']!r})"}
         return {
             "features": log_mel(self.feature_extractor, waveform),

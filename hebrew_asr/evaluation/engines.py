@@ -23,9 +23,7 @@ import transformers
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from hebrew_asr.data.audio import SAMPLE_RATE
-from hebrew_asr.data.rows import SpeechRows
 from hebrew_asr.errors import InputError
-from hebrew_asr.evaluation import transcription
 from hebrew_asr.evaluation.sets import EvaluationConfig
 from hebrew_asr.evaluation.transcription import (
     HEBREW,
@@ -33,15 +31,14 @@ from hebrew_asr.evaluation.transcription import (
     QwenModel,
     Transcriber,
     Transcript,
+    files_of,
     load_speech_model,
 )
-from hebrew_asr.files import digest
 from hebrew_asr.model.loading import checkpoint_problems
-from hebrew_asr.model.prompts import PROMPT_FORMS
+from hebrew_asr.model.prompts import END_OF_LANGUAGE, PROMPT_FORMS
 
 BEAMS = 5  # of CTranslate2, where no other number is asked for: as ivrit.ai's engine, and so the leaderboard, has it
 HOT_WORDS = "ירושלים, רכבת, דוקטור כהן"  # the context under which forms are compared, where none is given
-ASR_TEXT = "<asr_text>"
 AT_ONCE = 16  # requests to an endpoint
 ATTEMPTS = 3
 FIRST_WAIT_SECONDS = 1.0  # after a failure; then four times as long
@@ -59,15 +56,6 @@ def open_engine(name: str, decoding: Decoding, device: torch.device) -> Transcri
     if is_ctranslate2(name):
         return CTranslate2Model(name, decoding, device)
     return load_speech_model(name, decoding, device)
-
-
-def key(name: str, engine: Transcriber, decoding: Decoding, rows: SpeechRows) -> str:
-    """Names what transcripts depend on, as `transcription.key` does; of an endpoint, its address and model alone."""
-    if isinstance(engine, EndpointModel):
-        audio = [rows.column("digest"), rows.column("end")]
-        return digest(json.dumps([engine.base, engine.model, dataclasses.asdict(decoding), audio]).encode())
-    known = transcription.key(name, engine.dtype, decoding, rows)
-    return digest((known + Path(__file__).read_text(encoding="utf-8")).encode())
 
 
 def language_code(language: str) -> str:
@@ -120,6 +108,7 @@ class CTranslate2Model:
             )
         except (RuntimeError, ValueError) as error:
             raise InputError(f"{name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        self.files = json.dumps([files_of(name), Path(__file__).read_text(encoding="utf-8")])
 
     def features(self, waveform: np.ndarray) -> np.ndarray:
         return waveform
@@ -138,6 +127,9 @@ class CTranslate2Model:
             )
             texts.append(" ".join(segment.text.strip() for segment in segments))
         return [Transcript(text, None, truncated=None) for text in texts]
+
+    def word_starts(self, features: np.ndarray, transcript: Transcript) -> None:
+        return None
 
 
 # ------------------------------------------------------------------------------------------------------------- Endpoint
@@ -167,6 +159,7 @@ class EndpointModel:
         if not served or wanted not in ("", *served):
             raise InputError(f"{self.base} serves {', '.join(served) or 'no model'}, not {wanted or 'one to measure'}")
         self.model = wanted or served[0]
+        self.files = f"{self.base}#{self.model}"  # an endpoint has none to show
 
     @property
     def needs_language(self) -> bool:
@@ -219,9 +212,12 @@ class EndpointModel:
         answer = self.ask("POST", "audio/transcriptions", data=form, files=files)
         if not isinstance(text := answer.get("text"), str):
             raise InputError(f"{self.base} answers without a text: {json.dumps(answer, ensure_ascii=False)[:200]}")
-        before, tag, after = text.rpartition(ASR_TEXT)  # a server that passes on what Qwen3-ASR wrote
+        before, tag, after = text.rpartition(END_OF_LANGUAGE)  # a server that passes on what Qwen3-ASR wrote
         named = before.removeprefix("language").strip() if tag and not self.decoding.language else None
         return Transcript(after.strip(), named, truncated=None)
+
+    def word_starts(self, features: bytes, transcript: Transcript) -> None:
+        return None
 
 
 # ------------------------------------------------------------------------------------------------------------- Decoding

@@ -27,8 +27,17 @@ PAGE_BYTES = 19_500_000  # audio is embedded up to it, the worst first
 WIDEST = 150  # % of WER that the plot with intervals goes to; what is worse is marked at its edge
 WHOLE, CONTEXT = 12, 4  # right words in a row that are shown whole, and those kept at the ends of a longer run
 CELLS, CELL_CHARACTERS = 120, 160  # of a transcript's difference; more is counted, not shown
-# Okabe and Ito's colours, which the colour-blind can tell apart, and shapes, since colour alone is not enough
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5c00", "#3a9bd9", "#222222")
+# Okabe and Ito's colours on light and on dark, which the colour-blind can tell apart, and shapes, since colour alone is
+# not enough
+COLOURS = (
+    ("#0072b2", "#4da3dc"),
+    ("#d55e00", "#f08a45"),
+    ("#009e73", "#2fc493"),
+    ("#cc79a7", "#e3a1c6"),
+    ("#7a5c00", "#d0b24a"),
+    ("#3a9bd9", "#8fd0f7"),
+    ("#222222", "#dddddd"),
+)
 SHAPES = (
     "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0z",
     "M-4.5-4.5h9v9h-9z",
@@ -236,7 +245,7 @@ def write_page(file: Path, results: Results, utterances: pyarrow.Table, audio: A
     fetch anything. Where the texts of the worst utterances alone would fill the page, fewer are shown.
     """
     columns, worst = read_columns(utterances), WORST
-    values = {
+    values: dict[str, Any] = {
         "results": results,
         "measured": cells_of(results),
         "plots": rate_plots(results, columns),

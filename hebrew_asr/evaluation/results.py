@@ -25,6 +25,7 @@ from hebrew_asr.evaluation.sets import EvaluationConfig, EvaluationSet, describe
 from hebrew_asr.evaluation.transcription import Transcribed, Transcript, read_transcripts
 from hebrew_asr.text import error_classes
 from hebrew_asr.text.scoring import ErrorCounts, leaderboard_normalize
+from hebrew_asr.text.targets import refuse_control_tokens, spoken_language, without_prefix
 
 # ------------------------------------------------------------------------------------------------------------- Writing
 UTTERANCE = pyarrow.schema(
@@ -229,10 +230,11 @@ def score_files(config: EvaluationConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     names = display_names(config.score)
     one = EvaluationSet("transcripts", Source(config.score[0]))
-    found, records, references = [], {}, None
+    found, records = [], {}
+    references: list[str] = []
     for path, name in zip(config.score, names, strict=True):
         pairs = read_pairs(Path(path))
-        if references not in (None, [pair["reference"] for pair in pairs]):
+        if references not in ([], [pair["reference"] for pair in pairs]):
             raise InputError(f"{path} has other references than {config.score[0]}: they cannot be compared")
         references = [pair["reference"] for pair in pairs]
         mine = [
@@ -241,8 +243,8 @@ def score_files(config: EvaluationConfig) -> None:
             | {"recording": str(pair.get("recording") or i), "seconds": pair["seconds"]}
             for i, pair in enumerate(pairs)
         ]
-        found.append({"model": name, "set": one.name, "reason": None} | summarize(mine, one))
-        found[-1] |= {"dropped": {}, "audio_seconds_per_second": None, "peak_memory_gb": None}
+        unknown = {"dropped": {}, "audio_seconds_per_second": None, "peak_memory_gb": None}
+        found.append({"model": name, "set": one.name, "reason": None} | summarize(mine, one) | unknown)
         records[name, one.name] = mine
     known = describe_set(one, None) | {"utterances": len(references)}
     results = {
@@ -278,6 +280,10 @@ def read_pairs(file: Path) -> list[dict[str, Any]]:
             if not all(isinstance(text, str) for text in texts):
                 raise TypeError("reference, hypothesis and language must be texts")
             "".join(texts).encode()  # refuses half a surrogate pair
+            pair["language"] = pair.get("language") or spoken_language(pair["hypothesis"])
+            for name in ("reference", "hypothesis"):  # raw outputs begin with the language's name
+                pair[name] = without_prefix(pair[name])
+                refuse_control_tokens(pair[name])
             pair["seconds"] = float(pair.get("seconds") or 0)
             if not math.isfinite(pair["seconds"]):
                 raise ValueError("seconds must be a number")

@@ -24,7 +24,7 @@ class EvaluationSet:
     language: str = "Hebrew"
     """As Qwen3-ASR names it; `None`, its name for no speech: nobody speaks, and the right transcript is empty."""
     guarded: bool = False
-    """A gate although it is in Hebrew: what was to stay as good as it was while something else was learned."""
+    """Also check this Hebrew set for regressions."""
     where: str = ""
     """What to do where it is not to be had."""
     asked: bool = True

@@ -11,7 +11,7 @@ import json
 import math
 import resource
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
 
 from hebrew_asr.command_line import Range
 from hebrew_asr.data import audio, utterances
+from hebrew_asr.data import decoding as audio_decoding
+from hebrew_asr.data.alignment import Likelihood
 from hebrew_asr.data.audio import SAMPLE_RATE, AudioError, decode_audio
 from hebrew_asr.data.rows import SpeechRows
 from hebrew_asr.data.utterances import log_mel
@@ -34,11 +36,14 @@ from hebrew_asr.files import digest
 from hebrew_asr.model import generation, layouts, packing, prompts
 from hebrew_asr.model.generation import as_it_fits, generate, new_token_limit
 from hebrew_asr.model.loading import check_whole, checkpoint_problems, load_model, load_processor
+from hebrew_asr.model.loss import IGNORED_LABEL, label_states
 from hebrew_asr.model.packing import FRAMES_PER_CHUNK
-from hebrew_asr.model.prompts import Prompts
+from hebrew_asr.model.prompts import Prompts, pad, padded
+from hebrew_asr.model.word_times import align
 from hebrew_asr.processes import in_processes
 
-CODE = [__file__, *(m.__file__ for m in (audio, utterances, packing, prompts, generation, layouts))]
+MODULES = (audio, audio_decoding, utterances, packing, prompts, generation, layouts)
+CODE = [__file__, *(module.__file__ for module in MODULES)]
 MOST_AT_ONCE = 256  # pieces of a batch, however short
 PROGRESS = "{desc}: {percentage:3.0f}% {bar} {n:.0f}/{total:.0f} s of audio, {elapsed} so far, {remaining} left"
 FRAME = 320  # samples in which loudness is measured: 20 ms
@@ -100,20 +105,42 @@ class Transcriber(Protocol):
     """It may be another one for the next set."""
     needs_language: bool
     """It is told what is spoken; where not, it finds out."""
+    files: str
+    """What names the files that it was loaded from."""
 
     def features(self, waveform: np.ndarray) -> Any: ...
 
     def transcribe(self, features: list[Any], seconds: list[float]) -> list[Transcript]: ...
 
+    def word_starts(self, features: Any, transcript: Transcript) -> list[float] | None: ...
+
 
 # --------------------------------------------------------------------------------------------------------------- Models
 def load_speech_model(name: str, decoding: Decoding, device: torch.device) -> Transcriber:
     """Loads a checkpoint by its kind; raises InputError for one that is not whole or does not transcribe."""
+    before = files_of(name)
+    model = load_by_kind(name, decoding, device)
+    after = files_of(name)
+    if not before.items() <= after.items():  # the Hub's are fetched while loading
+        raise InputError(f"{name} was replaced while it was loaded: start again")
+    model.files = json.dumps(after)
+    return model
+
+
+def files_of(name: str) -> dict[str, Any]:
+    """What tells a checkpoint's files from those that replace them: sizes, and times that nobody can set back."""
+    with checkpoint_problems(name):
+        folder = Path(transformers.utils.cached_file(name, "config.json")).parent
+        there = {path: path.stat() for path in sorted(folder.iterdir()) if path.is_file() and path.name != "README.md"}
+    return {str(path): [one.st_size, one.st_mtime_ns, one.st_ctime_ns] for path, one in there.items()}
+
+
+def load_by_kind(name: str, decoding: Decoding, device: torch.device) -> "QwenModel | PipelineModel":
     bf16 = decoding.dtype == "bfloat16" or (
         decoding.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(False)
     )
     with checkpoint_problems(name):
-        kind = transformers.AutoConfig.from_pretrained(name).model_type
+        kind = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
         if kind == "qwen3_asr":
             return QwenModel(name, decoding, device, bf16)
         if kind not in MODEL_FOR_CTC_MAPPING_NAMES and kind not in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES:
@@ -151,12 +178,50 @@ class QwenModel:
             )
         tokens = [row[:limit] for row, limit in zip(generated.tolist(), limits, strict=True)]
         truncated = [not self.ends.intersection(row) for row in tokens]
-        parsed = self.processor.decode(tokens, return_format="parsed")
         prefilled = self.decoding.language
         return [
-            Transcript(output["transcription"] or "", None if prefilled else output["language"] or "", cut)
-            for output, cut in zip(parsed, truncated, strict=True)
+            Transcript(text, None if prefilled else language or "", cut)
+            for (language, text), cut in zip(self.prompts.read(tokens), truncated, strict=True)
         ]
+
+    def word_starts(self, features: np.ndarray, transcript: Transcript) -> list[float] | None:
+        """When each word begins, in seconds from the clip's start; None where they are more than its audio tokens."""
+        language = self.decoding.language or transcript.language or "Hebrew"
+        text = " ".join(transcript.text.split())
+        return align(self.model, self.prompts, features, self.decoding.context, language, text)
+
+    @torch.no_grad()
+    def likelihoods(self, features: list[np.ndarray], texts: list[list[str]], language: str) -> list[Likelihood]:
+        """How likely the model finds each text, given as words, for the clip of its place: of all its beginnings."""
+        end, rows, labels, counts = self.prompts.end_of_turn_id, [], [], []
+        for feature, words in zip(features, texts, strict=True):
+            prompt = self.prompts.prompt(feature.shape[1], self.decoding.context)
+            prompt = prompt + self.prompts.language_prefix(language)
+            tokens = [self.prompts.tokens(f" {word}" if number else word) for number, word in enumerate(words)]
+            target = [*itertools.chain.from_iterable(tokens), end]
+            rows.append(prompt + target)
+            labels.append([IGNORED_LABEL] * len(prompt) + target)
+            counts.append(np.cumsum([0, *map(len, tokens)]))
+        clips, mask = padded(features)
+        any_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in self.model.parameters())
+        device = self.model.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=any_bf16):
+            hidden, targets = label_states(
+                self.model,
+                pad(rows, end).to(device),
+                pad(labels, IGNORED_LABEL).to(device),
+                clips.to(device, self.model.model.audio_tower.conv2d1.weight.dtype),
+                mask.to(device),
+                attention_mask=pad([[1] * len(row) for row in rows], 0).to(device),
+            )
+        found, first = [], 0
+        for places in counts:
+            last = first + int(places[-1]) + 1
+            nats = -(hidden[first:last].float() @ self.model.lm_head.weight.float().T).log_softmax(dim=1)
+            words = nats.gather(1, targets[first:last, None])[:-1, 0].cumsum(0).cpu().numpy()
+            found.append(Likelihood(np.concatenate([[0.0], words])[places], nats[places, end].cpu().numpy()))
+            first = last
+        return found
 
 
 class PipelineModel:
@@ -168,15 +233,18 @@ class PipelineModel:
         if decoding.context or decoding.temperature:
             raise InputError(f"{name}: only Qwen3-ASR takes a context, and is sampled from")
         self.decoding, self.dtype = decoding, "bfloat16" if bf16 else "float32"
-        is_ctc = transformers.AutoConfig.from_pretrained(name).model_type in MODEL_FOR_CTC_MAPPING_NAMES
+        known = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+        is_ctc = known in MODEL_FOR_CTC_MAPPING_NAMES
         kind = transformers.AutoModelForCTC if is_ctc else transformers.AutoModelForSpeechSeq2Seq
-        model, loaded = kind.from_pretrained(name, dtype=getattr(torch, self.dtype), output_loading_info=True)
+        model, loaded = kind.from_pretrained(
+            name, dtype=getattr(torch, self.dtype), output_loading_info=True, trust_remote_code=False
+        )
         check_whole(name, loaded)
         self.pipeline = transformers.pipeline(
             "automatic-speech-recognition",
             model=model,
-            tokenizer=transformers.AutoTokenizer.from_pretrained(name),
-            feature_extractor=transformers.AutoFeatureExtractor.from_pretrained(name),
+            tokenizer=transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False),
+            feature_extractor=transformers.AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False),
             device=device,
         )
         self.takes_language = model.config.model_type == "whisper" and can_be_told_a_language(
@@ -201,6 +269,16 @@ class PipelineModel:
         heard = [{"raw": waveform, "sampling_rate": SAMPLE_RATE} for waveform in features]
         outputs = self.pipeline(heard, batch_size=len(heard), **self.settings())
         return [Transcript(output["text"].strip(), None, truncated=None) for output in outputs]
+
+    def word_starts(self, features: np.ndarray, transcript: Transcript) -> None:
+        return None
+
+
+def transcribe_as_it_fits(model: Transcriber, features: list[Any], seconds: list[float]) -> list[Transcript | None]:
+    """Transcribes a batch, in halves where it does not fit the device's memory; None: not even alone."""
+    given = {"features": features, "seconds": seconds}
+    parts = as_it_fits(lambda part: model.transcribe(**part), given)
+    return [transcript for _, transcripts in parts for transcript in transcripts or [None]]
 
 
 def can_be_told_a_language(config: transformers.GenerationConfig, tokenizer: Any) -> bool:
@@ -279,14 +357,14 @@ def estimated_snr(waveform: np.ndarray) -> float | None:
 
 
 # --------------------------------------------------------------------------------------------------- Transcribing a set
-def key(name: str, dtype: str, decoding: Decoding, rows: SpeechRows) -> str:
-    """Names what transcripts depend on: the weights, the audio, how they are written, and the code between them."""
-    folder = Path(transformers.utils.cached_file(name, "config.json")).parent
-    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir()) if f.is_file()]
-    files = [file for file in files if file[0] != "README.md"]
+def key(model: Transcriber, decoding: Decoding, rows: SpeechRows) -> str:
+    """Names what transcripts depend on: the weights, the audio, how they are written, and the code between them.
+
+    The weights are those that were loaded, whatever has become of their files since.
+    """
     code = [transformers.__version__, *(Path(file).read_text(encoding="utf-8") for file in CODE)]
     audio = [rows.column("digest"), rows.column("end")]
-    return digest(json.dumps([str(folder), files, dtype, dataclasses.asdict(decoding), audio, code]).encode())
+    return digest(json.dumps([model.files, model.dtype, dataclasses.asdict(decoding), audio, code]).encode())
 
 
 def read_lines(folder: Path) -> Iterator[dict[str, Any]]:
@@ -323,15 +401,6 @@ def transcribe_set(
         waveforms = [decode_audio(rows[p.number]["audio"], p.start, p.end) for p in batch]
         return [(model.features(waveform), estimated_snr(waveform)) for waveform in waveforms]
 
-    def written(features: list[Any], seconds: list[float]) -> Iterator[Transcript]:
-        given = {"features": features, "seconds": seconds}
-        for _, transcripts in as_it_fits(lambda part: model.transcribe(**part), given):
-            if transcripts is None:
-                raise torch.OutOfMemoryError(
-                    f"{max(seconds):.0f} s of audio do not fit the memory alone: lower longest_seconds"
-                )
-            yield from transcripts
-
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     total, hides_progress = sum(p.seconds for batch in left for p in batch), hides_progress or not left
@@ -342,7 +411,12 @@ def transcribe_set(
     ):
         file.write("\n" if file.tell() else "")  # after a torn line
         for batch, heard in zip(left, in_processes(left, hear, workers), strict=True):
-            transcripts = list(written([features for features, _ in heard], [p.seconds for p in batch]))
+            found = transcribe_as_it_fits(model, [features for features, _ in heard], [p.seconds for p in batch])
+            transcripts = [transcript for transcript in found if transcript is not None]
+            if len(transcripts) < len(batch):
+                raise torch.OutOfMemoryError(
+                    f"{batch[0].seconds:.0f} s of audio do not fit the memory alone: lower longest_seconds"
+                )
             now = time.perf_counter()
             line = {
                 "pieces": [(p.number, p.place) for p in batch],
@@ -406,13 +480,13 @@ def read_transcripts(folder: Path, count: int) -> Transcribed:
 
 def joined(pieces: list[tuple[Transcript, float, float | None]]) -> Transcript:
     """One transcript of a recording's pieces; its language is the one most of the audio was heard as."""
-    seconds: Counter[str | None] = Counter()
+    seconds: defaultdict[str | None, float] = defaultdict(float)
     for transcript, length, _ in pieces:
         seconds[transcript.language] += length
     text = " ".join(transcript.text for transcript, *_ in pieces if transcript.text)
     known = [transcript.truncated for transcript, *_ in pieces if transcript.truncated is not None]
     truncated = any(known) if known else None
-    return Transcript(text, seconds.most_common(1)[0][0], truncated)
+    return Transcript(text, max(seconds, key=lambda language: seconds[language]), truncated)
 
 
 @contextlib.contextmanager

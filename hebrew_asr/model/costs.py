@@ -68,6 +68,15 @@ def real_config() -> transformers.Qwen3ASRConfig:
     return transformers.Qwen3ASRConfig(text_config=text, audio_config={"output_dim": 2048})
 
 
+def small_config() -> transformers.Qwen3ASRConfig:
+    """Qwen3-ASR-0.6B."""
+    config = real_config().to_dict()
+    config["text_config"] |= {"hidden_size": 1024, "intermediate_size": 3072}
+    config["audio_config"] |= {"d_model": 896, "encoder_ffn_dim": 3584, "encoder_attention_heads": 14}
+    config["audio_config"] |= {"encoder_layers": 18, "num_hidden_layers": 18, "output_dim": 1024}
+    return transformers.Qwen3ASRConfig(**config)
+
+
 def flops(
     config: transformers.Qwen3ASRConfig, work: Work, trains: Callable[[str], bool] | None = None
 ) -> dict[str, int]:

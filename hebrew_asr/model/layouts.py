@@ -7,14 +7,12 @@ safetensors headers change: the data is copied as it is, in blocks. Nothing is u
 runs.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
 import math
 import shutil
 import tempfile
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +26,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.models.qwen3_asr.configuration_qwen3_asr import Qwen3ASREncoderConfig
 
 from hebrew_asr.errors import InputError
-from hebrew_asr.files import UNFINISHED, digest, flush, sha256
+from hebrew_asr.files import digest, sha256, whole_or_nothing
 
 Layout = Literal["transformers", "thinker"]
 
@@ -94,7 +92,7 @@ def in_transformers_layout(name_or_path: str) -> str:
     """A folder or Hub id that transformers' own classes load.
 
     That is the argument itself, unless it is a Qwen3-ASR checkpoint in the older layout: it is then converted once,
-    into a folder under HF_HOME (`hebrew_asr/layouts`) that is named after the content of its files.
+    into a folder of `$HF_HOME/hebrew_asr/layouts` that is named after the content of its files.
     """
     file = transformers.utils.cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False)
     if file is None or _layout(read_json(Path(file))) != "thinker":
@@ -143,6 +141,7 @@ def convert(source: str | Path, target: str | Path, to: Layout) -> None:
         raise InputError(f"{target} exists and is not an empty folder: name another")
     try:
         with whole_or_nothing(target) as folder:
+            folder.mkdir()
             write_converted(source, folder, to)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{source} has a field that is not of the kind its library writes: {error!r}") from error
@@ -165,22 +164,6 @@ def write_converted(source: Path, folder: Path, to: Layout) -> None:
     write_json(folder / "generation_config.json", generation_config(source, special))
     convert_processor(source, folder, to, own["audio_config"])
     convert_weights(source, folder, to, own)
-
-
-@contextlib.contextmanager
-def whole_or_nothing(target: Path) -> Generator[Path]:
-    """A folder to write into, which becomes `target` at the end; it is removed if anything is raised."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{UNFINISHED}{target.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        for file in unfinished.iterdir():
-            flush(file)
-        unfinished.replace(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- Weights

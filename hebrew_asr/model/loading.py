@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,7 @@ from transformers import Qwen3ASRProcessor
 
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.attention import set_attention
+from hebrew_asr.model.fused import fuse_where_it_runs
 from hebrew_asr.model.layouts import in_transformers_layout
 from hebrew_asr.model.loss import SpeechModel
 from hebrew_asr.model.stages import Stage, check_stages, ever_trained
@@ -19,7 +21,7 @@ from hebrew_asr.model.stages import Stage, check_stages, ever_trained
 def load_processor(name: str) -> Qwen3ASRProcessor:
     """The processor of a checkpoint (a folder or a Hub id, in either layout)."""
     with checkpoint_problems(name):
-        return transformers.AutoProcessor.from_pretrained(in_transformers_layout(name))
+        return transformers.AutoProcessor.from_pretrained(in_transformers_layout(name), trust_remote_code=False)
 
 
 def load_model(
@@ -41,7 +43,7 @@ def load_model(
     """
     with checkpoint_problems(name):
         folder = in_transformers_layout(name)
-        kind = transformers.AutoConfig.from_pretrained(folder).model_type
+        kind = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
         if kind != "qwen3_asr":
             raise InputError(
                 f"{name} is not a Qwen3-ASR checkpoint (model_type {kind}): use Qwen/Qwen3-ASR-1.7B-hf or"
@@ -54,6 +56,7 @@ def load_model(
         )
         check_whole(name, loaded)
     set_attention(model, attention, use_bf16)
+    fuse_where_it_runs(model)
     check_stages(model, stages)
     for parameter in ever_trained(model, stages).values():
         parameter.data = parameter.data.float()
@@ -63,6 +66,7 @@ def load_model(
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()
     if torch_compile:
+        torch._dynamo.config.optimize_ddp = False  # it would cut each layer where a bucket of gradients ends
         for layer in model.model.language_model.layers:
             layer.compile(dynamic=True)  # in place: names of parameters stay what they are
     return model
@@ -73,9 +77,11 @@ class ModelSettings(Protocol):
 
     model_name_or_path: str
     stages: list[Stage]
-    attention: str
     gradient_checkpointing: bool
     torch_compile: bool
+
+    @property
+    def attention(self) -> str: ...
 
 
 def load_to_train(config: ModelSettings, use_bf16: bool) -> SpeechModel:
@@ -101,6 +107,8 @@ def check_whole(name: str, loaded: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def checkpoint_problems(name: str):
     """Turns what transformers raises for a checkpoint that is not there or not whole into one message."""
+    if (Path(name) / "final_model").is_dir() and not (Path(name) / "config.json").exists():
+        raise InputError(f"{name} is the folder of a run: name its model, {Path(name) / 'final_model'}")
     try:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:

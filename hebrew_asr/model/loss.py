@@ -18,46 +18,133 @@ IGNORED_LABEL = -100  # marks positions without a label
 LOGITS_AT_ONCE = 2**26  # 268 MB in fp32: 441 positions of the real vocabulary
 
 
-class ChunkedNats(torch.autograd.Function):
-    """Nats of each target and their sum. The gradient is made on the way forward, while a chunk's logits are there.
+def spares_passes(device: torch.device) -> bool:
+    """Whether the vocabulary's gradient is made in few passes over memory, which is what it costs on a GPU.
 
-    So each chunk is projected once, and the gradient of the vocabulary's matrix is added up in one place.
+    On a CPU it is made as autograd makes it: rounded otherwise, runs there would not end at the same figures.
+    """
+    return device.type == "cuda"
+
+
+@functools.cache
+def has_wide_products(device: torch.device) -> bool:
+    """Whether bf16 matrices are multiplied and added to an fp32 one in one kernel, as a GPU's library does."""
+    if device.type != "cuda":
+        return False
+    random = torch.Generator().manual_seed(0)
+    total, left, right = (torch.randn(64, 64, generator=random).to(device) for _ in range(3))
+    expected = total + 0.5 * left.bfloat16().float() @ right.bfloat16().float()
+    try:
+        torch.addmm(total, left.bfloat16(), right.bfloat16(), torch.float32, alpha=0.5, out=total)
+    except RuntimeError:
+        return False
+    return torch.allclose(total, expected, rtol=1e-3, atol=1e-3)
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, is_first: bool) -> None:
+    """Adds scale × left @ right to `total` or, the first time, writes it there."""
+    beta = 0 if is_first else 1
+    if left.dtype == total.dtype:
+        torch.addmm(total, left, right, beta=beta, alpha=scale, out=total)
+    elif has_wide_products(total.device):
+        torch.addmm(total, left, right, total.dtype, beta=beta, alpha=scale, out=total)
+    elif is_first:
+        torch.mul(left @ right, scale, out=total)
+    else:
+        total.add_(left @ right, alpha=scale)
+
+
+class TiedGradient:
+    """The gradient of a matrix that is both vocabulary and embedding, from its one use to the other.
+
+    It is as large as a third of all gradients. The head's part is made first; the embedding's is added to it in place,
+    where autograd would make a second such matrix and a third one of their sum.
+    """
+
+    def __init__(self) -> None:
+        self.of_head: torch.Tensor | None = None
+
+
+class Embedding(torch.autograd.Function):
+    """The embedding's rows, whose gradient is added to the head's."""
+
+    @staticmethod
+    def forward(ctx, weight: torch.Tensor, tokens: torch.Tensor, padding: int | None, tied: TiedGradient):
+        ctx.save_for_backward(weight, tokens)
+        ctx.padding, ctx.tied = padding, tied
+        return torch.nn.functional.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        weight, tokens = ctx.saved_tensors
+        total, ctx.tied.of_head = ctx.tied.of_head, None
+        if total is None:  # nothing had a label
+            total = torch.zeros_like(weight)
+        if ctx.padding is not None:
+            gradient = gradient * (tokens != ctx.padding).unsqueeze(-1)
+        total.index_put_((tokens.flatten(),), gradient.flatten(0, -2).to(total.dtype), accumulate=True)
+        return total, None, None, None
+
+
+class ChunkedNats(torch.autograd.Function):
+    """Scaled sum of each target's nats, and the nats.
+
+    The gradient is computed during forward, chunk by chunk, so that full logits never exist. Each chunk is projected
+    once, and the gradient of the vocabulary's matrix is added up in one place.
     """
 
     @staticmethod
-    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor):
-        """hidden (positions, width), weight (vocabulary, width), targets (positions,)."""
-        wants_hidden, wants_weight, _ = ctx.needs_input_grad
+    def forward(
+        ctx,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        scale: float = 1.0,
+        is_root: bool = False,
+        tied: TiedGradient | None = None,
+    ):
+        """hidden (positions, width), weight (vocabulary, width), targets (positions,).
+
+        Args:
+            is_root: the backward pass begins at the sum, whose gradient is 1 and need not be multiplied.
+            tied: where to leave the gradient of the matrix for the embedding, instead of returning it.
+        """
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         device, dtype = hidden.device.type, weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         nats = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight) if wants_weight else None
-        with torch.autocast(device, enabled=False):
-            matrix = weight.to(dtype)
-            at_once = max(1, LOGITS_AT_ONCE // len(weight))
-            for places in (slice(begin, begin + at_once) for begin in range(0, len(targets), at_once)):
-                part, aims = hidden[places].to(dtype), targets[places, None]
-                log_p = (part @ matrix.T).float().log_softmax(dim=1)
-                nats[places] = -log_p.gather(1, aims)[:, 0]
-                if not (wants_hidden or wants_weight):
-                    continue
-                grad_logits = log_p.exp_().scatter_add_(1, aims, -torch.ones_like(aims, dtype=log_p.dtype)).to(dtype)
-                if wants_hidden:
-                    grad_hidden[places] = (grad_logits @ matrix).to(hidden.dtype)
-                if wants_weight and dtype == weight.dtype:
-                    torch.addmm(grad_weight, grad_logits.T, part, out=grad_weight)
-                elif wants_weight:
-                    grad_weight += grad_logits.T @ part
-        ctx.gradients = grad_hidden, grad_weight
+        grad_weight = None
+        if wants_weight:
+            # A scale of a step without labels is NaN, and so is its gradient.
+            grad_weight = torch.empty_like(weight) if len(targets) else torch.full_like(weight, 0 * scale)
+        at_once = max(1, LOGITS_AT_ONCE // len(weight))
+        for places in (slice(begin, begin + at_once) for begin in range(0, len(targets), at_once)):
+            part, aims = hidden[places].to(dtype), targets[places, None]
+            log_p = torch.nn.functional.linear(part, weight).float().log_softmax(dim=1)  # autocast keeps its copy
+            nats[places] = -log_p.gather(1, aims)[:, 0]
+            if not (wants_hidden or wants_weight):
+                continue
+            grad_logits = log_p.exp_().scatter_add_(1, aims, -torch.ones_like(aims, dtype=log_p.dtype)).to(dtype)
+            if wants_hidden:
+                grad_hidden[places] = (grad_logits @ weight).to(hidden.dtype) * scale
+            if wants_weight:
+                with torch.autocast(device, enabled=False):
+                    add_product(grad_weight, grad_logits.T, part, scale, is_first=places.start == 0)
+        ctx.gradients, ctx.is_root, ctx.tied = (grad_hidden, grad_weight), is_root, tied
         ctx.mark_non_differentiable(nats)
-        return nats.sum(), nats
+        return nats.sum() * scale, nats
 
     @staticmethod
     def backward(ctx, grad_sum: torch.Tensor, _):
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place: they are used once
-        return *(None if gradient is None else gradient.mul_(grad_sum) for gradient in gradients), None
+        if not ctx.is_root:
+            gradients = [None if gradient is None else gradient.mul_(grad_sum) for gradient in gradients]
+        grad_hidden, grad_weight = gradients
+        if ctx.tied is not None:
+            ctx.tied.of_head, grad_weight = grad_weight, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def label_states(
@@ -71,6 +158,7 @@ def label_states(
     utterance_ends: torch.Tensor | None = None,
     window_ends: torch.Tensor | None = None,
     audio_order: torch.Tensor | None = None,
+    tied: TiedGradient | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Last hidden states of the positions that predict a label, row by row, and these labels.
 
@@ -80,6 +168,7 @@ def label_states(
         utterance_ends: of them, where utterances begin and end, one row after the other; padding is one more.
         window_ends: for features of several clips in a row: where the encoder's windows begin and end, in audio tokens.
         audio_order: which audio token stands at each placeholder, where clips stand there more than once.
+        tied: where the head leaves its gradient for the embedding.
     """
     inner = model.model
     windows = {} if window_ends is None else {"cu_seqlens": window_ends, "max_seqlen": WINDOW_TOKENS}
@@ -89,7 +178,11 @@ def label_states(
     audio = inner.get_audio_features(input_features, input_features_mask, return_dict=True, **windows).pooler_output
     if audio_order is not None:
         audio = audio[audio_order]
-    embedded = inner.get_input_embeddings()(input_ids)
+    embedding = inner.get_input_embeddings()
+    if tied is None:
+        embedded = embedding(input_ids)
+    else:
+        embedded = Embedding.apply(embedding.weight, input_ids, embedding.padding_idx, tied)
     is_audio = (input_ids == model.config.audio_token_id) & (labels == IGNORED_LABEL)  # a sample may hold the token too
     hidden = inner.language_model(
         inputs_embeds=embedded.masked_scatter(is_audio.unsqueeze(-1), audio.to(embedded.dtype)),
@@ -102,14 +195,22 @@ def label_states(
 
 
 def label_nats(
-    model: Qwen3ASRForConditionalGeneration, **batch: torch.Tensor | None
+    model: Qwen3ASRForConditionalGeneration, scale: float = 1.0, is_root: bool = False, **batch: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of −log p over all labels, and −log p of each of them, row by row; arguments as of `label_states`."""
-    hidden, targets = label_states(model, **batch)
+    """Sum of −log p over all labels times `scale`, and −log p of each of them, row by row.
+
+    Args:
+        is_root: the backward pass begins at that sum, and its gradient is 1.
+        batch: as of `label_states`.
+    """
     weight = model.lm_head.weight
+    is_tied = weight is model.get_input_embeddings().weight
+    is_one = is_tied and weight.requires_grad and torch.is_grad_enabled() and spares_passes(weight.device)
+    tied = TiedGradient() if is_one else None
+    hidden, targets = label_states(model, **batch, tied=tied)
     if not torch.is_grad_enabled():  # a Function is told of inputs that require a gradient even then
         hidden, weight = hidden.detach(), weight.detach()
-    return ChunkedNats.apply(hidden, weight, targets)
+    return ChunkedNats.apply(hidden, weight, targets, scale, is_root, tied)
 
 
 def token_log_probs(
@@ -118,7 +219,7 @@ def token_log_probs(
     """log p of each target, through which gradients flow, and the entropy in nats of what it was chosen from.
 
     Logits are divided by the temperature. Those of a chunk are made again in the backward pass: the gradient that
-    comes from outside is not known on the way forward.
+    comes from outside is not known during forward.
     """
 
     def of_chunk(part: torch.Tensor, aims: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,6 +250,8 @@ class SpeechModel(Qwen3ASRForConditionalGeneration):
 
     Given a temperature too, it returns each label's log p and entropy (`token_log_probs`) instead of the loss. It is a
     model's forward so that DistributedDataParallel sees it, which reduces gradients of what its forward ran.
+
+    Given `root_scale`, it returns the labels' summed nats times that, for a backward pass that begins there.
     """
 
     @functools.wraps(Qwen3ASRForConditionalGeneration.forward)
@@ -158,6 +261,12 @@ class SpeechModel(Qwen3ASRForConditionalGeneration):
         if (temperature := inputs.pop("temperature", None)) is not None:
             hidden, targets = label_states(self, labels=labels, **inputs)
             return token_log_probs(hidden, self.lm_head.weight, targets, temperature)
+        if (scale := inputs.pop("root_scale", None)) is not None:
+            if spares_passes(labels.device):
+                total, _ = label_nats(self, scale, is_root=True, labels=labels, **inputs)
+            else:
+                total = label_nats(self, labels=labels, **inputs)[0] * scale
+            return Qwen3ASRCausalLMOutputWithPast(loss=total)
         items = inputs.pop("num_items_in_batch", None)
         total, nats = label_nats(self, labels=labels, **inputs)
         return Qwen3ASRCausalLMOutputWithPast(loss=total / (len(nats) if items is None else items))

@@ -5,6 +5,7 @@ reach from one into the next. So a process's share of a step may be any utteranc
 """
 
 import heapq
+import itertools
 import math
 
 import numpy as np
@@ -180,3 +181,42 @@ def pack_samples(
     placeholders = np.concatenate([np.arange(*spans[clip_of[i]]) for i in order])
     tokens = pack_tokens(prompts, targets, rows, padding)
     return audio | tokens | {"audio_order": torch.from_numpy(placeholders)}, order
+
+
+def unpack(
+    batch: dict[str, torch.Tensor], audio_token: int
+) -> tuple[list[np.ndarray], list[list[int]], list[list[int]]]:
+    """The clips, prompts and targets that `pack` was given, in the order of the rows."""
+    tokens, positions, labels = (batch[name].flatten() for name in ("input_ids", "position_ids", "labels"))
+    clips, prompts, targets, frame = [], [], [], 0
+    for begin, end in itertools.pairwise(batch["utterance_ends"].tolist()):
+        if end - begin < 2 or positions[begin + 1] != 1:
+            continue  # padding
+        mine, is_prompt = tokens[begin:end], labels[begin:end] == IGNORED_LABEL
+        prompts.append(mine[is_prompt].tolist())
+        targets.append(mine[~is_prompt].tolist())
+        chunks = math.ceil(prompts[-1].count(audio_token) / TOKENS_PER_CHUNK)
+        stretch = slice(frame, frame + chunks * FRAMES_PER_CHUNK)
+        valid = int(batch["input_features_mask"][0, stretch].sum())
+        clips.append(batch["input_features"][0, :, stretch][:, :valid].numpy())
+        frame = stretch.stop
+    return clips, prompts, targets
+
+
+def halves(batch: dict[str, torch.Tensor], audio_token: int) -> list[dict[str, torch.Tensor]]:
+    """A training batch, packed or padded, as two with about as many tokens each; as none where it is one utterance."""
+    if "utterance_ends" not in batch:
+        rows = len(batch["input_ids"])
+        cuts = (slice(rows // 2), slice(rows // 2, rows)) if rows > 1 else ()
+        return [{name: tensor[cut] for name, tensor in batch.items()} for cut in cuts]
+    clips, prompts, targets = unpack(batch, audio_token)
+    if len(clips) < 2:
+        return []
+    sizes = np.array([len(prompt + target) for prompt, target in zip(prompts, targets, strict=True)])
+    padding = (targets[0] or prompts[0])[-1]
+    return [
+        pack(*([items[i] for i in part] for items in (clips, prompts, targets)), padding, len(batch["input_ids"]) == 1)[
+            0
+        ]
+        for part in balanced(sizes, 2)
+    ]

@@ -14,6 +14,7 @@ from hebrew_asr.model.packing import FRAMES_PER_CHUNK, audio_token_count
 MEL_BINS = 128
 AUDIO_TOKEN = "<|audio_pad|>"
 END_OF_TURN = "<|im_end|>"
+END_OF_LANGUAGE = "<asr_text>"
 EMPTY_SYSTEM_TURN = f"<|im_start|>system\n{END_OF_TURN}\n"
 
 
@@ -54,7 +55,7 @@ class Prompts:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - the prompts live as long as the process
     def language_prefix(self, language: str) -> list[int]:
-        return self.tokens(f"language {language}<asr_text>")
+        return self.tokens(f"language {language}{END_OF_LANGUAGE}")
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
     def around_audio(self, context: str | None) -> tuple[list[int], list[int]]:
@@ -82,6 +83,14 @@ class Prompts:
         ]
         return prompts, targets or [[]]
 
+    def read(self, generated: torch.Tensor | list[list[int]]) -> list[tuple[str | None, str]]:
+        """The language and the transcript of each row of generated tokens, as the model wrote them.
+
+        `return_format="parsed"` of the processor would show 20 and more repetitions as one: the worst hallucinations
+        would not be counted.
+        """
+        return [read_output(text) for text in self.processor.decode(generated, skip_special_tokens=True)]
+
     def to_generate(self, clips: list[np.ndarray], prompts: list[list[int]]) -> dict[str, torch.Tensor]:
         """The tensors that `generation.generate` reads: features, and prompts padded on the left."""
         features, mask = padded(clips)
@@ -91,6 +100,15 @@ class Prompts:
             "prompt_input_ids": pad(prompts, self.end_of_turn_id, left=True),
             "prompt_attention_mask": pad([[1] * len(p) for p in prompts], 0, left=True),
         }
+
+
+def read_output(text: str) -> tuple[str | None, str]:
+    """The language a model names, None for `language None` or none at all, and the transcript, loops and all."""
+    prefix, mark, transcript = text.partition(END_OF_LANGUAGE)
+    if not mark:
+        return None, text.strip()
+    language = prefix.strip().removeprefix("language ").strip()
+    return (None if language in ("", "None") else language), transcript.strip()
 
 
 def padded(clips: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers
+from transformers import Qwen3ASRForConditionalGeneration
 
 from hebrew_asr.errors import InputError
 
@@ -60,7 +61,7 @@ def trains_in(name: str, stage: Stage, model_config: transformers.Qwen3ASRConfig
     return component_of(name, stage, model_config) in stage.learning_rates
 
 
-def ever_trained(model: torch.nn.Module, stages: Sequence[Stage]) -> dict[str, torch.nn.Parameter]:
+def ever_trained(model: Qwen3ASRForConditionalGeneration, stages: Sequence[Stage]) -> dict[str, torch.nn.Parameter]:
     """The parameters that some stage trains."""
     return {
         name: parameter
@@ -69,7 +70,28 @@ def ever_trained(model: torch.nn.Module, stages: Sequence[Stage]) -> dict[str, t
     }
 
 
-def check_stages(model: torch.nn.Module, stages: Sequence[Stage]) -> None:
+def check_stage_list(stages: Sequence[Stage], num_epochs: int, max_steps: int | None) -> None:
+    """Raises InputError for stages that cannot follow one another, or that train nothing."""
+    if not stages:
+        raise InputError("stages is empty: name at least one stage")
+    last_epochs = [stage.last_epoch for stage in stages]
+    if last_epochs != sorted(set(last_epochs)) or last_epochs[0] < 1:
+        raise InputError(f"the stages' last_epoch must grow from one stage to the next, starting at 1: {last_epochs}")
+    if max_steps is None and num_epochs > last_epochs[-1]:
+        raise InputError(
+            f"num_epochs is {num_epochs}, but the last stage ({stages[-1].name}) ends at epoch"
+            f" {last_epochs[-1]}: raise its last_epoch, or lower num_epochs"
+        )
+    if (num_epochs if max_steps is None else max_steps) < 1:
+        raise InputError(f"nothing to train: num_epochs is {num_epochs}, max_steps {max_steps}")
+    for stage in stages:
+        if unknown := set(stage.learning_rates) - set(COMPONENTS):
+            raise InputError(f"stage {stage.name}: unknown component {sorted(unknown)}, known: {list(COMPONENTS)}")
+        if not stage.learning_rates or not all(rate > 0 for rate in stage.learning_rates.values()):
+            raise InputError(f"stage {stage.name} trains nothing: give at least one component a rate above 0")
+
+
+def check_stages(model: Qwen3ASRForConditionalGeneration, stages: Sequence[Stage]) -> None:
     """Raises InputError for a stage that asks for layers the model has not, or for a component without parameters."""
     for stage in stages:
         towers = (
@@ -86,23 +108,23 @@ def check_stages(model: torch.nn.Module, stages: Sequence[Stage]) -> None:
             raise InputError(f"stage {stage.name}: the model has no parameter of {sorted(missing)}")
 
 
-def freeze_for(model: torch.nn.Module, stage: Stage) -> None:
+def freeze_for(model: Qwen3ASRForConditionalGeneration, stage: Stage) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains_in(name, stage, model.config))
         if not parameter.requires_grad:
             parameter.grad = None
 
 
-def trainable_parameters(model: torch.nn.Module) -> int:
+def trainable_parameters(model: Qwen3ASRForConditionalGeneration) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def stage_line(model: torch.nn.Module, stage: Stage) -> str:
+def stage_line(model: Qwen3ASRForConditionalGeneration, stage: Stage) -> str:
     """One line for the log: what trains in a stage, with parameters and peak rates."""
     sizes: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            sizes[component_of(name, stage, model.config)] += parameter.numel()
+            sizes[component_of(name, stage, model.config) or ""] += parameter.numel()
     parts = [f"{name} {sizes[name] / 1e6:.2f} M at {rate:g}" for name, rate in stage.learning_rates.items()]
     tied = " (lm_head is tied to the embedding, which trains with it)" if "lm_head" in stage.learning_rates else ""
     return f"stage {stage.name}, to epoch {stage.last_epoch}: {', '.join(parts)}{tied}"

@@ -1,16 +1,22 @@
 """Utterances for rollouts."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from hebrew_asr.data.audio import SAMPLE_RATE
 from hebrew_asr.data.augmentation import draw_noise
-from hebrew_asr.data.utterances import SpeechDataset, log_mel
+from hebrew_asr.data.utterances import SpeechDataset, UtteranceSettings, log_mel
+
+
+class RolloutSettings(UtteranceSettings, Protocol):
+    nonspeech_share: float
 
 
 class RolloutDataset(SpeechDataset):
     """Training utterances, some of which are heard as silence or noise and have no text."""
+
+    config: RolloutSettings
 
     def utterance(self, row: dict[str, Any], epoch: int, number: int) -> dict[str, Any]:
         random = np.random.default_rng([self.config.seed, epoch, number, 3])

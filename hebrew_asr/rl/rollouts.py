@@ -17,10 +17,9 @@ import transformers
 from transformers import Qwen3ASRForConditionalGeneration
 
 from hebrew_asr.model.packing import deal_step, pack_clips, pack_samples
+from hebrew_asr.model.prompts import read_output
 from hebrew_asr.rl.rewards import RewardWeights, reward_parts, total_reward
 from hebrew_asr.text.scoring import leaderboard_normalize
-
-END_OF_LANGUAGE = "<asr_text>"
 
 
 @dataclass
@@ -69,7 +68,8 @@ class Group:
 
 
 def group_from_json(values: dict[str, Any]) -> Group:
-    return Group(**values | {"samples": [Sample(**sample) for sample in values["samples"]]})
+    samples = [Sample(**sample) for sample in values["samples"]]
+    return Group(**{name: value for name, value in values.items() if name != "samples"}, samples=samples)
 
 
 # ------------------------------------------------------------------------------------------------------------- Sampling
@@ -209,15 +209,6 @@ def batches_of(prompts: list[Prompt], budget: int) -> list[list[int]]:
     return batches
 
 
-def read_output(text: str) -> tuple[str | None, str]:
-    """The language a model names, None for `language None` or none at all, and the transcript, loops and all."""
-    prefix, mark, transcript = text.partition(END_OF_LANGUAGE)
-    if not mark:
-        return None, text.strip()
-    language = prefix.strip().removeprefix("language ").strip()
-    return (None if language in ("", "None") else language), transcript.strip()
-
-
 def group_of(
     utterance: dict[str, Any],
     drawn: list[Drawn],
@@ -248,7 +239,7 @@ class PackedGroups:
     order: list[Sample]
     """The samples in the order in which `batch` holds their tokens."""
 
-    def spread(self, name: str) -> torch.Tensor:
+    def flatten(self, name: str) -> torch.Tensor:
         """(tokens,) of a list that each sample has, in the batch's order."""
         return torch.tensor([value for sample in self.order for value in getattr(sample, name)], dtype=torch.float32)
 
@@ -259,7 +250,7 @@ class PackedGroups:
             setattr(sample, name, [next(each) for _ in sample.tokens])
 
     def policy(self) -> dict[str, torch.Tensor]:
-        """What the objectives take, see policy_losses.py."""
+        """What the objectives take, see hebrew_asr/rl/losses.py."""
         found: dict[int, tuple[int, float, float, float]] = {}
         for number, group in enumerate(self.groups):
             advantages = group.advantages() or [0.0] * len(group.samples)
@@ -275,8 +266,8 @@ class PackedGroups:
             "advantage": torch.tensor(advantage, dtype=torch.float32),
             "share": torch.tensor(share, dtype=torch.float32),
             "errors": torch.tensor(errors, dtype=torch.float32),
-            "old_log_p": self.spread("log_p"),
-            "reference_log_p": self.spread("reference_log_p"),
+            "old_log_p": self.flatten("log_p"),
+            "reference_log_p": self.flatten("reference_log_p"),
         }
 
 

@@ -325,7 +325,7 @@ def read_block(reference: Words, hypothesis: Words) -> list[Chunk]:
     for i in range(len(reference), -1, -1):
         for j in range(len(hypothesis), -1, -1):
             ways = [
-                (chunk.edits * (ONE_EDIT + PENALTY[chunk.error_class]) + best[after][0], chunk)
+                (chunk.edits * (ONE_EDIT + PENALTY[str(chunk.error_class)]) + best[after][0], chunk)
                 for chunk in chunks_from(i, j)
                 if (after := (i + len(chunk.reference), j + len(chunk.hypothesis)))
             ]

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from markupsafe import Markup
@@ -41,5 +41,5 @@ def render_page(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=visible
     )
-    environment.globals |= {"bidi_parts": bidi_parts, "has_hebrew": has_hebrew}
+    cast(dict[str, Any], environment.globals).update(bidi_parts=bidi_parts, has_hebrew=has_hebrew)
     return environment.get_template(template).render(values)

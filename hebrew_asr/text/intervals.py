@@ -178,10 +178,10 @@ def compare(
     What is hard is hard for both, so the difference is far better known than the two rates; their intervals may
     overlap where the difference is more than noise.
     """
-    first, second, words = (np.asarray(counts, float) for counts in (errors_first, errors_second, words))
+    first, second, counts = (np.asarray(each, float) for each in (errors_first, errors_second, words))
     if len(first) != len(second):
         raise ValueError("errors_first and errors_second must name the same utterances")
-    ratio = pooled_ratio(first - second, words, clusters)
+    ratio = pooled_ratio(first - second, counts, clusters)
     if ratio.standard_error:
         degrees = ratio.size_degrees
         half = student_quantile(degrees, (1 + confidence) / 2) * ratio.standard_error
@@ -193,8 +193,8 @@ def compare(
         doubt = 0.5 * (100 / (100 + abs(ratio.value))) ** ratio.effective_units
         first_better = 1 - doubt if ratio.value < 0 else doubt
     return Comparison(
-        first=error_rate_interval(first, words, clusters, confidence),
-        second=error_rate_interval(second, words, clusters, confidence),
+        first=error_rate_interval(errors_first, words, clusters, confidence),
+        second=error_rate_interval(errors_second, words, clusters, confidence),
         difference=difference,
         first_better=first_better,
         confidence=confidence,

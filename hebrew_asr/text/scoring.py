@@ -10,12 +10,18 @@ from dataclasses import dataclass
 import jiwer
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
+from hebrew_asr.text.intervals import error_rate_interval
+
 ZERO_WIDTH_AND_BIDI = "\u061c\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
 # Vowel points as the package `hebrew`, which the leaderboard calls, defines them: meteg (U+05BD), rafe (U+05BF) and
 # cantillation (U+0591-05AF) are not among them and fall to the symbol rule of the last step.
 NIQQUD = "".join(map(chr, [*range(0x05B0, 0x05BD), 0x05C1, 0x05C2, 0x05C4, 0x05C5, 0x05C7]))
 DELETED = str.maketrans("", "", ZERO_WIDTH_AND_BIDI + NIQQUD + "\"'")
 whisper_basic_normalizer = BasicTextNormalizer()
+IN_BRACKETS = (  # as Whisper's normaliser has them, with what closes them, and what opens them as a space
+    (re.compile(r"[<\[][^>\]]*[>\]]"), ">]", str.maketrans("<[", "  ")),
+    (re.compile(r"\(([^)]+?)\)"), ")", str.maketrans("(", " ")),
+)
 
 
 def leaderboard_normalize(text: str) -> str:
@@ -25,7 +31,12 @@ def leaderboard_normalize(text: str) -> str:
     bracketed text, applies NFKC and turns every other symbol or punctuation mark into a space. So `צה"ל` becomes one
     word and `צה״ל` (with U+05F4) two.
     """
-    return whisper_basic_normalizer(text.translate(DELETED)).strip()
+    text = text.translate(DELETED)
+    for pattern, closing, opening in IN_BRACKETS:
+        # Past the last bracket that closes, the pattern would look from each one that opens to the text's end.
+        end = max(map(text.rfind, closing)) + 1
+        text = pattern.sub("", text[:end]) + text[end:].translate(opening)
+    return whisper_basic_normalizer(text).strip()
 
 
 @dataclass(frozen=True)
@@ -43,9 +54,14 @@ class ErrorCounts:
         return ErrorCounts(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
     @property
+    def errors(self) -> int:
+        """Edits of words."""
+        return self.substitutions + self.deletions + self.insertions
+
+    @property
     def wer(self) -> float:
         """Word error rate in percent."""
-        return 100 * (self.substitutions + self.deletions + self.insertions) / self.words
+        return 100 * self.errors / self.words
 
     @property
     def cer(self) -> float:
@@ -137,21 +153,25 @@ def score(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, flo
         hypotheses: what was written, in the same order; an empty one counts as all deletions.
 
     Returns:
-        `wer` and `cer` on normalised text, `wer_raw` on the text as it is, `wer_nonempty` over the utterances whose
-        hypothesis is not empty, and counts: `utterances`, `words`, `empty_predictions`, and `empty_references`, the
-        utterances that are left out because nothing of their reference survives normalisation.
+        `wer` and `cer` on normalised text, `wer_low` and `wer_high` (the 95 % interval of `wer`), `wer_raw` on the text
+        as it is, `wer_nonempty` over the utterances whose hypothesis is not empty, and counts: `utterances`, `words`,
+        `empty_predictions`, and `empty_references`, the utterances that are left out because nothing of their reference
+        survives normalisation.
 
     Raises:
         ValueError: no reference holds a word.
     """
     total, nonempty, raw = ErrorCounts(), ErrorCounts(), ErrorCounts()
     empty_predictions = empty_references = 0
+    errors, words = [], []
     for reference, hypothesis in zip(references, hypotheses, strict=True):
         utterance = count_utterance(reference, hypothesis)
         if utterance.counts is None or utterance.raw_counts is None:
             empty_references += 1
             continue
         total += utterance.counts
+        errors.append(utterance.counts.errors)
+        words.append(utterance.counts.words)
         raw += utterance.raw_counts
         if utterance.hypothesis:
             nonempty += utterance.counts
@@ -159,8 +179,11 @@ def score(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, flo
             empty_predictions += 1
     if not total.words:
         raise ValueError("no reference holds a word after normalisation, so there is no error rate")
+    interval = error_rate_interval(errors, words)
     return {
         "wer": total.wer,
+        "wer_low": interval.low,
+        "wer_high": interval.high,
         "cer": total.cer,
         "wer_raw": raw.wer,
         "wer_nonempty": nonempty.wer if nonempty.words else float("nan"),

@@ -1,7 +1,7 @@
 """Hebrew transcripts as training targets: how their text is written, and which words belong to which seconds.
 
 Imports nothing of this project. The rules here are for what the model learns to write; error rates are computed
-under the leaderboard's own rules, in hebrew_scoring.py.
+under the leaderboard's own rules, in hebrew_asr/text/scoring.py.
 """
 
 import re
@@ -187,6 +187,12 @@ def without_prefix(transcript: str) -> str:
     return transcript[found.end() :] if (found := PREFIX.match(transcript)) else transcript
 
 
+def spoken_language(output: str) -> str | None:
+    """The language that a model's raw output names before its transcript; None where it names none."""
+    found = PREFIX.match(without_hidden(output))
+    return re.findall(r"language\s+([a-z]+)", found[0], re.IGNORECASE)[-1].capitalize() if found else None
+
+
 def refuse_control_tokens(text: str) -> None:
     """Raises ValueError, with its name, for a control token in a transcript or a target."""
     if found := CONTROL_TOKEN.search(without_hidden(text)):
@@ -243,7 +249,7 @@ def cut_into_pieces(segments: Segments, seconds: float, longest: float) -> tuple
     if past_the_end or segments.open_tail:
         valid_until = min(inside[-1].end, seconds) if inside else 0.0
         if valid_until < seconds:
-            reason = "timestamps past the end of the audio" if past_the_end else "open last segment"
+            reason = "timestamps past the end of the audio" if past_the_end else "last segment without an end timestamp"
             dropped.append(Dropped(valid_until, seconds, reason))
     if not inside:
         return [], dropped

@@ -142,10 +142,10 @@ def check_batch(config: Settings, processes: int) -> None:
 class GlobalBatchSampler(torch.utils.data.Sampler):
     """Yields, for each optimizer step, this process's micro-batches of (epoch, number).
 
-    An epoch's order is cut into steps of `target_effective_batch` utterances over all processes. The last step holds
-    what is left, and no utterance is repeated to fill it: a process may get an empty micro-batch. Within a step the
-    utterances are dealt by their tokens (`packing.deal_step`), every process computing the deal of all; or, where
-    `batch_size` governs, by number alone.
+    An epoch's order is cut into steps of `target_effective_batch` utterances over all processes. The last step is
+    smaller; no utterance is repeated to fill it, so that a process may get an empty micro-batch. Within a step the
+    utterances are dealt by their tokens (`packing.deal_step`), every process computing the deal of all; or, without a
+    token budget, by number alone.
     """
 
     def __init__(self, mixture: Mixture, tokens: UtteranceTokens, config: Settings, rank: int, processes: int):

@@ -12,13 +12,14 @@ from transformers import Qwen3ASRProcessor
 from hebrew_asr.data.mixture import Mixture
 from hebrew_asr.data.rows import SpeechRows
 from hebrew_asr.data.selection import load_train_and_eval
+from hebrew_asr.data.shared_memory import sent
 from hebrew_asr.data.stream import SpeechStream, StreamedSource, StreamReader, load_streams_and_eval
 from hebrew_asr.data.utterances import SpeechDataset
 from hebrew_asr.errors import InputError
 from hebrew_asr.processes import load_in_turn
 from hebrew_asr.training.batches import Collator, GlobalBatchSampler, UtteranceTokens, collate_step, collate_streamed
 from hebrew_asr.training.settings import Settings
-from hebrew_asr.training.watch import outlive_stop_signals
+from hebrew_asr.training.watch import die_of_a_lost_batch, outlive_stop_signals
 
 ORDER_STEP = 1_000_003  # from the seed of one order of the epochs to that of the next
 TrainingData = SpeechRows | list[StreamedSource]
@@ -27,6 +28,7 @@ TrainingData = SpeechRows | list[StreamedSource]
 class Feed(Protocol):
     """The training data of one process."""
 
+    dataset: SpeechDataset
     epoch: int
     """Counted from 1; the trainer sets it before it asks for the loader's batches."""
 
@@ -63,7 +65,7 @@ class ListedFeed:
     """Rows that are all known: any step of any epoch is a function of the seed."""
 
     def __init__(self, dataset: SpeechDataset, collator: Collator, config: Settings, rank: int, processes: int):
-        self.dataset, self.config = dataset, config
+        self.dataset, self.config, self.processes = dataset, config, processes
         self.mixture = Mixture(dataset.rows, config.train_sources, config.seed)
         tokens = UtteranceTokens(dataset.rows, collator, config)
         self.sampler = GlobalBatchSampler(self.mixture, tokens, config, rank, processes)
@@ -82,7 +84,13 @@ class ListedFeed:
         return len(self.sampler)
 
     def loader(self) -> torch.utils.data.DataLoader:
-        return speech_loader(self.dataset, self.sampler, self.collate, self.config)
+        return speech_loader(self.dataset, self.sampler, self.collate, self.config, self.seconds_at_once)
+
+    @property
+    def seconds_at_once(self) -> float:
+        """Of audio, in this process's share of a step."""
+        share = self.config.target_effective_batch / self.processes
+        return share * float(self.dataset.rows.seconds.mean())
 
     def facts(self) -> dict[str, Any]:
         rows = self.dataset.rows
@@ -130,7 +138,7 @@ class StreamFeed:
         processes: int,
     ):
         self.config, self.rank, self.processes = config, rank, processes
-        self.sampler = StreamSteps(config.steps_per_epoch)
+        self.sampler = StreamSteps(config.steps_per_epoch or 0)
         stream = SpeechStream(
             streams,
             dataset.utterance,
@@ -140,6 +148,7 @@ class StreamFeed:
             rank=rank,
             processes=processes,
         )
+        self.dataset = dataset
         self.reader = StreamReader(stream, config.dataloader_num_workers, pin_memory=torch.cuda.is_available())
 
     @property
@@ -154,7 +163,8 @@ class StreamFeed:
         return len(self.sampler)
 
     def loader(self) -> torch.utils.data.DataLoader:
-        return torch.utils.data.DataLoader(self.reader, batch_sampler=self.sampler, collate_fn=lambda step: step)
+        steps: Any = self.sampler
+        return torch.utils.data.DataLoader(self.reader, batch_sampler=steps, collate_fn=lambda step: step)
 
     def facts(self) -> dict[str, Any]:
         return {}
@@ -193,16 +203,28 @@ def load_data(config: Settings, state: accelerate.PartialState) -> tuple[Trainin
 
 
 def speech_loader(
-    dataset: SpeechDataset, batch_sampler: Any, collate: Callable[[Any], Any], config: Settings
+    dataset: SpeechDataset,
+    batch_sampler: Any,
+    collate: Callable[[Any], Any],
+    config: Settings,
+    seconds_at_once: float,
 ) -> torch.utils.data.DataLoader:
-    """torch's loader over utterances, with workers that do not die of the signal that stops a run."""
+    """torch's loader over utterances, with workers that do not die of the signal that stops a run.
+
+    `seconds_at_once`: of audio in a batch.
+    """
     workers = config.dataloader_num_workers
     return torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batch_sampler,
-        collate_fn=collate,
+        collate_fn=sent(collate, workers, seconds_at_once),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=2 if workers else None,
-        worker_init_fn=functools.partial(outlive_stop_signals, seconds=config.preemption_grace_seconds),
+        worker_init_fn=functools.partial(start_worker, seconds=config.preemption_grace_seconds),
     )
+
+
+def start_worker(number: int, seconds: float) -> None:
+    outlive_stop_signals(number, seconds)
+    die_of_a_lost_batch()

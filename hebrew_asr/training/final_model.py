@@ -22,11 +22,19 @@ def write_final_model(trainer: ResumableTrainer) -> None:
     best = store.best_valid(trainer.writer.parent, trainer.run_log.say)
     if best is None:
         raise InputError(f"no checkpoint is in {trainer.writer.parent}, so there is no final model: is the disk full?")
-    trainer.best_step = best.step
     dtype = getattr(torch, trainer.config.final_dtype)
     model = Qwen3ASRForConditionalGeneration.from_pretrained(best.folder, dtype=dtype)
     save_for_use(model, trainer.processor, trainer.final_folder, dtype)
-    trainer.final_origin = f"The checkpoint with the lowest WER, at step {best.step}."
+    if best.wer is None:
+        trainer.final_origin = f"The last checkpoint, at step {best.step}; none that could be saved was evaluated."
+    elif trainer.best_wer < best.wer:
+        trainer.final_origin = (
+            f"The checkpoint with the lowest WER of those that could be saved, at step {best.step}: that of step"
+            f" {trainer.best_step}, whose WER was {trainer.best_wer:.2f} %, could not."
+        )
+    else:
+        trainer.final_origin = f"The checkpoint with the lowest WER, at step {best.step}."
+    trainer.best_step = best.step
 
 
 def write_average(trainer: ResumableTrainer, folder: Path) -> str:

@@ -16,7 +16,7 @@ class Output(NamedTuple):
     """What the model made of one utterance."""
 
     hypothesis: str
-    language: str
+    language: str | None
     nats: float
     """Mean per target token of the batch that the utterance was in."""
     tokens: int

@@ -1,12 +1,10 @@
 """What a run will need, before it is paid for: memory by part, whether it fits the device, hours and cost.
 
 Computed from the model's configuration, without a GPU and without a download. What a forward pass saves for the
-backward one, and the peak of a micro-batch, are checked against small models on a CPU; nothing here was checked on a
-GPU. Attention is SDPA: its fused kernels, on a CPU and on CUDA, save queries, keys, values, the output and one number
-for each head and position. With the mask of packed rows, CUDA takes the memory-efficient kernel instead of
-FlashAttention; both save the mask in the queries' type. CUDA's pads the mask's rows to a multiple of 8 or 16, and the
-math kernel, where neither runs, saves the probabilities: neither is counted. CUDA's context, NCCL's buffers, cuDNN's
-workspace and fragmentation are in no part; `USABLE` leaves room for them.
+backward one, and the peak of a micro-batch, are checked against small models on a CPU and on fake tensors; hours come
+from the roofline (model/roofline.py). Nothing here was checked on a GPU. Attention is PyTorch's FlashAttention, which
+saves queries, keys, values, the output and one number for each head and position. CUDA's context, NCCL's buffers,
+cuDNN's workspace and fragmentation are in no part; `USABLE` leaves room for them.
 """
 
 import math
@@ -23,19 +21,28 @@ import transformers
 from hebrew_asr.data.mixture import Mixture
 from hebrew_asr.data.rows import load_rows
 from hebrew_asr.errors import InputError
-from hebrew_asr.model.costs import PEAK_FLOPS, Work, flops, real_config
+from hebrew_asr.model.costs import Work, real_config, small_config
 from hebrew_asr.model.layouts import in_transformers_layout
 from hebrew_asr.model.loading import checkpoint_problems
 from hebrew_asr.model.loss import LOGITS_AT_ONCE
 from hebrew_asr.model.packing import SHORTEST_CLIP, TOKENS_PER_CHUNK, WINDOW_TOKENS, deal_step, rows_of
+from hebrew_asr.model.roofline import (
+    DEVICES,
+    OPTIMISTIC,
+    PESSIMISTIC,
+    Step,
+    Trained,
+    made_up_batch,
+    step,
+    trace,
+)
 from hebrew_asr.model.stages import trains_in
 from hebrew_asr.training.settings import Settings
 
-DEVICES = {"A100-40GB": 40, "A100-80GB": 80, "H100": 80, "H200": 141, "L40S": 48, "4090": 24}  # 10⁹ bytes, data sheets
-USABLE = 0.95  # of that; assumed, not measured
-MFU = (0.4, 0.5)  # assumed, not measured
-ON_TOP = "Adam's pass over its memory, the exchange of gradients, evaluation, checkpoints and waiting for data"
-REAL_MODEL = "Qwen/Qwen3-ASR-1.7B-hf"
+USABLE = 0.95  # of a device's memory; assumed, not measured
+ASSUMED = OPTIMISTIC, PESSIMISTIC
+ON_TOP = "evaluation, checkpoints and waiting for data or for Python"
+REAL_MODELS = {"Qwen/Qwen3-ASR-1.7B-hf": real_config, "Qwen/Qwen3-ASR-0.6B-hf": small_config}
 LAYER = re.compile(r"(audio_tower|language_model)\.layers\.\d+\.")
 # Assumed of corpora that are not on this disk
 ASSUMED_HOURS = 350.0  # crowd-transcribe about 300, recital about 50
@@ -65,8 +72,8 @@ def activations(
 
     Args:
         trains: of a parameter's name.
-        element: bytes of a number that autocast may narrow. Under bf16 autocast on CUDA, norms keep fp32, and every
-            product that reads one's output has a bf16 copy of its own.
+        element: bytes of a number that autocast may narrow: 2 as on a GPU, where packed rows run fused (fused.py) and
+            attention is told where utterances end; 4 as on a CPU, as transformers has the layers.
     """
     audio, text = config.audio_config, config.text_config
     hidden, inner = text.hidden_size, text.intermediate_size
@@ -84,26 +91,30 @@ def activations(
     for number in range(audio.encoder_layers):
         below |= trains(f"model.audio_tower.layers.{number}.fc1.weight")
         if below:
-            copies = 4 if narrowed else 2  # of two norms' outputs
-            each = FP32 * (2 * audio.d_model + 4 + audio.encoder_attention_heads)
-            each += element * ((5 + copies) * audio.d_model + 2 * audio.encoder_ffn_dim)
+            # Inputs and outputs of two norms, with their means and deviations; attention; the feed-forward layer.
+            each = FP32 * (4 + audio.encoder_attention_heads)
+            each += element * ((8 if narrowed else 9) * audio.d_model + 2 * audio.encoder_ffn_dim)
             layer(work.audio_tokens * each, work.audio_tokens * element * audio.d_model)
     below |= trains("model.multi_modal_projector.linear_1.weight")
     if below:
-        saved += work.audio_tokens * (FP32 * (audio.d_model + 2) + element * 3 * audio.d_model)
+        saved += work.audio_tokens * (FP32 * 2 + element * 4 * audio.d_model)
     below |= trains("model.language_model.embed_tokens.weight")
     for number in range(text.num_hidden_layers):
         learns = trains(f"model.language_model.layers.{number}.mlp.up_proj.weight")
         below |= learns
         if not below:
             continue
-        # The inputs of four norms with their deviations; attention with repeated keys and values; the gated product.
-        each = FP32 * (2 * hidden + queries + keys + 2 + 2 * text.num_attention_heads + text.num_key_value_heads)
-        each += element * (4 * queries + 3 * inner)
-        if learns:
-            copies = 5 if narrowed else 2
-            each += FP32 * 2 * hidden + element * (copies * hidden + queries + keys + inner)
-        layer(work.tokens * each + work.token_pairs * element, work.tokens * FP32 * hidden)
+        if narrowed:
+            # What goes into the norms; queries and keys before and after they are turned, values, what is attended.
+            each = FP32 * (2 * hidden + text.num_attention_heads) + element * 3 * (queries + keys) + element * 2 * inner
+            each += element * (2 * hidden + inner) if learns else 0
+        else:
+            # The inputs of four norms with their deviations; attention with repeated keys; the gated product.
+            each = FP32 * (2 * hidden + queries + keys + 2 + 2 * text.num_attention_heads + text.num_key_value_heads)
+            each += element * (4 * queries + 3 * inner)
+            each += FP32 * (4 * hidden + queries + keys + inner) if learns else 0
+            each += work.token_pairs * element / max(1, work.tokens)  # the mask
+        layer(int(work.tokens * each), work.tokens * FP32 * hidden)
     if below:
         saved += work.tokens * FP32 * (hidden + 1)
         turns = work.tokens * FP32 * 2 * text.head_dim  # of rotary positions, shared by all layers
@@ -120,7 +131,7 @@ def passing(
 ) -> tuple[int, int]:
     """Bytes that a micro-batch needs beside weights, copies, gradients and moments: saved, and on top at its peak.
 
-    The peak is in the convolutions, in the loss, in a layer's backward pass, or at the embedding's gradient.
+    The peak is in the convolutions, in the loss, or in a layer's backward pass.
     """
     audio, text = config.audio_config, config.text_config
     kept = activations(config, work, trains, element, checkpointing)
@@ -135,16 +146,11 @@ def passing(
     logits = min(at_once, work.labels) * vocabulary
     gradient_of_logits = FP32 + (element if narrowed else 0)  # bytes of one, with the fp32 number it is made from
     several = work.labels > at_once  # then the chunk before is still there
-    loss = max(
-        logits * (2 * FP32 + (gradient_of_logits if several else 0)),
-        logits * gradient_of_logits + (head * element if learns and narrowed else 0),
-    )
-    loss += head_gradient + (head * element if narrowed and learns else 0)  # a bf16 copy of the matrix
+    loss = logits * (2 * FP32 + (gradient_of_logits if several else 0)) + head_gradient
 
     backward = head_gradient + kept.recomputed
     backward += work.tokens * (element * 3 * text.intermediate_size + FP32 * 2 * hidden)
-    embedding = 3 * FP32 * (head if learns and config.tie_word_embeddings else 0)  # the head's, its own, their sum
-    peak = max(convolution, kept.saved + loss, kept.saved + backward, embedding)
+    peak = max(convolution, kept.saved + loss, kept.saved + backward)
     return kept.saved, peak - kept.saved
 
 
@@ -154,14 +160,14 @@ class Weights:
 
     sizes: dict[str, int]
     matrices: set[str]
-    """Of them, those that products read; the embedding's table is not among them."""
+    """Of them, those that products read, for which autocast has bf16 copies."""
 
     @classmethod
     def of(cls, config: transformers.Qwen3ASRConfig) -> "Weights":
         with torch.device("meta"):
             model = transformers.Qwen3ASRForConditionalGeneration(config)
         parameters = dict(model.named_parameters())
-        matrices = {n for n, parameter in parameters.items() if parameter.dim() > 1 and n != head_name(config)}
+        matrices = {name for name, parameter in parameters.items() if parameter.dim() > 1}
         return cls({name: parameter.numel() for name, parameter in parameters.items()}, matrices)
 
     def count(self, wanted: Callable[[str], bool]) -> int:
@@ -176,13 +182,15 @@ def standing(
     processes: int,
     is_averaged: bool = False,
     sharded: bool = False,
+    in_parts: bool = True,
 ) -> dict[str, int]:
     """Bytes of each part that stays from one micro-batch to the next, in a stage given by its place.
 
     Args:
         stages: of each stage, whether a parameter trains; Adam's moments are those of all stages so far.
         is_averaged: a moving average of what trains is kept.
-        sharded: over the processes, as `sharding.py` does.
+        sharded: over the processes, as `hebrew_asr/model/sharding.py` does.
+        in_parts: a step has several micro-batches. Else DDP's buckets hold the only gradients there are.
     """
     share = processes if sharded else 1
     trains = stages[number]
@@ -196,7 +204,7 @@ def standing(
         "gradients": FP32 * now // share,
         "Adam's moments": 2 * FP32 * moved // share,
         "moving average": FP32 * ever // share if is_averaged else 0,
-        "DDP's buckets": FP32 * now if processes > 1 and not sharded else 0,
+        "DDP's buckets": FP32 * now if processes > 1 and in_parts and not sharded else 0,
         "bf16 copies for autocast": element * copied if element < FP32 else 0,  # the graph keeps them, whole
     }
 
@@ -270,27 +278,30 @@ def largest_micro_batch(seconds: np.ndarray, budget: int) -> Work:
 class Steps:
     """What a process has to do in a step, on average over steps that were dealt as in training."""
 
-    slowest: Work
-    """Of the process with the most tokens, summed over `STEPS_SIMULATED` steps."""
     balance: float
     """Tokens of all processes ÷ (processes × those of the slowest)."""
+    typical: list[np.ndarray]
+    """Seconds of the utterances of each micro-batch of the slowest process in a step of median length."""
     most: float
     """Tokens of a process in a step, padding left out."""
 
 
 def simulated(seconds: np.ndarray, utterances: int, processes: int, budget: int) -> Steps:
     random = np.random.default_rng(0)
-    slowest, useful, bound, largest = Work(), 0, 0, 0.0
+    useful, bound, largest = 0, 0, 0.0
+    steps: list[tuple[int, list[np.ndarray]]] = []
     for _ in range(STEPS_SIMULATED):
-        step = random.choice(seconds, utterances)
-        tokens = tokens_of(step)
+        drawn = random.choice(seconds, utterances)
+        tokens = tokens_of(drawn)
         dealt = deal_step(tokens, processes, budget)
-        shares = [sum((work_expected(step[places]) for places in mine if len(places)), Work()) for mine in dealt]
-        most = max(shares, key=lambda share: share.tokens)
-        slowest += most
+        shares = [sum((work_expected(drawn[places]) for places in mine if len(places)), Work()) for mine in dealt]
+        last = max(range(processes), key=lambda process: shares[process].tokens)
+        most = shares[last]
+        steps.append((most.tokens, [drawn[places] for places in dealt[last] if len(places)]))
         useful, bound = useful + tokens.sum(), bound + processes * most.tokens
         largest = max(largest, *(sum(tokens[places].sum() for places in mine) for mine in dealt))
-    return Steps(slowest, float(useful / bound), float(largest))
+    typical = sorted(steps, key=lambda found: found[0])[len(steps) // 2][1]
+    return Steps(float(useful / bound), typical, float(largest))
 
 
 def assumed_durations(mean: float, longest: float) -> np.ndarray:
@@ -312,7 +323,8 @@ class StagePlan:
     """What to change where it does not fit."""
     steps: int
     step_seconds: list[float]
-    """At each of `MFU`."""
+    """At each of `ASSUMED`."""
+    mfu: list[float]
 
     @property
     def peak_bytes(self) -> int:
@@ -333,7 +345,7 @@ class Plan:
     facts: list[str]
     """What it rests on."""
     hours: list[float]
-    """Of forward and backward passes alone at each of `MFU`; what `ON_TOP` names is not in them."""
+    """Of the steps at each of `ASSUMED`; what `ON_TOP` names is not in them."""
     cost: list[float] | None
 
 
@@ -354,10 +366,12 @@ def durations(config: Settings) -> tuple[np.ndarray, float, str]:
 def model_config(name: str) -> transformers.Qwen3ASRConfig:
     if Path(name).is_dir():
         with checkpoint_problems(name):
-            return transformers.AutoConfig.from_pretrained(in_transformers_layout(name))
-    if name not in (REAL_MODEL, REAL_MODEL.removesuffix("-hf")):  # the older layout has the same sizes
-        raise InputError(f"--plan knows {REAL_MODEL} without downloading it; of {name} give a local folder")
-    return real_config()
+            return transformers.AutoConfig.from_pretrained(in_transformers_layout(name), trust_remote_code=False)
+    real = REAL_MODELS.get(name.removesuffix("-hf") + "-hf")  # the older layout has the same sizes
+    if real is None:
+        known = " and ".join(REAL_MODELS)
+        raise InputError(f"--plan knows {known} without downloading them; of {name} give a local folder")
+    return real()
 
 
 def make_plan(config: Settings) -> Plan:
@@ -365,7 +379,6 @@ def make_plan(config: Settings) -> Plan:
     device, processes, budget = config.plan_device, config.plan_devices, config.tokens_per_micro_batch
     if budget is None or config.bf16 is False:
         raise InputError("--plan is for tokens_per_micro_batch and bf16: leave out what switches them off")
-    peak_flops = next(peak for name, peak in PEAK_FLOPS.items() if name in device)
     model = model_config(config.model_name_or_path)
     weights = Weights.of(model)
     seconds, hours_of_audio, origin = durations(config)
@@ -383,16 +396,34 @@ def make_plan(config: Settings) -> Plan:
             Needed(
                 model,
                 trains,
-                standing(weights, trained, number, BF16, processes, config.ema_decay is not None, is_sharded),
+                standing(
+                    weights,
+                    trained,
+                    number,
+                    BF16,
+                    processes,
+                    config.ema_decay is not None,
+                    is_sharded,
+                    steps.most > budget,
+                ),
                 seconds,
                 Gathered.of(weights, trained, number, steps.most) if is_sharded else None,
+                math.ceil(steps.most),
             )
             for is_sharded in (False, processes > 1)
         )
         needed = sharded if config.fsdp else whole
-        operations = sum(flops(model, steps.slowest, trains).values()) / STEPS_SIMULATED
-        if config.gradient_checkpointing:
-            operations += repeated(model, steps.slowest, trains) / STEPS_SIMULATED
+        costs = step_costs(
+            model,
+            steps.typical,
+            trains,
+            lambda name: any(stage(name) for stage in trained),
+            Trained.of(model, weights.sizes, trains),
+            processes,
+            device,
+            config.gradient_checkpointing,
+            config.bf16_exchange,
+        )
         plan = StagePlan(
             name=stage.name,
             trained_parameters=weights.count(trains),
@@ -400,13 +431,14 @@ def make_plan(config: Settings) -> Plan:
             usable_bytes=usable(device),
             advice=[],
             steps=max(0, end - done),
-            step_seconds=[operations / (share * peak_flops) for share in MFU],
+            step_seconds=[cost.seconds for cost in costs],
+            mfu=[cost.mfu(DEVICES[device]) for cost in costs],
         )
         if not plan.fits:
             plan.advice = advice(needed, sharded, device, budget, config.gradient_checkpointing)
         plans.append(plan)
         done = max(done, end)
-    hours = [sum(plan.hours[i] for plan in plans) for i in range(len(MFU))]
+    hours = [sum(plan.hours[i] for plan in plans) for i in range(len(ASSUMED))]
     price = config.plan_price_per_hour
     switch = "on" if config.gradient_checkpointing else "off"
     facts = [
@@ -419,8 +451,28 @@ def make_plan(config: Settings) -> Plan:
     return Plan(plans, facts, hours, None if price is None else [hour * processes * price for hour in hours])
 
 
+def step_costs(
+    model: transformers.Qwen3ASRConfig,
+    micro_batches: list[np.ndarray],
+    trains: Callable[[str], bool],
+    ever_trains: Callable[[str], bool],
+    trained: Trained,
+    processes: int,
+    device: str,
+    checkpointing: bool,
+    bf16_exchange: bool,
+) -> list[Step]:
+    """A step of micro-batches like the first of these (seconds of utterances), at each of `ASSUMED`."""
+    seconds = micro_batches[0]
+    labels = (LABELS_AROUND + TEXT_TOKENS_PER_SECOND * seconds).round().astype(int)
+    batch = made_up_batch(np.maximum(seconds, SHORTEST_CLIP), labels, model.audio_token_id)
+    traced = trace(model, batch, trains, ever_trains, checkpointing)
+    share = [traced] * len(micro_batches)
+    return [step(share, trained, processes, DEVICES[device], efficiency, bf16_exchange) for efficiency in ASSUMED]
+
+
 def usable(device: str) -> int:
-    return int(USABLE * DEVICES[device] * 1e9)
+    return int(USABLE * DEVICES[device].gigabytes * 1e9)
 
 
 @dataclass
@@ -433,6 +485,8 @@ class Needed:
     seconds: np.ndarray
     gathered: Gathered | None
     """Where training is sharded."""
+    most: int
+    """Tokens of a process in a step: no micro-batch has more, whatever the budget."""
 
     def parts(self, budget: int, checkpointing: bool) -> dict[str, int]:
         """Bytes by part; their sum is the peak."""
@@ -443,7 +497,9 @@ class Needed:
         return found
 
     def passing(self, budget: int, checkpointing: bool) -> tuple[int, int]:
-        return passing(self.model, largest_micro_batch(self.seconds, budget), self.trains, BF16, checkpointing)
+        return passing(
+            self.model, largest_micro_batch(self.seconds, min(budget, self.most)), self.trains, BF16, checkpointing
+        )
 
     def bytes(self, budget: int, checkpointing: bool) -> int:
         return sum(self.parts(budget, checkpointing).values())
@@ -453,20 +509,6 @@ class Needed:
         least = math.ceil(tokens_of(self.seconds).max() / 64) * 64
         fitting = (b for b in range(most // 64 * 64, least - 1, -64) if self.bytes(b, checkpointing) <= usable(device))
         return next(fitting, None)
-
-
-def repeated(config: transformers.Qwen3ASRConfig, work: Work, trains: Callable[[str], bool]) -> float:
-    """Operations of the forward passes that checkpointing repeats: those of the layers that have a graph."""
-    forward, below, total = flops(config, work), False, 0.0
-    for component, tower, matrix, count in (
-        ("encoder", "audio_tower", "fc1", config.audio_config.encoder_layers),
-        ("llm", "language_model", "mlp.up_proj", config.text_config.num_hidden_layers),
-    ):
-        for number in range(count):
-            below |= trains(f"model.{tower}.layers.{number}.{matrix}.weight")
-            total += forward[component] / count if below else 0
-        below |= trains("model.multi_modal_projector.linear_1.weight")
-    return total
 
 
 def advice(needed: Needed, sharded: Needed, device: str, budget: int, checkpointing: bool) -> list[str]:
@@ -497,9 +539,10 @@ def lines_of(plan: Plan) -> list[str]:
         (f"fits {stages[0].usable_bytes / 1e9:.1f} GB", ["yes" if stage.fits else "NO" for stage in stages]),
     )
     rows.append(("steps", [f"{stage.steps:,}" for stage in stages]))
-    for i, share in enumerate(MFU):
-        rows.append((f"seconds a step at {share:.0%} MFU", [f"{stage.step_seconds[i]:.3f}" for stage in stages]))
-        rows.append((f"hours at {share:.0%} MFU", [f"{stage.hours[i]:.2f}" for stage in stages]))
+    for i, name in enumerate(("fast", "slow")):
+        rows.append((f"seconds a step, {name}", [f"{stage.step_seconds[i]:.3f}" for stage in stages]))
+        rows.append((f"MFU, {name}", [f"{stage.mfu[i]:.0%}" for stage in stages]))
+        rows.append((f"hours, {name}", [f"{stage.hours[i]:.2f}" for stage in stages]))
     width = max(len(label) for label, _ in rows)
     table = [f"{label:<{width}}" + "".join(f"{value:>9}" for value in values) for label, values in rows]
     changes = [
@@ -508,8 +551,17 @@ def lines_of(plan: Plan) -> list[str]:
         if stage.advice
     ]
     low, high = min(plan.hours), max(plan.hours)
-    end = f"in all {low:.2f}–{high:.2f} h of forward and backward passes; {ON_TOP} come on top"
+    end = f"in all {low:.2f}–{high:.2f} h of steps; {ON_TOP} come on top"
     if plan.cost:
         end += f" | cost {min(plan.cost):,.2f}–{max(plan.cost):,.2f}"
-    note = "computed, not measured: memory was checked on small models on a CPU, MFU is assumed, no GPU was tried"
+    ranges = ", ".join(
+        f"{name} has {efficiency.matrix:.0%} of the data sheet's operations, {efficiency.memory:.0%} of its bandwidth,"
+        f" {efficiency.launch * 1e6:.0f} µs for the smallest kernel, the exchange"
+        f" {'behind the backward pass' if efficiency.overlapped else 'after it'}"
+        for name, efficiency in zip(("fast", "slow"), ASSUMED, strict=True)
+    )
+    note = (
+        f"computed, not measured: every kernel of a step on fake tensors; {ranges}. Memory was checked on small models"
+        " on a CPU; no GPU was tried"
+    )
     return [*plan.facts, *table, *changes, end, note]

@@ -9,10 +9,9 @@ import functools
 import itertools
 import json
 import math
-import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,18 +25,22 @@ from transformers import Qwen3ASRProcessor, Trainer, TrainerCallback
 from hebrew_asr.checkpoints import store
 from hebrew_asr.checkpoints.hub import CheckpointUploader
 from hebrew_asr.checkpoints.store import Checkpoint
-from hebrew_asr.checkpoints.tensors import ADAM, AVERAGE, WEIGHTS, load_weights, weights_of
+from hebrew_asr.checkpoints.tensors import ADAM, AVERAGE, DATA, WEIGHTS, load_weights, weights_of
+from hebrew_asr.data import identity
+from hebrew_asr.data.audio import AudioError
+from hebrew_asr.data.rows import SpeechRows
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.costs import Work
 from hebrew_asr.model.sharding import gather_for_others, sharded_like, whole
 from hebrew_asr.model.stages import Stage
+from hebrew_asr.processes import together
 from hebrew_asr.training.feed import Feed
 from hebrew_asr.training.moving_average import MovingAverage
-from hebrew_asr.training.run_folder import changes, find_checkpoint, first_line, note_failure
+from hebrew_asr.training.run_folder import PATH, changes, find_checkpoint, first_line, note_failure, settle
 from hebrew_asr.training.run_log import RunLog
 from hebrew_asr.training.settings import Settings
 from hebrew_asr.training.speed import Window
-from hebrew_asr.training.watch import LAUNCHER_ENDED, Batches, Watch, checksum, stop_name
+from hebrew_asr.training.watch import Batches, Watch, checksum, exit_status, stop_name
 
 SECONDS_TO_LEAVE = 2.0  # of the grace time, when the last checkpoint is still being uploaded
 TIMES_TO_GO_BACK = 2  # to a checkpoint, before a run without finite gradients is given up
@@ -45,6 +48,10 @@ TIMES_TO_GO_BACK = 2  # to a checkpoint, before a run without finite gradients i
 
 class Stopped(Exception):
     """A process was asked to stop, and all have agreed to."""
+
+
+class Unheard(InputError):
+    """Recordings of the evaluation set could not be read."""
 
 
 class BadSteps(InputError):
@@ -66,6 +73,8 @@ class ResumableTrainer(Trainer):
     processor: Qwen3ASRProcessor
     use_bf16: bool
     feed: Feed
+    identities: dict[str, np.ndarray]
+    """Of the `training` data, where they are known, and of the `evaluation` data."""
     total_steps: int
     stage: Stage
     stage_ends: dict[int, str]
@@ -102,13 +111,14 @@ class ResumableTrainer(Trainer):
             self.run_log.say,
             self.checkpoint_written,
             lambda: self.uploader.in_use,
+            lambda: store.update_status(folder, failed_saves=self.writer.failures),
         )
         self.watch = Watch(
             self.args.process_index,
             self.args.world_size,
             config.preemption_grace_seconds,
             config.stall_timeout_minutes,
-            functools.partial(note_failure, folder),
+            lambda line: note_failure(folder, line, "preempted" if self.watch.stop else "failed"),
         )
         self.add_callback(CheckpointEvents(self))
 
@@ -138,7 +148,8 @@ class ResumableTrainer(Trainer):
 
     def run_facts(self) -> dict[str, Any]:
         """What a resumed run must find as it was, beside the settings."""
-        return {"bf16_autocast": self.use_bf16, "steps": self.total_steps} | self.feed.facts()
+        data = {name: identity.digest_of(mine) for name, mine in self.identities.items()}
+        return {"bf16_autocast": self.use_bf16, "steps": self.total_steps, "data": data} | self.feed.facts()
 
     def extra_state(self) -> Any:
         """What a checkpoint keeps of this process beside the trainer's own."""
@@ -180,15 +191,15 @@ class ResumableTrainer(Trainer):
             return
         config = self.config
         state = {
-            "losses": list(map(finite, losses)),
+            "losses": list(map(none_if_nan, losses)),
             "streams": streams,
             "last_logged_step": self._globalstep_last_logged,
             "windows": windows,
             "dropped_utterances": self.dropped_utterances,
             "broken_utterances": self.broken_utterances,
             "dead_workers": self.dead_workers,
-            "last_train_loss": finite(self.last_train_loss),
-            "best_wer": finite(self.best_wer),
+            "last_train_loss": none_if_nan(self.last_train_loss),
+            "best_wer": none_if_nan(self.best_wer),
             "best_step": self.best_step,
             "evaluation_pending": self.evaluation_pending,
             "order": self.order,
@@ -201,7 +212,7 @@ class ResumableTrainer(Trainer):
             "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in self.run_log.rows).encode(),
         }
         facts = {
-            "wer": finite(self.last_wer) if self.evaluated_step == step else None,
+            "wer": none_if_nan(self.last_wer) if self.evaluated_step == step else None,
             "epoch": self.state.epoch,
             "stage": self.stage.name,
             "processes": self.args.world_size,
@@ -209,10 +220,30 @@ class ResumableTrainer(Trainer):
             "fingerprint": store.fingerprint(config.identity()),
             "run": self.run_facts(),
         }
-        tensors = {WEIGHTS: weights, ADAM: adam}
+        data = {name: torch.from_numpy(mine.copy()) for name, mine in self.identities.items()}
+        tensors = {WEIGHTS: weights, ADAM: adam, DATA: data}
         if self.moving_average:
             tensors[AVERAGE] = self.moving_average.weights
         self.writer.save(step, tensors, documents, facts)
+
+    def save_last(self) -> None:
+        """Makes sure that the last step is on the disk, by a second attempt if need be; InputError on all processes."""
+        step, place = self.state.global_step, self.writer.parent
+        for is_last_attempt in (False, True):
+            self.writer.wait()
+            newest = store.newest_name(place)
+            if self.watch.gather(newest is not None and store.number_of(Path(newest)) == step)[0]:
+                return
+            if is_last_attempt:
+                break
+            self.saved_step = 0
+            self.save_checkpoint()
+        with together():
+            raise InputError(
+                f"the run is at its last step, {step}, which could not be saved ({self.writer.problem}); the newest"
+                f" checkpoint is {newest or 'none'}. Make room in {place}, or mend the disk: the same command goes on"
+                " from there"
+            )
 
     def checkpoint_written(self, checkpoint: Checkpoint) -> None:
         """Called in the writer's thread for each checkpoint that is on the disk."""
@@ -248,7 +279,8 @@ class ResumableTrainer(Trainer):
             setattr(self, name, state[name])
         self.last_train_loss = float("nan") if state["last_train_loss"] is None else state["last_train_loss"]
         self.best_wer = float("inf") if state["best_wer"] is None else state["best_wer"]
-        if self.best_step not in map(store.number_of, store.names(self.writer.parent)):
+        is_same_set = changed_data(checkpoint, self.identities, ("evaluation",)) == []
+        if not is_same_set or self.best_step not in map(store.number_of, store.names(checkpoint.folder.parent)):
             self.best_wer, self.best_step = float("inf"), 0
         self.shuffle_anew(state["order"])
         self.restore_extra_state(state["streams"])
@@ -311,15 +343,29 @@ class ResumableTrainer(Trainer):
 
     # Stopping
 
-    def while_running(self, loader: torch.utils.data.DataLoader) -> Iterator[Any]:
-        """A loader's batches; raises Stopped on all processes between two batches when one of them is asked to stop."""
-        batches = Batches(iter(loader), lambda done: iter(skip_first_batches(loader, done)), self.worker_died)
+    def while_running(self, loader: torch.utils.data.DataLoader | list[Any]) -> Iterator[Any]:
+        """A loader's batches; raises Stopped on all processes between two batches when one of them is asked to stop.
+
+        Raises Unheard on all of them, after the last batch, when a recording could not be read.
+        """
+        begun, problems = loader.dataset.begun if isinstance(loader, torch.utils.data.DataLoader) else list, []
+        batches = Batches(iter(loader), lambda done: iter(skip_first_batches(loader, done)), self.worker_died, begun)
         for _ in range(max(self.watch.gather(len(loader)))):
             self.watch.mark(f"the evaluation after step {self.state.global_step}")
             if stop := self.watch.agree_to_stop():
                 self.stopped = stop
                 raise Stopped
-            yield from itertools.islice(batches, 1)
+            try:
+                yield from itertools.islice(batches, 1)
+            except AudioError as error:  # of a worker, with its traceback before it
+                problems.append(
+                    str(error).strip().splitlines()[-1].removeprefix(f"{AudioError.__module__}.AudioError: ")
+                )
+        if found := [problem for mine in self.watch.gather(problems) for problem in mine]:
+            raise Unheard(
+                f"{len(found)} recordings of the evaluation set could not be read, {found[0]}. Put them back: the same"
+                " command goes on from the last step"
+            )
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluates; where that is cut off, saves a checkpoint that knows it, and stops."""
@@ -331,6 +377,12 @@ class ResumableTrainer(Trainer):
             self.evaluation_pending = True
             self.control.should_save = self.control.should_training_stop = True
             return {}
+        except Unheard:
+            if self.state.global_step:
+                self.evaluation_pending = True
+                self.save_checkpoint()
+                self.writer.wait()
+            raise
 
     # Guards
 
@@ -342,12 +394,13 @@ class ResumableTrainer(Trainer):
         """The inputs of one step after the other, whatever becomes of the loader's workers."""
         if self.batches is None or self.batches.first is not epoch_iterator:
             begin = self.state.global_step % len(self.feed)
-            self.batches = Batches(epoch_iterator, lambda done: self.rest_of_epoch(begin + done), self.worker_died)
+            again = functools.partial(self.rest_of_epoch, begin)
+            self.batches = Batches(epoch_iterator, again, self.worker_died, self.feed.dataset.begun)
         return self.batches
 
-    def rest_of_epoch(self, done: int) -> Iterator[Any]:
+    def rest_of_epoch(self, begin: int, done: int) -> Iterator[Any]:
         """The epoch's batches without the first ones, by new workers."""
-        return iter(skip_first_batches(self.get_train_dataloader(), done))
+        return iter(skip_first_batches(self.get_train_dataloader(), begin + done))
 
     def worker_died(self, why: str) -> None:
         """Says, from any process, that a worker of the loader died; the next step counts it."""
@@ -391,7 +444,7 @@ class ResumableTrainer(Trainer):
         order = self.order + 1
         self.unwrap()
         self.optimizer = None
-        self.resume(found)
+        self.resume(settle(found, self.writer.parent))
         self.shuffle_anew(order)
         self.bad_steps = 0
         self.run_log.say(f"warning: {problem}; back to step {found.step}, with data order {order}")
@@ -433,8 +486,8 @@ class CheckpointEvents(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def finite(number: float) -> float | None:
-    """A number as JSON can have it."""
+def none_if_nan(number: float) -> float | None:
+    """None for NaN and infinity, which JSON does not have."""
     return number if math.isfinite(number) else None
 
 
@@ -447,9 +500,43 @@ def check_checkpoint(checkpoint: Checkpoint, trainer: ResumableTrainer) -> None:
             f" {differing[0]}. Give the model it was trained from, or another --resume"
         )
     differing = changes(checkpoint.facts["settings"], trainer.config)
-    differing += store.differences(checkpoint.facts["run"], trainer.run_facts())
+    run, mine = dict(checkpoint.facts["run"]), trainer.run_facts()
+    if run.pop("data", None) is not None:  # else it is of an older version, which compares paths and counts
+        changed = changed_data(checkpoint, trainer.identities)
+        differing = [line for line in differing if not PATH.match(line)]
+        if changed and not trainer.config.accept_changed_data:
+            raise InputError(
+                f"{checkpoint.folder} was trained with other data:\n  "
+                + "\n  ".join(changed)
+                + "\nPut the data back, or go on with these by --accept_changed_data, or train in another --output_dir"
+            )
+        for name in ("train_utterances", "train_seconds", *(["steps"] if changed else [])):
+            run.pop(name, None), mine.pop(name, None)
+    mine.pop("data")
+    differing += store.differences(run, mine)
     if differing:
         raise InputError(f"{checkpoint.folder} is of another run:\n  " + "\n  ".join(differing))
+
+
+def stand_in_for_lost(rows: SpeechRows, checkpoint: Checkpoint, run_log: RunLog) -> SpeechRows:
+    """The training data as they were at a checkpoint, where files of them are lost: those are dropped at their turn."""
+    if not (checkpoint.folder / DATA).exists():
+        return rows
+    whole = identity.with_lost(rows, dict(checkpoint.tensors(DATA))["training"].numpy())
+    if lost := len(whole) - len(rows):
+        run_log.say(f"warning: {lost} training utterances are lost since step {checkpoint.step}: they are dropped")
+    return whole
+
+
+def changed_data(
+    checkpoint: Checkpoint, mine: dict[str, np.ndarray], names: Iterable[str] = ("training", "evaluation")
+) -> list[str]:
+    """How a checkpoint's data differ from a run's, a line each; none where it does not say which data it had."""
+    if not (checkpoint.folder / DATA).exists():
+        return []
+    old = {name: tensor.numpy() for name, tensor in checkpoint.tensors(DATA)}
+    lines = [identity.differences(f"{n} data", old[n], mine[n]) for n in names if n in old and n in mine]
+    return list(itertools.chain(*lines))
 
 
 def train(trainer: ResumableTrainer) -> None:
@@ -467,6 +554,7 @@ def train(trainer: ResumableTrainer) -> None:
                 trainer.train()
             if trainer.stopped:
                 raise Stopped
+            trainer.save_last()
             return
         except BadSteps as problem:
             trainer.go_back(problem)
@@ -484,14 +572,14 @@ def ends_early(trainer: ResumableTrainer):
     trainer.writer.wait()
     seconds = trainer.watch.seconds_left() - SECONDS_TO_LEAVE
     if run_log.is_main:
-        last = next(iter(store.names(trainer.writer.parent)), None)
-        where = f"checkpoint {last.name}" if last else "no checkpoint yet"
+        last = store.newest_name(trainer.writer.parent)
+        where = f"checkpoint {last}" if last else "no checkpoint yet"
         step, why = trainer.state.global_step, stop_name(trainer.stopped)
-        facts = {"step": step, "why": why, "checkpoint": last.name if last else None}
+        facts = {"step": step, "why": why, "checkpoint": last}
         store.write_status(run_log.folder, "preempted", **facts, **uploader.facts())
         run_log.say(f"stopped at step {step} ({why}), {where}; the same command goes on from there")
         if last and uploader.repo_id:
-            is_there = uploader.drain(seconds) and uploader.uploaded == last.name
+            is_there = uploader.drain(seconds) and uploader.uploaded == last
             state = "is on the Hub" if is_there else f"is not on the Hub, which has {uploader.uploaded or 'none'}"
             run_log.say(f"{where} {state}{'' if is_there or not uploader.problem else f' ({uploader.problem})'}")
             store.update_status(run_log.folder, on_hub=is_there, **uploader.facts())
@@ -500,7 +588,7 @@ def ends_early(trainer: ResumableTrainer):
     run_log.finish()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    sys.exit(128 + (signal.SIGTERM if trainer.stopped == LAUNCHER_ENDED else trainer.stopped))
+    sys.exit(exit_status(trainer.stopped))
 
 
 class StepEvents(TrainerCallback):
@@ -541,6 +629,7 @@ def training_arguments(config: Settings, folder: Path, cpu: bool) -> transformer
         seed=config.seed,
         use_cpu=cpu,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # they are constants; a forward pass may be run again by one process alone
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process on a machine of many GPUs takes one; Trainer would wrap it in DataParallel

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from hebrew_asr.training.run_log import RunLog
 from hebrew_asr.training.settings import Settings
 from hebrew_asr.training.watch import take_lock
 
+PATH = re.compile(r"(train|eval)_sources\.\d+\.path: ")  # of `changes`: data that moved are the same data
+
 
 def open_run_folder(config: Settings, state: accelerate.PartialState) -> tuple[Path, Any]:
     """Creates the run's folder, or finds the run in it; returns it on all ranks, with the lock the first one holds.
@@ -38,8 +41,8 @@ def open_run_folder(config: Settings, state: accelerate.PartialState) -> tuple[P
     folder, lock = Path(folder), None
     with together():
         if state.is_main_process:
-            check_same_run(config, folder)
             try:
+                check_same_run(config, folder)
                 folder.mkdir(parents=True, exist_ok=True)
                 if not config.inspect_data and (lock := take_lock(folder)) is None:
                     raise InputError(f"another process trains in {folder}: wait for it, or choose another --output_dir")
@@ -53,14 +56,29 @@ def open_run_folder(config: Settings, state: accelerate.PartialState) -> tuple[P
 
 
 def check_same_run(config: Settings, folder: Path) -> None:
-    """Raises InputError when the folder holds a run that these settings do not continue."""
-    if not (folder / "config.yaml").exists():
+    """Raises InputError when the folder holds what these settings do not continue.
+
+    A run that left no checkpoint has not begun: whatever it was, this one takes its folder.
+    """
+    is_ours, is_finished = (folder / "config.yaml").exists(), store.read_status(folder)["state"] == "finished"
+    has_begun = is_finished or bool(store.names(folder / "checkpoints"))
+    if not (is_ours and has_begun):
+        for name in ("final_model", "checkpoints"):
+            if (folder / name).exists() and any((folder / name).iterdir()) and not (is_ours and name == "checkpoints"):
+                raise InputError(
+                    f"{folder / name} is there, and is of no run in this folder: choose another --output_dir, or move"
+                    " it away"
+                )
         return
     if config.resume == "never":
         raise InputError(f"{folder} holds a run already: choose another --output_dir, or remove the folder")
     try:
-        differing = changes(json.loads((folder / "config.yaml").read_text()), config)
-    except ValueError as error:
+        old = json.loads((folder / "config.yaml").read_text())
+        differing = changes(old, config)
+        newest = store.newest_name(folder / "checkpoints")
+        if newest is None or "data" in store.read_manifest(folder / "checkpoints" / newest)["run"]:
+            differing = [line for line in differing if not PATH.match(line)]  # the data themselves are compared later
+    except (ValueError, AttributeError, KeyError, FileNotFoundError) as error:
         raise InputError(f"{folder}/config.yaml cannot be read ({error}): choose another --output_dir") from error
     if differing:
         raise InputError(
@@ -77,13 +95,26 @@ def changes(old: dict[str, Any], config: Settings) -> list[str]:
 
 
 def find_checkpoint(place: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest valid checkpoint of a run, as the first process finds it; later ones are set aside."""
+    """The newest valid checkpoint of a run, as the first process finds it; InputError where one cannot be read."""
     found = None
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        found = store.newest_valid(place, say)
-        store.set_aside_after(place, found.step if found else -1)
+    with together():
+        if is_first():
+            found = store.newest_valid(place, say)
     (found,) = broadcast_object_list([found])
     return found
+
+
+def settle(found: Checkpoint | None, place: Path) -> Checkpoint | None:
+    """Makes a checkpoint the newest of the run's own; the last thing before training, when all else is checked."""
+    with together():
+        if is_first():
+            found = store.settle(found, place)
+    (found,) = broadcast_object_list([found])
+    return found
+
+
+def is_first() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def checkpoint_to_resume(config: Settings, folder: Path, run_log: RunLog) -> Checkpoint | None:
@@ -106,11 +137,6 @@ def checkpoint_to_resume(config: Settings, folder: Path, run_log: RunLog) -> Che
                 found = store.verify(Path(config.resume))
             except store.InvalidCheckpoint as problem:
                 raise InputError(f"--resume {config.resume} is no valid checkpoint: {problem}") from problem
-            if found.folder.parent.resolve() == place.resolve():
-                store.set_aside_after(place, found.step)
-            else:
-                store.set_aside_after(place, -1)
-                found = store.adopt(found, place)
     (found,) = broadcast_object_list([found])
     return found
 
@@ -129,11 +155,11 @@ def failures_noted(folder: Path):
         raise
 
 
-def note_failure(folder: Path, reason: str) -> None:
+def note_failure(folder: Path, reason: str, state: str = "failed") -> None:
     """The first process to fail knows best; the others then fail because it is gone."""
     if store.read_status(folder)["state"] == "running":
-        last = next(iter(store.names(folder / "checkpoints")), None)
-        store.update_status(folder, state="failed", why=reason, checkpoint=last.name if last else None)
+        last = store.newest_name(folder / "checkpoints")
+        store.update_status(folder, state=state, why=reason, checkpoint=last)
 
 
 def check_disk(folder: Path, model: torch.nn.Module, config: Settings) -> None:

@@ -1,6 +1,6 @@
 """What a run leaves behind: lines on the console, metrics.jsonl, a tracked dashboard, curves, and its verdict.
 
-Imports nothing of this project.
+What the disk does not take, or the console, does not end the run.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from hebrew_asr.console import escaped, visible
+from hebrew_asr.files import Appended
+
 TRACKERS = ("wandb", "trackio", "none")
 FINISH_SECONDS = 300.0  # for W&B, at the end, to take what it has not yet; by itself it waits until it has all
+METRICS, SKIPPED = "metrics.jsonl", "skipped-steps.txt"
 Row = dict[str, Any]  # one line of metrics.jsonl: `step`, and names such as train/loss or eval/wer with their values
 
 
@@ -38,6 +43,7 @@ class RunLog:
         self.tracker: Any = None  # the tracker's run
         self.library: Any = None  # wandb or trackio
         self.tracker_id: list[str] | None = None  # which tracker, and what it calls the run
+        self.files = {name: Appended(folder / name) for name in (METRICS, SKIPPED, f"dropped-{rank}.txt")}
 
     def start_tracker(self, name: str, project: str, run_name: str, settings: dict[str, Any], tags: list[str]) -> None:
         """Opens the dashboard: wandb (offline without an account or a network), trackio (local), or none."""
@@ -80,6 +86,9 @@ class RunLog:
         return f"dashboard: {self.tracker.url}" if name == "wandb" else f"metrics: {self.folder / 'metrics.jsonl'}"
 
     def finish(self) -> None:
+        for name, file in self.files.items():
+            if file.waiting and (error := file.write("")):
+                self.say(f"warning: the end of {name} could not be written ({error})")
         if not self.tracker:
             return
         with silenced_stdout(), self.unless_it_fails():
@@ -103,8 +112,20 @@ class RunLog:
 
     def say(self, line: str) -> None:
         if self.is_main:
-            tqdm.write(line, file=sys.stdout)
+            tqdm.write(visible(line), file=sys.stdout)
             sys.stdout.flush()
+
+    def append(self, name: str, text: str) -> None:
+        """Appends to a file of the run's folder; says once when that is not possible."""
+        file = self.files[name]
+        if (error := file.write(text)) and file.failures == 1:
+            line = f"warning: {name} cannot be written ({error}): what belongs there is kept until it can be"
+            print(line, file=sys.stderr, flush=True)
+
+    @property
+    def failed_writes(self) -> int:
+        """Times that a file of this process's log could not be written when it should have been."""
+        return sum(file.failures for file in self.files.values())
 
     def log(self, numbers: dict[str, Any], step: int) -> None:
         """Writes numbers under their names to metrics.jsonl and the dashboard, and the main ones as one line."""
@@ -112,8 +133,7 @@ class RunLog:
             return
         numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
         self.rows.append({"step": step} | numbers)
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(self.rows[-1]) + "\n")
+        self.append(METRICS, json.dumps(self.rows[-1]) + "\n")
         if self.tracker:
             with self.unless_it_fails():
                 self.tracker.log(numbers, step=step)
@@ -128,22 +148,30 @@ class RunLog:
             self.bar.set_postfix(self.on_bar, refresh=False)
 
     def go_back(self, rows: list[Row], step: int) -> None:
-        """Forgets what was logged after a step, which is about to be logged again; `rows` is what there was by then."""
+        """Truncates the log to a step, to log the later ones again; `rows` is what was logged by then."""
         self.rows = rows
         if self.is_main:
-            unfinished = self.folder / ".metrics.jsonl"
-            unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            unfinished.replace(self.folder / "metrics.jsonl")
+            self.rewrite(METRICS, [json.dumps(row) + "\n" for row in rows])
         dropped = self.folder / f"dropped-{self.rank}.txt"
         if dropped.exists():
-            lines = dropped.read_text().splitlines(keepends=True)
-            dropped.write_text("".join(line for line in lines if int(line.split(":")[0].split()[1]) <= step))
+            text = dropped.read_text(encoding="utf-8", errors="replace")
+            lines = re.finditer(r"^step (\d+): .*\n", text, re.MULTILINE)  # others are torn
+            self.rewrite(dropped.name, [found[0] for found in lines if int(found[1]) <= step])
+
+    def rewrite(self, name: str, lines: list[str]) -> None:
+        """Replaces a file of the run's folder; says so where that is not possible."""
+        self.files[name].waiting = ""
+        unfinished = self.folder / f".{name}"
+        try:
+            unfinished.write_text("".join(lines), encoding="utf-8")
+            unfinished.replace(self.folder / name)
+        except OSError as error:
+            self.say(f"warning: {name} cannot be written ({error}): it still has the steps that are done again")
 
     def note_skipped(self, utterances: list[str], norm: float, step: int) -> None:
         """Names the utterances of a step that was not applied, all of them in a file."""
         if self.is_main:
-            with open(self.folder / "skipped-steps.txt", "a") as file:
-                file.writelines(f"step {step}: {name}\n" for name in utterances)
+            self.append(SKIPPED, "".join(f"step {step}: {escaped(name)}\n" for name in utterances))
             self.say(
                 f"warning: step {step} was not applied, its gradient norm is {norm}; its {len(utterances)} utterances"
                 f" are in skipped-steps.txt: {', '.join(utterances[:3])}, …"
@@ -158,8 +186,8 @@ class RunLog:
     def note_dropped(self, reasons: list[str], step: int) -> None:
         """Lists utterances that were left out of a step (any rank: each has a file of its own)."""
         if reasons:
-            with open(self.folder / f"dropped-{self.rank}.txt", "a") as file:
-                file.writelines(f"step {step}: {reason}\n" for reason in reasons)
+            lines = [f"step {step}: {escaped(reason)}\n" for reason in reasons]
+            self.append(f"dropped-{self.rank}.txt", "".join(lines))
 
     def log_predictions(self, name: str, pairs: list[tuple[str, str]], step: int) -> None:
         for reference, hypothesis in pairs:
@@ -228,7 +256,17 @@ def wer_summary(rows: list[Row], stage_ends: dict[int, str], last_stage: str) ->
     names = {0: "before training"} | {step: f"after {stage}" for step, stage in stage_ends.items()}
     names = {max(wers): f"after {last_stage}, at the end"} | names
     lines = [f"WER {wers[step]:6.2f} %  {name}" for step, name in sorted(names.items()) if step in wers]
-    return lines + [f"WER {value:6.2f} %  final model, reloaded from disk" for _, value in curve(rows, "final/wer")]
+    for row in rows:
+        if "final/wer" in row:
+            interval = f"95 % interval {row['final/wer_low']:.2f}–{row['final/wer_high']:.2f}"
+            lines.append(f"WER {row['final/wer']:6.2f} %  final model, reloaded from disk ({interval})")
+    return lines
+
+
+def is_worse(rows: list[Row]) -> bool:
+    """Whether the final model has more errors than the model had before training."""
+    before, final = curve(rows, "eval/wer")[:1], curve(rows, "final/wer")
+    return bool(before and final) and final[-1][1] > before[0][1]
 
 
 def success_criteria(rows: list[Row], target_loss: float, target_wer: float, vocab_size: int) -> list[str]:
@@ -244,10 +282,10 @@ def success_criteria(rows: list[Row], target_loss: float, target_wer: float, voc
     first, last, guessing = np.mean(losses[:fifth]), np.mean(losses[-fifth:]), math.log(vocab_size)
     checks = {
         f"loss {last:.3f} nats per token, target below {target_loss:g}": last < target_loss,
-        f"no plateau: loss from {first:.3f} to {last:.3f}, guessing is {guessing:.2f}": (
+        f"no plateau: loss from {first:.3f} to {last:.3f} (a model that guesses has {guessing:.2f})": (
             last < 0.95 * first and abs(last - guessing) > 0.5
         ),
         f"WER {final_wer:.2f} %, target below {target_wer:g} %": final_wer < target_wer,
-        f"metrics work: eval/wer from {wers[0]:.2f} to {wers[-1]:.2f} over {len(wers)} evaluations": len(set(wers)) > 1,
+        f"the WER changes: from {wers[0]:.2f} % to {wers[-1]:.2f} % over {len(wers)} evaluations": len(set(wers)) > 1,
     }
     return [f"{'met' if is_met else 'NOT met'}: {line}" for line, is_met in checks.items()]

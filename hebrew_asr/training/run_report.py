@@ -10,6 +10,7 @@ import torch
 from hebrew_asr.checkpoints.model_card import write_model_card
 from hebrew_asr.data.report import write_report
 from hebrew_asr.data.rows import SpeechRows
+from hebrew_asr.data.shared_memory import advice
 from hebrew_asr.model.sharding import is_sharded
 from hebrew_asr.training.feed import ListedFeed, TrainingData
 from hebrew_asr.training.resuming import ResumableTrainer
@@ -21,7 +22,11 @@ def report_data(folder: Path, data: TrainingData, eval_rows: SpeechRows, config:
     run_log.say(f"run folder {folder}")
     if run_log.is_main:
         listed = isinstance(data, SpeechRows)
-        for line in write_report(folder, data if listed else None, eval_rows, config):
+        try:
+            lines = write_report(folder, data if listed else None, eval_rows, config)
+        except OSError as error:
+            lines = [f"warning: the report on the corpora could not be written ({error})"]
+        for line in lines:
             run_log.say(line)
         for stream in [] if listed else data:
             run_log.say(f"streamed: {stream.source}, {stream.rows.num_shards} shards, read while training")
@@ -35,13 +40,16 @@ def describe_result(trainer: ResumableTrainer, final: dict[str, float]) -> None:
         model_id=config.hf_repo_id or str(folder),
         base_model=config.model_name_or_path,
         train_sources=[source.path for source in config.train_sources],
-        eval_name=", ".join(source.path for source in config.eval_sources) or "held-out recordings",
+        eval_names=[source.path for source in config.eval_sources] or ["held-out recordings"],
         final=final,
         origin=trainer.final_origin,
         settings=dataclasses.asdict(config),
         tags=config.tags,
     )
-    draw_curves(run_log.rows, trainer.stage_ends, trainer.panels, folder.parent / "curves.png")
+    try:
+        draw_curves(run_log.rows, trainer.stage_ends, trainer.panels, folder.parent / "curves.png")
+    except OSError as error:
+        run_log.say(f"warning: curves.png could not be written ({error})")
     for line in (
         *trainer.verdict(),
         *wer_summary(run_log.rows, trainer.stage_ends, trainer.stage.name),
@@ -76,10 +84,14 @@ def announce(trainer: ResumableTrainer, eval_rows: SpeechRows, processes: int) -
     say(
         f"{trainer.total_steps} steps, {len(trainer.feed)} an epoch | {config.batch_size} utterances ×"
         f" {config.gradient_accumulation_steps(processes):g} micro-batches × {processes} processes ="
-        f" {config.target_effective_batch} a step{f', dealt by tokens, at most {budget} at once' if budget else ''} |"
+        f" {config.target_effective_batch} a step{f', at most {budget} tokens in a forward pass' if budget else ''} |"
         f" {'bf16 autocast' if trainer.use_bf16 else 'fp32'} on {trainer.args.device.type}"
         f"{f' | what trains is sharded over the {processes} processes' if is_sharded(trainer.model) else ''}"
     )
+    if isinstance(trainer.feed, ListedFeed) and (
+        line := advice(config.dataloader_num_workers, trainer.feed.seconds_at_once)
+    ):
+        say(line)
     if config.fsdp and processes == 1:
         say("note: fsdp is on and there is one process: nothing is sharded")
     audio, text = trainer.model.config.audio_config, trainer.model.config.text_config

@@ -18,7 +18,7 @@ class PlanSettings:
     """What --plan computes"""
 
     plan: bool = False
-    """Only print what the run will need (training/plan.py): memory, hours, cost. Needs no GPU and downloads nothing."""
+    """Only print what the run will need: memory, hours, cost. Needs no GPU and downloads nothing."""
     plan_device: Literal["A100-40GB", "A100-80GB", "H100", "H200", "L40S", "4090"] = "A100-40GB"
     plan_devices: Annotated[int, Range(1)] = 8
     plan_hours_of_audio: float | None = None
@@ -38,6 +38,7 @@ class Settings(PlanSettings, DataConfig):
     torch_compile: bool
     gradient_checkpointing: bool
     fsdp: bool
+    bf16_exchange: bool
     final_dtype: str
     stages: list[Stage]
     num_epochs: int
@@ -67,6 +68,7 @@ class Settings(PlanSettings, DataConfig):
 
     # Checkpoints
     resume: str
+    accept_changed_data: bool
     save_steps: int
     save_total_limit: int
     preemption_grace_seconds: float

@@ -5,6 +5,7 @@ Imports nothing of this project.
 
 import contextlib
 import fcntl
+import multiprocessing.queues
 import os
 import re
 import select
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed
@@ -44,7 +45,9 @@ class Watch:
         self.where = "the start"
         self._stop_time = self._marked = time.monotonic()
         self._thread: threading.Thread | None = None
-        self._control = self._barrier = None  # process groups of their own: gloo, whatever training uses
+        # Process groups of their own: gloo, whatever training uses
+        self._control: Any = None
+        self._barrier: Any = None
 
     def __enter__(self) -> "Watch":
         """Begins to listen; every process does it at the same place."""
@@ -152,7 +155,12 @@ class Watch:
         with contextlib.suppress(Exception):
             self.report(line)
         print(f"error: process {self.rank}: {line}", file=sys.stderr, flush=True)
-        os._exit(1)
+        os._exit(exit_status(self.stop) if self.stop else 1)
+
+
+def exit_status(stop: int) -> int:
+    """Of a run that a signal stopped, as schedulers and shells know it."""
+    return 128 + (signal.SIGTERM if stop == LAUNCHER_ENDED else stop)
 
 
 def stop_name(number: int) -> str:
@@ -165,6 +173,19 @@ def outlive_stop_signals(_: int, seconds: float) -> None:
         signal.signal(number, lambda *_: signal.setitimer(signal.ITIMER_REAL, seconds))  # its SIGALRM ends them
 
 
+def die_of_a_lost_batch() -> None:
+    """For a loader's workers: a batch that cannot be sent (no shared memory) ends the worker, which is then replaced.
+
+    Else the worker would go on with the next one, and the run wait for ever.
+    """
+
+    def die(error: Exception, _: Any) -> None:
+        print(f"warning: a worker of the loader cannot send its batch: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(die)
+
+
 class Batches:
     """A loader's batches; when one of its workers dies, new workers go on with the batch that is due.
 
@@ -172,10 +193,17 @@ class Batches:
     Without it, whoever waits for the next batch finds out, within 5 s.
     """
 
-    def __init__(self, batches: Iterator[Any], again: Callable[[int], Iterator[Any]], died: Callable[[str], None]):
-        """`again(n)` gives what follows the first n batches, `died(why)` is called for each death."""
+    def __init__(
+        self,
+        batches: Iterator[Any],
+        again: Callable[[int], Iterator[Any]],
+        died: Callable[[str], None],
+        begun: Callable[[], list[str]] = list,
+    ):
+        """`again(n)` gives what follows the first n batches, `died(why)` is called for each death; `begun()` names the
+        recordings that workers have begun with and not ended."""
         self.first = self.batches = batches
-        self.again, self.died = again, died
+        self.again, self.died, self.begun = again, died, begun
         self.done = 0
         self.deaths = 0  # in a row
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -200,12 +228,14 @@ class Batches:
                 self.deaths += 1
                 self.died(f"a DataLoader worker is gone ({type(error).__name__})" if gone else str(error))
                 if self.deaths == DEATHS_IN_A_ROW:
+                    names = ", ".join(self.begun())
                     raise RuntimeError(
                         f"{self.deaths} workers of the loader died one after the other: out of memory (give fewer, by"
-                        " dataloader_num_workers), or a recording that the decoder does not survive"
+                        " dataloader_num_workers), too little of /dev/shm (docker run --shm-size), or a recording that"
+                        f" the decoder does not survive{f', one of {names}' if names else ''}"
                     ) from error
             with contextlib.suppress(AttributeError):  # a loader within the training process has none
-                self.batches._shutdown_workers()  # the others; they would go on holding memory
+                cast(Any, self.batches)._shutdown_workers()  # the others; they would go on holding memory
             self.batches = self.again(self.done)
 
 
@@ -233,5 +263,9 @@ def take_lock(folder: Path) -> Any:
                 file.close()
                 return None
             time.sleep(0.5)
-        except OSError:  # a file system without locks
+        except OSError as error:  # a file system without locks
+            line = (
+                f"{folder} is on a file system without locks ({error.strerror}): see to it that no other run is there"
+            )
+            print(f"warning: {line}", file=sys.stderr, flush=True)
             return file

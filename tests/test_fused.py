@@ -1,0 +1,167 @@
+"""Norms, rotary positions and gated products in few kernels are transformers' own: loss, gradients, ten steps."""
+
+import re
+from types import SimpleNamespace
+
+import gpu_stand_ins
+import numpy as np
+import pytest
+import torch
+import torch._inductor.config
+from torch._inductor.graph import GraphLowering
+
+from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.model import attention, fused
+from hebrew_asr.model.loading import load_to_train
+from hebrew_asr.model.stages import freeze_for
+from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding
+
+ONLY_ROUNDING = "k_proj.bias"  # of the encoder: its gradient is zero but for that
+
+
+@pytest.fixture
+def batches(config, processor, train_rows):
+    config.use_specaugment = False
+    dataset = SpeechDataset(train_rows, processor, config, training=True)
+    collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
+    several = collator.packed([dataset[(1, row)] for row in range(6)])
+    collator.in_one_row = True
+    return [several, *(collator.packed([dataset[(1, row)] for row in rows]) for rows in np.split(np.arange(20), 10))]
+
+
+@pytest.fixture
+def load(config, monkeypatch):
+    """Loads the demo's model, attending as on a GPU up to the kernel."""
+
+    monkeypatch.setattr(attention, "varlen_attn", gpu_stand_ins.varlen_attn)
+    monkeypatch.setattr(attention, "FLASH_TYPES", (torch.float32, torch.bfloat16))
+    attention.register()
+
+    def load_model(is_fused, stage, use_bf16=False):
+        model = load_to_train(config, use_bf16)
+        for part in (model.config.text_config, model.config.audio_config):
+            part._attn_implementation_internal = attention.VARLEN
+        if is_fused:
+            fused.fuse(model)
+        freeze_for(model, config.stages[stage])
+        return model.train()
+
+    return load_model
+
+
+def gradients(model, batch, use_bf16):
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=use_bf16):
+        loss = model(**batch).loss
+    loss.backward()
+    return loss.item(), {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not name.endswith(ONLY_ROUNDING)
+    }
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_fp32_is_the_same_to_rounding(load, batches, stage):
+    plain, few = load(False, stage), load(True, stage)
+    assert [*few.state_dict()] == [*plain.state_dict()]
+    for batch in batches[:2]:
+        expected, of_plain = gradients(plain, batch, False)
+        found, of_few = gradients(few, batch, False)
+        assert found == pytest.approx(expected, rel=5e-6)
+        assert of_few.keys() == of_plain.keys()
+        for name, gradient in of_plain.items():
+            assert (of_few[name] - gradient).norm() <= 3e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_bf16_is_no_further_from_fp32(load, batches, stage):
+    exact_loss, exact = gradients(load(False, stage), batches[1], False)
+    errors = {}
+    for is_fused in (False, True):
+        loss, found = gradients(load(is_fused, stage, use_bf16=True), batches[1], True)
+        assert loss == pytest.approx(exact_loss, rel=2e-2)
+        errors[is_fused] = {name: ((found[name] - g).norm() / g.norm()).item() for name, g in exact.items()}
+    assert np.mean([*errors[True].values()]) <= 1.05 * np.mean([*errors[False].values()])
+    assert all(errors[True][name] <= 1.5 * error + 2e-3 for name, error in errors[False].items())
+
+
+@pytest.mark.parametrize("use_bf16", [False, True])
+def test_ten_steps_end_at_the_same_weights(load, batches, use_bf16):
+    """To a small part of the way that they went."""
+    ends = []
+    for is_fused in (False, True):
+        model = load(is_fused, 1, use_bf16)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.endswith(ONLY_ROUNDING)}
+        began = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        optimizer = torch.optim.AdamW(trained.values(), lr=1e-4)
+        for batch in batches[1:]:
+            gradients(model, batch, use_bf16)
+            optimizer.step()
+        ends.append({name: parameter.detach() - began[name] for name, parameter in trained.items()})
+    plain, few = (torch.cat([way.flatten() for way in ways.values()]) for ways in ends)
+    assert (few - plain).norm() <= (0.3 if use_bf16 else 0.01) * plain.norm()
+
+
+def test_generation_and_rows_of_one_utterance_are_transformers_own(load, batches, processor, config, eval_rows):
+    dataset = SpeechDataset(eval_rows, processor, config, training=False)
+    batch = DataCollatorSpeechSeq2SeqWithPadding(processor, config)([dataset[(0, row)] for row in range(3)], False)
+    prompts = {name.removeprefix("prompt_"): batch.pop(name) for name in ("prompt_input_ids", "prompt_attention_mask")}
+    prompts |= {name: batch[name] for name in ("input_features", "input_features_mask")}
+    plain, few = (load(is_fused, 0).eval() for is_fused in (False, True))
+    assert few(**batch).loss.item() == pytest.approx(plain(**batch).loss.item(), rel=5e-6)
+    written = [model.generate(**prompts, max_new_tokens=12, do_sample=False) for model in (plain, few)]
+    assert torch.equal(*written)
+
+
+@pytest.mark.slow
+def test_compiled_functions_compute_the_same(monkeypatch):
+    monkeypatch.setattr(fused, "run", lambda function, *args: fused.compiled(function)(*args))
+    assert fused.kernel_error(torch.device("cpu")) is None
+
+
+def test_each_function_is_one_kernel_of_a_gpu(monkeypatch):
+    """The compiler writes the code for a GPU where there is none; a sum over all tokens is two kernels."""
+    triton = pytest.importorskip("triton")
+    target = triton.backends.compiler.GPUTarget("cuda", 80, 32)
+    driver = SimpleNamespace(get_current_target=lambda: target, get_active_torch_device=lambda: torch.device("cpu"))
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(torch._inductor.config, "cpu_backend", "triton")
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    code: list[str] = []
+
+    def stop_at(written):
+        code.append(written)
+        raise NotImplementedError("it cannot run here")
+
+    monkeypatch.setattr(GraphLowering, "save_output_code", staticmethod(stop_at))
+    kernels = {}
+
+    def count(function, *args):
+        with pytest.raises(Exception, match="it cannot run here"):
+            torch.compile(function, fullgraph=True)(*args)
+        kernels[function.__name__] = len(re.findall(r"^@triton\.jit$", code.pop(), re.MULTILINE))
+        return function(*args)
+
+    monkeypatch.setattr(fused, "run", count)
+    assert fused.kernel_error(torch.device("cpu")) is None
+    assert len(kernels) == 10
+    assert kernels == {name: 1 + name.endswith("weight_gradient") for name in kernels}
+
+
+def test_a_kernel_that_is_wrong_on_this_device_is_found_out(monkeypatch):
+    cpu = torch.device("cpu")
+    assert fused.kernel_error(cpu) is None
+    plain = fused.run
+    off = {"gated": lambda out: 1.1 * out, "turned": lambda out: out.roll(1, 0)}
+    for name, change in off.items():
+        monkeypatch.setattr(
+            fused, "run", lambda f, *args, n=name, c=change: c(plain(f, *args)) if f.__name__ == n else plain(f, *args)
+        )
+        assert fused.kernel_error(cpu).startswith(f"{name} is off by")
+
+    def no_compiler(*_):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(fused, "run", no_compiler)
+    assert "C compiler" in fused.kernel_error(cpu)

@@ -1,0 +1,88 @@
+"""The README.md of a final model: its snippet as a user runs it, and nothing of this machine."""
+
+import io
+import re
+import shutil
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import soundfile
+import transformers
+from test_transcribe import encode
+
+from hebrew_asr.checkpoints.model_card import settings_of, write_model_card
+from hebrew_asr.files import DEMO
+
+RATE = 16_000
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with `final_model`, whose card names folders that are here."""
+    place = tmp_path_factory.mktemp("card")
+    model = place / "final_model"
+    shutil.copytree(DEMO / "tuned", model)
+    final = {f"final/{name}": 12.0 for name in ("wer", "cer", "wer_raw", "utterances")}
+    corpus, heldout = str(DEMO / "corpus"), str(DEMO / "heldout")
+    settings = {"eval_prefill_language": False, "model_name_or_path": str(DEMO / "base"), "language": "Hebrew"}
+    settings |= {"train_sources": [{"path": corpus}], "hf_repo_id": "a/b", "text_rules": {"quote_style": "/"}}
+    write_model_card(model, str(model), str(DEMO / "base"), [corpus], [heldout], final, "Weights.", settings, [])
+    return place
+
+
+@pytest.fixture(scope="module")
+def clip():
+    (file,) = (DEMO / "heldout").glob("*.parquet")
+    audio = pyarrow.parquet.read_table(file).slice(0, 1)["audio"][0].as_py()["bytes"]
+    return soundfile.read(io.BytesIO(audio), dtype="float32")[0]
+
+
+def run_snippet(place, monkeypatch, capsys, file: str) -> str:
+    monkeypatch.chdir(place)
+    card = (place / "final_model" / "README.md").read_text(encoding="utf-8")
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    exec(compile(snippet.replace("speech.wav", file), "snippet", "exec"), {})
+    return capsys.readouterr().out.strip()
+
+
+def test_the_snippet_works_on_every_format(place, clip, monkeypatch, capsys):
+    soundfile.write(place / "a.flac", clip, RATE)
+    soundfile.write(place / "a.wav", np.stack([clip, clip], axis=1), RATE)
+    soundfile.write(place / "a.mp3", clip, RATE)
+    encode(place / "a.m4a", clip, "aac", 48_000)
+    encode(place / "a.mkv", clip, "libopus", 48_000)
+    texts = {name: run_snippet(place, monkeypatch, capsys, name) for name in ("a.flac", "a.wav")}
+    assert re.search("[א-ת]", texts["a.flac"]) and texts["a.wav"] == texts["a.flac"]
+    for name in ("a.mp3", "a.m4a", "a.mkv"):
+        assert re.search("[א-ת]", run_snippet(place, monkeypatch, capsys, name)), name
+
+
+def test_the_snippet_refuses_what_it_would_cut_off(place, clip, monkeypatch, capsys):
+    soundfile.write(place / "long.wav", np.tile(clip, 20), RATE)
+    with pytest.raises(SystemExit, match="longer than 30 s and would be cut off"):
+        run_snippet(place, monkeypatch, capsys, "long.wav")
+
+    soundfile.write(place / "short.wav", clip, RATE)
+    generate = transformers.Qwen3ASRForConditionalGeneration.generate
+
+    def without_end(self, **inputs):
+        return generate(self, **inputs)[:, :-1]
+
+    monkeypatch.setattr(transformers.Qwen3ASRForConditionalGeneration, "generate", without_end)
+    with pytest.raises(SystemExit, match="does not end"):
+        run_snippet(place, monkeypatch, capsys, "short.wav")
+
+
+def test_the_card_shows_no_folder_of_this_machine(place):
+    card = (place / "final_model" / "README.md").read_text(encoding="utf-8")
+    assert str(DEMO) not in card and str(place) not in card and "a/b" not in card
+    assert (
+        "`base` fine-tuned" in card
+        and "| heldout | 12.0 | 12.00" in card
+        and 'model_id, file, longest = "final_model"' in card
+    )
+    assert "transcribe_hebrew_asr.py FILE_OR_FOLDER --model final_model" in card
+    settings = settings_of(card)
+    assert settings["model_name_or_path"] == "base" and settings["train_sources"] == [{"path": "corpus"}]
+    assert settings["text_rules"] == {"quote_style": "/"} and settings["language"] == "Hebrew"

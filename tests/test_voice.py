@@ -1,0 +1,70 @@
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from hebrew_asr.data.audio import SAMPLE_RATE, decode_audio
+from hebrew_asr.data.voice import cut, speech_spans
+
+PAUSE = 0.6  # seconds between the utterances
+
+
+@pytest.fixture(scope="module")
+def recording() -> tuple[np.ndarray, list[tuple[float, float]]]:
+    """Twenty utterances with pauses of faint noise between them, and where each one is."""
+    random = np.random.default_rng(0)
+    rows = pyarrow.parquet.read_table("demo/heldout/test-00000-of-00001.parquet").slice(0, 20).to_pylist()
+    waves, spans, position = [], [], 0
+    for row in rows:
+        wave = decode_audio(row["audio"])
+        faint = 1e-4 * random.standard_normal(round(PAUSE * SAMPLE_RATE)).astype(np.float32)
+        spans.append((position / SAMPLE_RATE, (position + len(wave)) / SAMPLE_RATE))
+        waves += [wave, faint]
+        position += len(wave) + len(faint)
+    return np.concatenate(waves), spans
+
+
+def test_speech_is_found_and_pauses_between_utterances_are_not_speech(recording):
+    waveform, utterances = recording
+    found = speech_spans(waveform)
+    assert len(found) == len(utterances)
+    for (start, end), (first, last) in zip(found, utterances, strict=True):
+        assert start < first + 0.1 and last - 0.1 < end, "the utterance is inside"
+        assert end - start < last - first + PAUSE, "and little else"
+
+
+@pytest.mark.parametrize("longest", [4.0, 10.0, 30.0])
+def test_pieces_are_short_enough_hold_all_speech_and_end_in_pauses(recording, longest):
+    waveform, utterances = recording
+    pieces = cut(waveform, longest)
+    assert all(end - start <= longest for start, end in pieces)
+    for start, end in utterances:
+        assert any(a < start + 0.1 and end - 0.1 < b for a, b in pieces), "no utterance is cut or left out"
+    assert len(pieces) <= 2 * len(waveform) / SAMPLE_RATE / longest + 1
+
+
+def test_speech_without_a_pause_is_cut_all_the_same(recording):
+    waveform, utterances = recording
+    speech = np.concatenate([waveform[round(a * SAMPLE_RATE) : round(b * SAMPLE_RATE)] for a, b in utterances])
+    pieces = cut(speech, 2.0)
+    assert all(end - start <= 2.0 for start, end in pieces)
+    assert sum(end - start for start, end in pieces) > 0.97 * len(speech) / SAMPLE_RATE
+
+
+@pytest.mark.parametrize("seconds", [0, 0.01, 20])
+def test_silence_and_noise_have_no_pieces(seconds):
+    noise = np.random.default_rng(1).standard_normal(round(seconds * SAMPLE_RATE)).astype(np.float32)
+    assert cut(0 * noise, 30.0) == cut(0.05 * noise, 30.0) == []
+
+
+def test_the_network_leaves_the_number_of_threads_as_it_was():
+    code = """
+import torch
+torch.set_num_threads(3)
+from hebrew_asr.data.voice import network
+network()
+assert torch.get_num_threads() == 3
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,94 @@
+"""Transcribes recordings: text, subtitles, and everything that is known as JSON.
+
+    uv run transcribe_hebrew_asr.py interview.m4a --model runs/NAME/final_model
+    uv run transcribe_hebrew_asr.py recordings/ --model OWNER/NAME --formats text srt vtt --output_dir transcripts
+    uv run transcribe_hebrew_asr.py --demo                          the demo's checkpoint and clips, no GPU
+
+Any format of sound or video, any length; folders with all that is in them. Transcripts stand beside each recording, or
+in `--output_dir`. The same command goes on where it was interrupted. A recording that cannot be transcribed is named
+at the end, the rest is done, and the exit status is 1.
+"""
+
+import io
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import soundfile
+
+from hebrew_asr.command_line import parse_config
+from hebrew_asr.errors import InputError
+from hebrew_asr.evaluation.recordings import Recording, TranscribeConfig, run
+from hebrew_asr.files import DEMO
+from hebrew_asr.processes import launch, quiet_libraries
+
+MOST_NAMED = 20  # problems in the message at the end
+DEMO_PAUSE_SECONDS = 2.5  # between the sentences of the demo's long recording
+
+
+def demo() -> TranscribeConfig:
+    return TranscribeConfig(model=str(DEMO / "tuned"), num_workers=0)
+
+
+def parse(argv: list[str]) -> TranscribeConfig:
+    """Reads the command line, whose words before the first option are paths; raises InputError."""
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    options = argv[len(words) :]
+    return parse_config([*(["--paths", *words] if words else []), *options], TranscribeConfig(), demo, __doc__)
+
+
+def write_demo_clips(folder: Path) -> None:
+    """Six clips of one sentence, a longer recording of eight, and one without speech."""
+
+    def clips(part: str) -> list[bytes]:
+        (file,) = (DEMO / part).glob("*.parquet")
+        return [row["bytes"] for row in pyarrow.parquet.read_table(file, columns=["audio"])["audio"].to_pylist()]
+
+    folder.mkdir(parents=True, exist_ok=True)
+    spoken = clips("heldout")
+    for number, clip in enumerate(spoken[:6], start=1):
+        (folder / f"sentence-{number}.opus").write_bytes(clip)
+    (folder / "no-speech.opus").write_bytes(clips("nonspeech")[0])
+    decoded = [soundfile.read(io.BytesIO(clip), dtype="float32") for clip in spoken[6:14]]
+    rate = decoded[0][1]
+    pause = np.zeros(int(DEMO_PAUSE_SECONDS * rate), np.float32)
+    long = np.concatenate([part for wave, _ in decoded for part in (wave, pause)])
+    soundfile.write(folder / "recording.flac", long, rate)
+
+
+def summary(recordings: list[Recording], seconds: float, took: float) -> list[str]:
+    """What the console shows at the end."""
+    done = [recording for recording in recordings if not recording.problem]
+    lines = [f"{len(done)} of {len(recordings)} recordings have a transcript"]
+    if seconds:
+        lines[0] += f"; {seconds:.0f} s of speech in {took:.0f} s: {seconds / took:.1f} times as fast as it was said"
+    if silent := [recording.file.name for recording in done if not recording.segments]:
+        lines.append(f"no words in {len(silent)} of them: {', '.join(silent[:5])}{', …' if len(silent) > 5 else ''}")
+    if cut := [recording.file.name for recording in done if recording.truncated]:
+        lines.append(f"the limit of tokens ended pieces of {', '.join(cut)}: look for repetitions there")
+    return lines
+
+
+def command(argv: list[str]) -> None:
+    config = parse(argv)
+    is_demo = "--demo" in argv and not config.paths
+    quiet_libraries(is_main=True)
+    if is_demo:
+        clips = Path(config.output_dir or "runs/transcripts-demo")
+        write_demo_clips(clips)
+        config.paths, config.output_dir = [str(clips)], None
+    recordings, seconds, took = run(config)
+    for recording in recordings:
+        if recording.text and (is_demo or len(recordings) == 1):
+            print(f"{recording.file.name}: {recording.text}", flush=True)
+    print("\n".join(summary(recordings, seconds, took)), flush=True)
+    where = config.output_dir or (clips if is_demo else "beside each recording")
+    print(f"written: {', '.join(sorted({*config.formats, 'json'}))}, {where}", flush=True)
+    if problems := [f"{recording.file}: {recording.problem}" for recording in recordings if recording.problem]:
+        more = f"\nand {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
+        raise InputError("not transcribed:\n" + "\n".join(problems[:MOST_NAMED]) + more)
+
+
+if __name__ == "__main__":
+    launch(command)
