@@ -2,6 +2,8 @@
 
     uv run evaluate_hebrew_asr.py --model runs/NAME/final_model --compare Qwen/Qwen3-ASR-1.7B-hf
     uv run torchrun --nproc_per_node=8 evaluate_hebrew_asr.py --model OWNER/NAME --sets eval-d1 whatsapp
+    uv run evaluate_hebrew_asr.py --model OWNER/NAME --compare ivrit-ai/whisper-large-v3-ct2-20250513
+    uv run evaluate_hebrew_asr.py --endpoint http://localhost:8000/v1 --score others.jsonl --sets eval-d1
     uv run evaluate_hebrew_asr.py --score transcripts.jsonl         a {"reference": …, "hypothesis": …} a line
     uv run evaluate_hebrew_asr.py --demo                            the demo's checkpoints and sets, no GPU
 
@@ -24,9 +26,10 @@ from accelerate.utils import broadcast_object_list
 from hebrew_asr.command_line import Range, parse_config
 from hebrew_asr.data.rows import SpeechRows
 from hebrew_asr.errors import InputError
-from hebrew_asr.evaluation.results import display_names, report, score_files
+from hebrew_asr.evaluation.engines import decoding_for, open_engine, ways_of
+from hebrew_asr.evaluation.results import Cells, display_names, read_files, report, score_files
 from hebrew_asr.evaluation.sets import DEMO_SETS, LEADERBOARD, QUOTED, EvaluationConfig, load_set, read_set
-from hebrew_asr.evaluation.transcription import Decoding, key, load_speech_model, transcribe_set, transcription_problems
+from hebrew_asr.evaluation.transcription import Decoding, Transcriber, key, transcribe_set, transcription_problems
 from hebrew_asr.files import DEMO, digest
 from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
 
@@ -37,15 +40,23 @@ class EvaluationOptions(Decoding):
 
     # What is measured
     model: str | None = None
-    """The checkpoint to measure: a folder or a Hub id."""
+    """The checkpoint to measure: a folder or a Hub id, of transformers or of CTranslate2 (`model.bin`)."""
     compare: list[str] = field(default_factory=list)
     """Checkpoints to compare it with."""
+    endpoint: list[str] = field(default_factory=list)
+    """Servers with OpenAI's API of transcriptions: http://host:8000/v1, or http://host:8000/v1#name where several
+    models are served."""
+    prompt_forms: bool = False
+    """Measure Qwen3-ASR under each of the prompts that engines write: an empty system turn, none, the language given,
+    a context (`--context`, or a few words)."""
     sets: list[str] = field(default_factory=list)
-    """Of the leaderboard's (eval-d1, whatsapp, saspeech, fleurs, common-voice, kan; left out: all of them), or one of
-    your own as JSON: {"name": "calls", "path": "data/calls"}, with any field of Source, "language" where it is not
-    Hebrew ("None": nobody speaks), and "guarded": true to check it for regressions too."""
+    """Of the leaderboard's (eval-d1, whatsapp, saspeech, fleurs, common-voice, kan; left out: those that can be had),
+    with =FOLDER after the name where you have a copy (common-voice=cv-corpus-22.0/he), or one of your own as JSON:
+    {"name": "calls", "path": "data/calls"}, with any field of Source, "language" where it is not Hebrew ("None":
+    nobody speaks), and "guarded": true to check it for regressions too."""
     score: list[str] = field(default_factory=list)
-    """JSONL files of transcripts, a {"reference": …, "hypothesis": …} a line, instead of a model."""
+    """JSONL files of transcripts, a {"reference": …, "hypothesis": …} a line, instead of a model or beside it. Beside
+    it they are those of the sets, in their order; a line may name its "set"."""
     output_dir: str | None = None
     """None: a folder under runs/, named after the settings."""
     max_utterances: Annotated[int, Range(1)] | None = None
@@ -69,23 +80,33 @@ def parse(argv: list[str]) -> EvaluationConfig:
     """Reads the command line; raises InputError."""
     given = parse_config(argv, EvaluationOptions(), demo, __doc__)
     is_demo = "--demo" in argv
-    if bool(given.score) == bool(given.model):
-        raise InputError("give either --model (or --demo), or --score")
-    if given.score and (given.update_card or given.compare or given.sets or given.max_utterances):
-        raise InputError("--score takes files alone: leave --compare, --sets, --max_utterances and --update_card out")
-    if given.update_card and (given.max_utterances or not (Path(given.model or "") / "README.md").is_file()):
+    models = [*([given.model] if given.model else []), *given.compare, *given.endpoint]
+    if not models and not given.score:
+        raise InputError("give --model (or --demo), --endpoint or --score")
+    if given.compare and not given.model:
+        raise InputError("--compare needs a --model to compare")
+    if not models and (given.update_card or given.sets or given.max_utterances):
+        raise InputError("--score without a model takes files alone: leave --sets, --max_utterances, --update_card out")
+    if given.prompt_forms and (given.language or not given.system_turn):
+        raise InputError("--prompt_forms gives and leaves out language and system turn itself: leave both options out")
+    if given.context and not given.system_turn:
+        raise InputError("--context stands in the system turn: leave --system_turn false out")
+    card = Path(given.model or "") / "README.md"
+    if given.update_card and (given.max_utterances or not given.model or not card.is_file()):
         raise InputError("--update_card needs a local folder with a README.md as --model, and whole sets")
     known = {one.name: one for one in (DEMO_SETS if is_demo else LEADERBOARD)}
-    sets = [read_set(name, known) for name in given.sets] or list(known.values())
+    sets = [read_set(name, known) for name in given.sets]
+    sets = sets or [dataclasses.replace(one, asked=is_demo) for one in known.values()]
     config = EvaluationConfig(
-        models=[given.model, *given.compare] if given.model else [],
+        models=models,
         sets=sets,
         decoding=Decoding(**{one.name: getattr(given, one.name) for one in dataclasses.fields(Decoding)}),
         score=given.score,
+        prompt_forms=given.prompt_forms,
         max_utterances=given.max_utterances,
         max_wer_rise=given.max_wer_rise,
         max_broken_share=given.max_broken_share,
-        quoted=list(QUOTED) if not given.score and any(one in LEADERBOARD for one in sets) else [],
+        quoted=list(QUOTED) if models and not is_demo and any(one.name in known for one in sets) else [],
         num_workers=given.num_workers,
         update_card=given.update_card,
     )
@@ -111,60 +132,82 @@ def main(config: EvaluationConfig) -> None:
             raise InputError(f"cannot write to {folder}: {error.strerror}") from error
 
     # 2. Sets: one that cannot be read does not stop the others
-    rows: dict[str, SpeechRows] = {}
-    reasons: dict[tuple[str | None, str], str] = {}
+    cells = Cells()
     for one in config.sets:
         try:
-            rows[one.name] = load_in_turn(state, lambda one=one: load_set(one, config))
+            cells.rows[one.name] = load_in_turn(state, lambda one=one: load_set(one, config))
         except InputError as error:
-            reasons[None, one.name] = str(error)
+            cells.reasons[None, one.name] = str(error)
+            cells.excused |= set() if one.asked else {(None, one.name)}
 
-    # 3. Models, one after another
-    names, dtypes, transcribed = display_names(config.models), {}, {}
-    for path, name in zip(config.models, names, strict=True):
+    # 3. Models, one after another, and what was transcribed elsewhere
+    names = display_names([*config.models, *config.score])
+    for path, name in zip(config.models, names, strict=False):
         try:
             with together():
-                model = load_speech_model(path, config.decoding, state.device)
+                engine = open_engine(path, config.decoding, state.device)
         except InputError as error:
-            reasons |= {(name, one.name): str(error) for one in config.sets}
+            unknown = {"language": None, "decoding": None, "dtype": None}
+            cells.models.append({"name": name, "path": path} | unknown)
+            cells.leading.append(name)
+            cells.reasons |= {(name, one.name): str(error) for one in config.sets}
             continue
-        dtypes[name] = model.dtype
-        for one in config.sets:
-            if one.name not in rows:
-                continue
-            (done,) = broadcast_object_list([key(model, config.decoding, rows[one.name])])
-            parts = folder / "transcripts" / done
-            parts.mkdir(parents=True, exist_ok=True)
-            state.wait_for_everyone()
-            if state.is_main_process:
-                print(f"{name} on {one.name}: {len(rows[one.name])} utterances", flush=True)
-            try:
-                with together(), transcription_problems():
-                    transcribe_set(
-                        model,
-                        rows[one.name],
-                        config.decoding,
-                        parts,
-                        state.process_index,
-                        state.num_processes,
-                        config.num_workers,
-                        hides_progress=not state.is_main_process,
-                    )
-                transcribed[name, one.name] = parts
-            except InputError as error:
-                reasons[name, one.name] = str(error)
-        del model
+        ways = {f"{name} [{way.form}]" if way.form else name: way for way in ways_of(engine, config)}
+        cells.leading.append(next(iter(ways)))
+        for row, way in ways.items():
+            cells.models.append({"name": row, "path": path} | way.described(engine))
+            for one in config.sets:
+                if one.name in cells.rows:
+                    try:
+                        engine.decoding = decoding_for(engine, way.decoding, one.language if one.has_speech else None)
+                        parts = transcribe(engine, path, row, one.name, cells.rows[one.name], folder, config, state)
+                        cells.transcribed[row, one.name] = parts
+                    except InputError as error:
+                        cells.reasons[row, one.name] = str(error)
+        del engine
+    read_files(cells, config, names[len(config.models) :])
 
     # 4. Score, compare, write: the first process
     with together():
         if state.is_main_process:
-            report(config, folder, names, dtypes, rows, transcribed, reasons)
+            report(config, folder, cells)
     leave_process_group()
+
+
+def transcribe(
+    engine: Transcriber,
+    path: str,
+    row: str,
+    name: str,
+    rows: SpeechRows,
+    folder: Path,
+    config: EvaluationConfig,
+    state: accelerate.PartialState,
+) -> Path:
+    """Lets `engine` transcribe a set, all processes together; returns the folder of the transcripts."""
+    (done,) = broadcast_object_list([key(engine, engine.decoding, rows)])
+    parts = folder / "transcripts" / done
+    parts.mkdir(parents=True, exist_ok=True)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        print(f"{row} on {name}: {len(rows)} utterances", flush=True)
+    with together(), transcription_problems():
+        transcribe_set(
+            engine,
+            rows,
+            engine.decoding,
+            parts,
+            state.process_index,
+            state.num_processes,
+            config.num_workers,
+            hides_progress=not state.is_main_process,
+        )
+    return parts
 
 
 def command(argv: list[str]) -> None:
     config = parse(argv)
-    score_files(config) if config.score else main(config)
+    main(config) if config.models else score_files(config)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def start(folder: str) -> dict[str, float]:
     processor = transformers.AutoProcessor.from_pretrained(ROOT / "demo" / "base")
     dataset = SpeechDataset(train, processor, config, training=True)
     collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
-    tokens = UtteranceTokens(train, len(collator.prompt(0, "")), collator.tokens, config)
+    tokens = UtteranceTokens(train, collator, config)
     mixture = Mixture(train, config.train_sources, config.seed)
     sampler = GlobalBatchSampler(mixture, tokens, config, rank=0, processes=8)
     share = dataset.__getitems__(next(iter(sampler)))

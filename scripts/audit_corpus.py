@@ -179,7 +179,7 @@ def settings(argv: list[str]) -> tuple[TrainingConfig, Path]:
     config.check_sources()
     beside = Path(given.model).resolve().parent if Path(given.model).is_dir() else Path("runs")
     output = Path(given.audit_output or Path(config.output_dir or beside) / "audit.parquet")
-    as_it_is: dict[str, Any] = {"prev_context_prob": 0.0, "use_waveform_augmentation": False}
+    as_it_is: dict[str, Any] = {"no_system_prob": 0.0, "prev_context_prob": 0.0, "use_waveform_augmentation": False}
     as_it_is |= {"fsdp": False, "torch_compile": False, "ema_decay": None}  # of training
     return dataclasses.replace(config, model_name_or_path=given.model, **as_it_is), output
 

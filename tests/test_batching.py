@@ -117,17 +117,16 @@ def test_an_utterance_longer_than_the_budget_is_alone():
     assert all(len(places) <= 3 for places in deal[0])
 
 
-@pytest.mark.parametrize("prev_context_prob", [0.0, 0.5])
-def test_tokens_are_known_before_anything_is_decoded(config, processor, train_rows, prev_context_prob):
+@pytest.mark.parametrize(("no_system_prob", "prev_context_prob"), [(0.0, 0.0), (0.5, 0.5)])
+def test_tokens_are_known_before_anything_is_decoded(config, processor, train_rows, no_system_prob, prev_context_prob):
     """Against the tokens of the collated utterances, one by one."""
-    config.prev_context_prob = prev_context_prob
+    config.no_system_prob, config.prev_context_prob = no_system_prob, prev_context_prob
     collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
     dataset = SpeechDataset(train_rows, processor, config, training=True)
     previous = train_rows.index.column_names.index("previous")
     train_rows.index = train_rows.index.set_column(previous, "previous", train_rows.index["text"])
-    around = len(collator.prompt(0, "")) + len(collator.language_prefix("Hebrew")) + 1
     numbers = np.arange(len(train_rows))
-    estimated = UtteranceTokens(train_rows, around, collator.tokens, config).of(3, numbers)
+    estimated = UtteranceTokens(train_rows, collator, config).of(3, numbers)
     exact = np.array([int(collator([dataset[(3, n)]], True)["attention_mask"].sum()) for n in numbers.tolist()])
     assert np.abs(estimated / exact - 1).max() < 0.1 and abs(estimated.sum() / exact.sum() - 1) < 0.02
 

@@ -340,23 +340,35 @@ def test_probabilities_that_are_none_are_refused(shares):
         DataConfig(train_sources=[Source("x", probability=share) for share in shares]).check_sources()
 
 
-def test_previous_text_is_given_as_context_as_often_as_asked_and_not_supervised(config, processor, tmp_path):
+def test_system_turns_are_drawn_as_often_as_asked_and_not_supervised(config, processor, tmp_path):
+    """The text before, another's where there is none, no turn at all, or an empty one: by (seed, epoch, row) alone."""
     config.train_sources = [Source(str(first_rows("corpus", 400, tmp_path / "c")))]
     rows = load_rows(config.train_sources, config, for_training=True)
-    with_previous = [i for i, text in enumerate(rows.column("previous")) if text]
-    assert len(with_previous) > 30
-    config.prev_context_prob = 0.5
+    before, texts = rows.column("previous"), rows.column("text")
+    config.no_system_prob, config.prev_context_prob = 0.25, 0.5
     dataset = SpeechDataset(rows, processor, config, training=True)
-    first = [dataset[(1, i)] for i in with_previous]
-    assert [u["context"] for u in first] == [dataset[(1, i)]["context"] for i in with_previous], "the same draw"
-    assert 0.25 < np.mean([bool(u["context"]) for u in first]) < 0.75
-    given = next(u for u in first if u["context"])
-    batch = DataCollatorSpeechSeq2SeqWithPadding(processor, config)([given], training=True)
-    text = processor.tokenizer.decode(batch["input_ids"][0])
-    assert text.startswith(f"<|im_start|>system\n{given['context']}<|im_end|>\n<|im_start|>user\n<|audio_start|>")
-    supervised = batch["input_ids"][0][batch["labels"][0] != -100]
-    assert processor.tokenizer.decode(supervised) == f"language Hebrew<asr_text>{given['text']}<|im_end|>"
-    assert not any(SpeechDataset(rows, processor, config, training=False)[(1, i)]["context"] for i in with_previous)
+    first = [dataset[(1, i)] for i in range(len(rows))]
+    contexts = [u["context"] for u in first]
+    assert contexts == [dataset[(1, i)]["context"] for i in range(len(rows))], "the same draw"
+    assert contexts != [dataset[(2, i)]["context"] for i in range(len(rows))]
+    shares = [np.mean([test(context) for context in contexts]) for test in (bool, lambda c: c is None)]
+    assert np.allclose(shares, (0.5, 0.25), atol=0.1)
+    given = [i for i, context in enumerate(contexts) if context]
+    assert sum(bool(before[i]) for i in given) > 15
+    assert all(contexts[i] == before[i] if before[i] else contexts[i] in texts for i in given)
+    assert sum(contexts[i] != texts[i] for i in given) > 0.95 * len(given), "the own text is no context"
+    collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
+    for number, start in (
+        (given[0], f"<|im_start|>system\n{contexts[given[0]]}<|im_end|>\n<|im_start|>user\n<|audio_start|>"),
+        (contexts.index(None), "<|im_start|>user\n<|audio_start|>"),
+        (contexts.index(""), "<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|audio_start|>"),
+    ):
+        batch = collator([first[number]], training=True)
+        assert processor.tokenizer.decode(batch["input_ids"][0]).startswith(start)
+        supervised = batch["input_ids"][0][batch["labels"][0] != -100]
+        target = f"language Hebrew<asr_text>{texts[number]}<|im_end|>"
+        assert processor.tokenizer.decode(supervised) == target
+    assert not any(SpeechDataset(rows, processor, config, training=False)[(1, i)]["context"] for i in given[:20])
 
 
 def test_waveforms_are_augmented_in_training_only_and_by_the_draw_alone(config, processor, train_rows):

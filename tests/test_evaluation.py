@@ -268,7 +268,7 @@ def test_a_transcript_that_the_limit_cuts_is_counted(tmp_path, heldout):
 def test_the_language_can_be_given(tmp_path, heldout):
     evaluation.main(settings(tmp_path, heldout, "--language", "Hebrew", "--context", "ספר"))
     found = results_of(tmp_path / "out")
-    assert found["models"][0]["language"] == "Hebrew" and found["settings"]["decoding"]["context"] == "ספר"
+    assert found["models"][0]["language"] == "given" and found["settings"]["decoding"]["context"] == "ספר"
     assert not any("language" in text for text in hypotheses_of(tmp_path / "out"))
 
 
@@ -305,6 +305,8 @@ def test_other_speech_models_are_run_by_their_own_pipeline(tmp_path, heldout):
     found = results_of(tmp_path / "out")
     assert [r["reason"] for r in found["results"]] == [None, None]
     assert all(r["wer"]["value"] > 50 and r["language_accuracy"] is None for r in found["results"])
+    told = load_speech_model(str(tmp_path / "whisper"), Decoding(), torch.device("cpu")).settings()
+    assert told == {"generate_kwargs": {"num_beams": 1, "language": "hebrew", "task": "transcribe"}}
     with pytest.raises(InputError, match="only Qwen3-ASR takes a context"):
         load_speech_model(str(tmp_path / "ctc"), Decoding(context="x"), torch.device("cpu"))
 
@@ -349,8 +351,9 @@ def test_the_figures_land_in_the_model_card(tmp_path, heldout):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "either --model"),
-        (["--model", "x", "--score", "y"], "either --model"),
+        ([], "give --model"),
+        (["--score", "y", "--compare", "x"], "needs a --model"),
+        (["--model", "x", "--prompt_forms", "true", "--language", "Hebrew"], "leave both options out"),
         (["--model", "x", "--sets", "eval-d2"], "no set 'eval-d2': there are eval-d1, whatsapp"),
         (["--model", "x", "--sets", '{"path": "y"}'], "is no set"),
         (["--model", "x", "--sets", "fleurs", '{"name": "fleurs", "path": "y"}'], "two sets have the name fleurs"),

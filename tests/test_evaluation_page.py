@@ -354,7 +354,7 @@ def test_hostile_text_is_only_text(tmp_path):
     assert "default-src 'none'" in text and "script-src" not in text and not re.search(r"https?:|url\(|@import", text)
     table = markdown_table(hostile_results())
     assert "<script" not in table.replace("\\<", "") and "\u202e" not in table
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()} == {8, 4, 0}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()} == {8, 5, 4, 0}
 
 
 BROWSE = """

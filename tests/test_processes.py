@@ -120,8 +120,7 @@ def test_the_balance_is_that_of_the_dealt_positions(runs, config, processor, tra
     config.tokens_per_micro_batch = 180
     collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
     dataset = SpeechDataset(train_rows, processor, config, training=True)
-    around = len(collator.prompt(0, "")) + len(collator.language_prefix("Hebrew")) + 1
-    tokens = UtteranceTokens(train_rows, around, collator.tokens, config)
+    tokens = UtteranceTokens(train_rows, collator, config)
     mixture = Mixture(train_rows, config.train_sources, config.seed)
     shares = [iter(GlobalBatchSampler(mixture, tokens, config, rank, 2)) for rank in (0, 1)]
     for row in [row for row in metrics(runs, "two") if "train/loss" in row][:6]:

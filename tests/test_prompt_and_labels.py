@@ -12,6 +12,7 @@ from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding
 
 @pytest.fixture
 def utterances(train_rows, processor, config):
+    config.no_system_prob = config.prev_context_prob = 0.0
     dataset = SpeechDataset(train_rows, processor, config, training=True)
     return [dataset[(1, row)] for row in range(6)]
 

@@ -94,8 +94,11 @@ class DataConfig:
     """At most so many utterances are evaluated, taken evenly over the set; None: all."""
     text_rules: TextRules = field(default_factory=TextRules)
     """How targets are written; scoring has rules of its own."""
-    prev_context_prob: float = 0.0
-    """How often the text before an utterance is given in the system turn, where Qwen3-ASR takes context."""
+    no_system_prob: Annotated[float, Range(0, 1)] = 0.25
+    """How often training leaves the system turn out, as the transcription endpoints of vLLM and SGLang do."""
+    prev_context_prob: Annotated[float, Range(0, 1)] = 0.1
+    """How often the text before an utterance is given in the system turn, where Qwen3-ASR takes context; where none is
+    known, another utterance's (not in a stream). What is left has an empty turn."""
 
     # Filters of training utterances; evaluation sets keep whatever has text and decodes
     min_audio_length_seconds: float = 0.3
@@ -142,6 +145,11 @@ class DataConfig:
             raise InputError("nobody speaks in eval_sources, so there is no error rate: name a set with speech")
         if not 0 <= self.drop_worst_share < 1 or (self.audit_scores is None) != (self.drop_worst_share == 0):
             raise InputError("audit_scores and drop_worst_share (above 0, below 1) go together: give both or neither")
+        if self.no_system_prob + self.prev_context_prob > 1:
+            raise InputError(
+                "no_system_prob and prev_context_prob are shares of the utterances: together at most 1, not"
+                f" {self.no_system_prob:g} and {self.prev_context_prob:g}"
+            )
         if self.streaming:
             self._check_streaming()
         given = [source.probability for source in self.train_sources if source.probability is not None]

@@ -1,7 +1,7 @@
 """One utterance: from a row to log-mel features and text."""
 
 import mmap
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,14 +20,35 @@ class UtteranceSettings(Protocol):
 
     seed: int
     language: str
+    no_system_prob: float
     prev_context_prob: float
     use_waveform_augmentation: bool
     waveform_augmentation: WaveformAugmentation
 
 
-def has_context(seed: int, epoch: int, number: int, probability: float) -> bool:
-    """Whether an utterance is given with the text before it."""
-    return np.random.default_rng([seed, epoch, number, 1]).random() < probability
+class SystemTurns(Protocol):
+    """How often training leaves the system turn out, and how often it fills it."""
+
+    seed: int
+    no_system_prob: float
+    prev_context_prob: float
+
+
+class SystemTurn(NamedTuple):
+    """What an utterance is trained under."""
+
+    kind: Literal["empty", "none", "context"]
+    lender: int
+    """The utterance whose text is the context where none stands before the own one."""
+
+
+def system_turn(config: SystemTurns, epoch: int, number: int, count: int) -> SystemTurn:
+    """Draws the system turn of one of `count` utterances; what is drawn for one depends on nothing else."""
+    random = np.random.default_rng([config.seed, epoch, number, 1])
+    drawn, lender = random.random(), int(random.integers(max(1, count)))
+    if drawn < config.prev_context_prob:
+        return SystemTurn("context", lender)
+    return SystemTurn("none" if drawn < config.prev_context_prob + config.no_system_prob else "empty", lender)
 
 
 def log_mel(feature_extractor: transformers.Qwen3ASRFeatureExtractor, waveform: np.ndarray) -> np.ndarray:
@@ -82,15 +103,23 @@ class SpeechDataset(torch.utils.data.Dataset):
             if not self.training:
                 raise AudioError(f"{error}: {row['recording']}") from error
             return {"dropped": f"{error}: {row['recording']} (utterance {number}, {row['text']!r})"}
-        given = self.training and has_context(self.config.seed, epoch, number, self.config.prev_context_prob)
         return {
             "features": log_mel(self.feature_extractor, waveform),
             "text": row["text"],
-            "context": row["previous"] if given else "",
+            "context": self.context(row, epoch, number) if self.training else "",
             "language": row["language"] or self.config.language,
             "epoch": int(epoch),
             "index": int(number),
         }
+
+    def context(self, row: dict[str, Any], epoch: int, number: int) -> str | None:
+        """What fills the system turn in training; None where there is no such turn."""
+        turn = system_turn(self.config, epoch, number, len(self.rows or ()))
+        if turn.kind != "context":
+            return "" if turn.kind == "empty" else None
+        if row["previous"] or self.rows is None:
+            return row["previous"]
+        return self.rows.index["text"][int(self.rows.used[turn.lender])].as_py()
 
     def waveform(self, row: dict[str, Any], epoch: int, number: int) -> np.ndarray:
         """Decodes one utterance; in training also checks and augments it. Raises AudioError."""

@@ -288,6 +288,16 @@ def markdown_table(results: Results) -> str:
         rates = [found["cer"]["value"] if found.get("cer") else None, found.get("wer_raw"), found.get("none_accuracy")]
         shown = ["–" if rate is None else f"{rate:.2f}" for rate in rates]
         lines.append([*names, f"{found['utterances']:,}", spread, *shown])
+    if results["comparisons"]:
+        lines += [
+            [],
+            ["set", "model", "compared with", "difference in points of WER (interval)"],
+            ["---"] * 3 + ["---:"],
+        ]
+        for one in results["comparisons"]:
+            names = [escape(one[name]) for name in ("set", "first", "second")]
+            value, low, high = (f"{one['difference'][name]:+.2f}" for name in ("value", "low", "high"))
+            lines.append([*names, f"{value} ({low} to {high})".replace("-", "−")])
     if results["quoted"]:
         lines += [[], ["quoted, not measured here", "WER %", "source"], ["---", "---:", "---"]]
         lines += [[escape(one["name"]), f"{one['wer']:.2f}", escape(one["source"])] for one in results["quoted"]]

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation.measuring import compare_models, forgetting_gates, measure, record, summarize
 from hebrew_asr.evaluation.page import markdown_table, write_page
 from hebrew_asr.evaluation.sets import EvaluationConfig, EvaluationSet, describe_set
-from hebrew_asr.evaluation.transcription import Transcript, read_transcripts
+from hebrew_asr.evaluation.transcription import Transcribed, Transcript, read_transcripts
 from hebrew_asr.text import error_classes
 from hebrew_asr.text.scoring import ErrorCounts, leaderboard_normalize
 from hebrew_asr.text.targets import refuse_control_tokens, spoken_language, without_prefix
@@ -113,47 +114,78 @@ def versions() -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in packages}
 
 
-def report(
-    config: EvaluationConfig,
-    folder: Path,
-    names: list[str],
-    dtypes: dict[str, str],
-    rows: dict[str, SpeechRows],
-    transcribed: dict[tuple[str, str], Path],
-    reasons: dict[tuple[str | None, str], str],
-) -> None:
+@dataclass
+class Cells:
+    """What is to stand in the table, and where it is."""
+
+    models: list[dict[str, Any]] = field(default_factory=list)
+    """A row each: `name`, `path`, `language`, `decoding` and `dtype`, as results.json has them."""
+    leading: list[str] = field(default_factory=list)
+    """The first row of each model: what was forgotten is seen between models, not between prompts."""
+    rows: dict[str, SpeechRows] = field(default_factory=dict)
+    """By set."""
+    transcribed: dict[tuple[str, str], Path | Transcribed] = field(default_factory=dict)
+    """By row and set: the folder of the transcripts, or, where they were made elsewhere, themselves."""
+    reasons: dict[tuple[str | None, str], str] = field(default_factory=dict)
+    """Why a set (None, set), or a row on a set, is not measured."""
+    excused: set[tuple[str | None, str]] = field(default_factory=set)
+    """Of these, what nobody asked for."""
+
+
+def read_files(cells: Cells, config: EvaluationConfig, names: list[str]) -> None:
+    """Adds rows of transcripts made elsewhere: a file's lines belong to the set whose references they have."""
+    for path, name in zip(config.score, names, strict=True):
+        cells.models.append({"name": name, "path": path, "language": "free", "decoding": "elsewhere", "dtype": None})
+        cells.leading.append(name)
+        known = [one.name for one in config.sets if one.name in cells.rows]
+        try:
+            pairs = read_pairs(Path(path))
+        except InputError as error:
+            cells.reasons |= {(name, one): str(error) for one in known}
+            continue
+        for one in known:
+            mine = [pair for pair in pairs if pair.get("set") in (None, one)]
+            if [pair["reference"] for pair in mine] == cells.rows[one].column("reference"):
+                texts = [Transcript(pair["hypothesis"], pair.get("language"), truncated=None) for pair in mine]
+                cells.transcribed[name, one] = Transcribed(texts, [None] * len(texts), None, None)
+        others = {(name, one) for one in known} - set(cells.transcribed)
+        cells.reasons |= {
+            place: f"{path} does not have the references of {place[1]}, in their order" for place in others
+        }
+        if len(others) < len(known):
+            cells.excused |= others
+
+
+def report(config: EvaluationConfig, folder: Path, cells: Cells) -> None:
     """Writes the files and raises InputError for what was asked for and not measured, and for failed gates."""
-    found, records = [], {}
+    found, records, rows = [], {}, cells.rows
+    names = [model["name"] for model in cells.models]
     for name in names:
         for one in config.sets:
-            reason = reasons.get((None, one.name)) or reasons.get((name, one.name))
+            place = (None, one.name) if (None, one.name) in cells.reasons else (name, one.name)
+            reason = cells.reasons.get(place)
             if reason is None:
                 try:
-                    written = read_transcripts(transcribed[name, one.name], len(rows[one.name]))
+                    written = cells.transcribed[place]
+                    if isinstance(written, Path):
+                        written = read_transcripts(written, len(rows[one.name]))
                     result, mine = measure(name, one, rows[one.name], written)
                     found.append(result)
                     records[name, one.name] = mine
                     continue
                 except InputError as error:
                     reason = str(error)
-            found.append({"model": name, "set": one.name, "reason": reason})
-    decoding = config.decoding
-    how = "greedy" if decoding.num_beams == 1 else f"{decoding.num_beams} beams"
-    how += f", sampled at temperature {decoding.temperature:g}" if decoding.temperature else ""
+            found.append({"model": name, "set": one.name, "reason": reason, "excused": place in cells.excused})
     results = {
         "created": time.strftime("%Y-%m-%d"),
         "settings": dataclasses.asdict(config) | {"confidence": 0.95},
         "versions": versions(),
         "sets": [describe_set(one, rows.get(one.name)) for one in config.sets],
-        "models": [
-            {"name": name, "path": path, "language": decoding.language or "free", "decoding": how}
-            | {"dtype": dtypes.get(name)}
-            for path, name in zip(config.models, names, strict=True)
-        ],
+        "models": cells.models,
         "results": found,
         "comparisons": [c for one in config.sets for c in compare_models(records, names, one.name)],
         "quoted": config.quoted,
-        "gates": forgetting_gates(found, names, config.sets, config.max_wer_rise),
+        "gates": forgetting_gates(found, cells.leading, config.sets, config.max_wer_rise),
         "error_class_rules": error_classes.CLASSES,
     }
 
@@ -178,9 +210,15 @@ def conclude(config: EvaluationConfig, folder: Path, results: dict[str, Any]) ->
     for line in lines_of(results):
         print(line, flush=True)
     print(f"written: {folder}/evaluation.html, results.json, utterances.parquet, table.md", flush=True)
-    missing = [f"{r['model']} on {r['set']} ({r['reason']})" for r in results["results"] if r["reason"]]
+    missing = [
+        f"{r['model']} on {r['set']} ({r['reason']})" for r in results["results"] if r["reason"] and not r["excused"]
+    ]
     failed = [f"{gate['name']} ({gate['detail']})" for gate in results["gates"] if not gate["passed"]]
     problems = [f"not measured: {one}" for one in missing] + [f"forgotten: {one}" for one in failed]
+    if not problems and all(r["reason"] for r in results["results"]):
+        problems = [
+            "nothing could be measured: " + "; ".join(f"{r['set']} ({r['reason']})" for r in results["results"])
+        ]
     if problems:
         raise InputError("; ".join(problems))
 

@@ -25,6 +25,10 @@ class EvaluationSet:
     """As Qwen3-ASR names it; `None`, its name for no speech: nobody speaks, and the right transcript is empty."""
     guarded: bool = False
     """Also check this Hebrew set for regressions."""
+    where: str = ""
+    """What to do where it is not to be had."""
+    asked: bool = True
+    """By name; one that was not may be missing."""
 
     @property
     def has_speech(self) -> bool:
@@ -37,7 +41,11 @@ LEADERBOARD = [
     EvaluationSet("saspeech", Source("upai-inc/saspeech", split="test", text_column="text")),
     EvaluationSet("fleurs", Source("google/fleurs", "he_il", PARQUET_COPY, "test", "transcription")),
     EvaluationSet(
-        "common-voice", Source("mozilla-foundation/common_voice_17_0", "he", PARQUET_COPY, "test", "sentence")
+        "common-voice",
+        Source("mozilla-foundation/common_voice_17_0", "he", PARQUET_COPY, "test", "sentence"),
+        where="Common Voice left the Hub in 2025: get its Hebrew archive from Mozilla Data Collective"
+        " (datacollective.mozillafoundation.org), unpack it, and give --sets common-voice=FOLDER, the one with clips/"
+        " and test.tsv",
     ),
     EvaluationSet("kan", Source("imvladikon/hebrew_speech_kan", split="validation", text_column="sentence")),
 ]
@@ -64,11 +72,13 @@ class EvaluationConfig:
     """What is measured, and how."""
 
     models: list[str] = field(default_factory=list)
-    """Folders or Hub ids; the first is the one in question, the others are compared with it."""
+    """Folders, Hub ids or endpoints; the first is the one in question, the others are compared with it."""
     sets: list[EvaluationSet] = field(default_factory=lambda: list(LEADERBOARD))
     decoding: Decoding = field(default_factory=Decoding)
     score: list[str] = field(default_factory=list)
-    """Files of transcripts made elsewhere, in place of models."""
+    """Files of transcripts made elsewhere, in place of models or beside them."""
+    prompt_forms: bool = False
+    """Qwen3-ASR is measured under each of the prompts that engines write, in place of one."""
     max_utterances: int | None = None
     """Of each set, spread evenly over it; None: all."""
     max_broken_share: float = 0.05
@@ -87,9 +97,13 @@ class EvaluationConfig:
 
 def read_set(text: str, known: dict[str, EvaluationSet]) -> EvaluationSet:
     if not text.startswith("{"):
-        if text not in known:
-            raise InputError(f"no set {text!r}: there are {', '.join(known)}, or one of your own as JSON")
-        return known[text]
+        name, is_local, folder = text.partition("=")
+        if name not in known:
+            raise InputError(f"no set {name!r}: there are {', '.join(known)}, or one of your own as JSON")
+        if not is_local:
+            return known[name]
+        source = dataclasses.replace(known[name].source, path=folder, config_name=None, revision=None)
+        return dataclasses.replace(known[name], source=source, where="")
     try:
         given = json.loads(text)
         language = str(given.pop("language", "Hebrew")).capitalize()  # as Qwen3-ASR writes them, null too
@@ -109,7 +123,10 @@ def load_set(one: EvaluationSet, config: EvaluationConfig) -> SpeechRows:
         max_broken_share=config.max_broken_share,
         preprocessing_num_workers=max(1, config.num_workers),
     )
-    rows = load_rows([dataclasses.replace(one.source, language=one.language)], settings, for_training=False)
+    try:
+        rows = load_rows([dataclasses.replace(one.source, language=one.language)], settings, for_training=False)
+    except InputError as error:
+        raise InputError(f"{error}. {one.where}" if one.where else str(error)) from error
     return without_too_many(rows, settings)
 
 

@@ -22,6 +22,7 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
 
 from hebrew_asr.command_line import Range
 from hebrew_asr.data import audio, utterances
@@ -46,6 +47,7 @@ CODE = [__file__, *(module.__file__ for module in MODULES)]
 MOST_AT_ONCE = 256  # pieces of a batch, however short
 PROGRESS = "{desc}: {percentage:3.0f}% {bar} {n:.0f}/{total:.0f} s of audio, {elapsed} so far, {remaining} left"
 FRAME = 320  # samples in which loudness is measured: 20 ms
+HEBREW = "Hebrew"  # where nobody says what is spoken
 PAUSE_FRAMES = 15  # averaged: the quietest 0.3 s, not the quietest closure of a plosive
 
 
@@ -57,6 +59,8 @@ class Decoding:
     """Given to the model (`Hebrew`); None: it names the language itself, as users call it."""
     context: str = ""
     """Hot words or other text for the system turn, where Qwen3-ASR takes context."""
+    system_turn: bool = True
+    """Of Qwen3-ASR's prompt; false, as the transcription endpoints of vLLM and SGLang ask: no context either."""
     num_beams: Annotated[int, Range(1)] = 1
     max_new_tokens: Annotated[int, Range(1)] | None = None
     """None: 64, and 12 a second."""
@@ -98,6 +102,9 @@ class Transcriber(Protocol):
 
     dtype: str
     decoding: Decoding
+    """It may be another one for the next set."""
+    needs_language: bool
+    """It is told what is spoken; where not, it finds out."""
     files: str
     """What names the files that it was loaded from."""
 
@@ -144,6 +151,8 @@ def load_by_kind(name: str, decoding: Decoding, device: torch.device) -> "QwenMo
 class QwenModel:
     """Qwen3-ASR under the prompts that training evaluates with."""
 
+    needs_language = False
+
     def __init__(self, name: str, decoding: Decoding, device: torch.device, bf16: bool):
         self.decoding, self.dtype = decoding, "bfloat16" if bf16 else "float32"
         self.processor = load_processor(name)
@@ -159,7 +168,8 @@ class QwenModel:
         """Each piece has its own limit of tokens, so that no transcript depends on what else is in the batch."""
         limits = [self.decoding.max_new_tokens or new_token_limit(f.shape[1] / FRAMES_PER_CHUNK) for f in features]
         prefix = self.prompts.language_prefix(self.decoding.language) if self.decoding.language else []
-        prompts = [self.prompts.prompt(f.shape[1], self.decoding.context) + prefix for f in features]
+        context = self.decoding.context if self.decoding.system_turn else None
+        prompts = [self.prompts.prompt(f.shape[1], context) + prefix for f in features]
         batch = self.prompts.to_generate(features, prompts)
         with torch.random.fork_rng():  # of the CPU and of all GPUs
             torch.manual_seed(int(digest(f"{self.decoding.seed}".encode() + features[0].tobytes())[:12], 16))
@@ -217,6 +227,8 @@ class QwenModel:
 class PipelineModel:
     """Whisper and others, as transformers' own pipeline runs them."""
 
+    needs_language = True
+
     def __init__(self, name: str, decoding: Decoding, device: torch.device, bf16: bool):
         if decoding.context or decoding.temperature:
             raise InputError(f"{name}: only Qwen3-ASR takes a context, and is sampled from")
@@ -235,21 +247,27 @@ class PipelineModel:
             feature_extractor=transformers.AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False),
             device=device,
         )
-        self.settings: dict[str, Any] = {}
-        if self.pipeline.model.can_generate():
-            self.settings = {"num_beams": decoding.num_beams}
-            if decoding.language and getattr(self.pipeline.model.generation_config, "is_multilingual", False):
-                self.settings |= {"language": decoding.language.lower(), "task": "transcribe"}
-            if decoding.max_new_tokens:
-                self.settings |= {"max_new_tokens": decoding.max_new_tokens}
+        self.takes_language = model.config.model_type == "whisper" and can_be_told_a_language(
+            model.generation_config, self.pipeline.tokenizer
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Of `generate`. Whisper gets task and language always: what it guesses of a short clip makes it loop."""
+        if not self.pipeline.model.can_generate():
+            return {}
+        settings: dict[str, Any] = {"num_beams": self.decoding.num_beams}
+        if self.takes_language:
+            settings |= {"language": (self.decoding.language or HEBREW).lower(), "task": "transcribe"}
+        if self.decoding.max_new_tokens:
+            settings |= {"max_new_tokens": self.decoding.max_new_tokens}
+        return {"generate_kwargs": settings}
 
     def features(self, waveform: np.ndarray) -> np.ndarray:
         return waveform
 
     def transcribe(self, features: list[np.ndarray], seconds: list[float]) -> list[Transcript]:
-        given = {"generate_kwargs": self.settings} if self.settings else {}
         heard = [{"raw": waveform, "sampling_rate": SAMPLE_RATE} for waveform in features]
-        outputs = self.pipeline(heard, batch_size=len(heard), **given)
+        outputs = self.pipeline(heard, batch_size=len(heard), **self.settings())
         return [Transcript(output["text"].strip(), None, truncated=None) for output in outputs]
 
     def word_starts(self, features: np.ndarray, transcript: Transcript) -> None:
@@ -261,6 +279,19 @@ def transcribe_as_it_fits(model: Transcriber, features: list[Any], seconds: list
     given = {"features": features, "seconds": seconds}
     parts = as_it_fits(lambda part: model.transcribe(**part), given)
     return [transcript for _, transcripts in parts for transcript in transcripts or [None]]
+
+
+def can_be_told_a_language(config: transformers.GenerationConfig, tokenizer: Any) -> bool:
+    """Whether a Whisper knows several languages; older checkpoints do not say where its tokens of them are."""
+    known = tokenizer.get_vocab()
+    if not getattr(config, "is_multilingual", "<|transcribe|>" in known):
+        return False
+    if not hasattr(config, "lang_to_id"):
+        config.is_multilingual = True
+        config.lang_to_id = {token: known[token] for code in LANGUAGES if (token := f"<|{code}|>") in known}
+        config.task_to_id = {task: known[f"<|{task}|>"] for task in TASK_IDS if f"<|{task}|>" in known}
+        config.no_timestamps_token_id = known["<|notimestamps|>"]
+    return True
 
 
 # --------------------------------------------------------------------------------------------------- Pieces and batches
@@ -415,9 +446,9 @@ class Transcribed:
 
     transcripts: list[Transcript]
     snr_db: list[float | None]
-    audio_seconds_per_second: float
-    """Of one process."""
-    peak_memory_gb: float
+    audio_seconds_per_second: float | None
+    """Of one process; None where the transcripts were made elsewhere, and so is the memory."""
+    peak_memory_gb: float | None
 
 
 def read_transcripts(folder: Path, count: int) -> Transcribed:

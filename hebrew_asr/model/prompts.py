@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,25 @@ MEL_BINS = 128
 AUDIO_TOKEN = "<|audio_pad|>"
 END_OF_TURN = "<|im_end|>"
 END_OF_LANGUAGE = "<asr_text>"
+EMPTY_SYSTEM_TURN = f"<|im_start|>system\n{END_OF_TURN}\n"
+
+
+class PromptForm(NamedTuple):
+    """A way in which engines ask for a transcript."""
+
+    system: Literal["empty", "none", "context"]
+    """The system turn: empty, left out, or filled with a context."""
+    gives_language: bool
+    """`language Hebrew<asr_text>` stands in the prompt; otherwise the model writes it."""
+
+
+PROMPT_FORMS = {
+    "empty-system": PromptForm("empty", False),  # the model's own package and template
+    "no-system": PromptForm("none", False),  # the transcription endpoints of vLLM and SGLang
+    "language": PromptForm("empty", True),  # the package, with a language
+    "no-system-language": PromptForm("none", True),  # the endpoints, with a language
+    "context": PromptForm("context", False),  # the package, with a context; the endpoints, with a prompt
+}
 
 
 class Prompts:
@@ -39,16 +58,18 @@ class Prompts:
         return self.tokens(f"language {language}{END_OF_LANGUAGE}")
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
-    def around_audio(self, context: str) -> tuple[list[int], list[int]]:
-        """The chat template before and after the audio; `context` fills the system turn."""
+    def around_audio(self, context: str | None) -> tuple[list[int], list[int]]:
+        """The chat template before and after the audio; `context` fills the system turn, None leaves it out."""
         turns = [{"role": "user", "content": [{"type": "audio", "audio": ""}]}]
         if context:
             turns.insert(0, {"role": "system", "content": [{"type": "text", "text": context}]})
         text = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         before, after = text.split(AUDIO_TOKEN)
+        if context is None:  # the template cannot leave it out
+            before = before.removeprefix(EMPTY_SYSTEM_TURN)
         return self.tokens(before), self.tokens(after)
 
-    def prompt(self, frames: int, context: str) -> list[int]:
+    def prompt(self, frames: int, context: str | None) -> list[int]:
         """The prompt for a clip of `frames` mel frames, with a placeholder for each of its audio tokens."""
         before, after = self.around_audio(context)
         return before + [self.audio_token_id] * audio_token_count(frames) + after

@@ -1,8 +1,8 @@
 """Which utterances make up a step, and who takes which."""
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow
@@ -11,7 +11,7 @@ import torch
 
 from hebrew_asr.data.mixture import Mixture
 from hebrew_asr.data.rows import SpeechRows
-from hebrew_asr.data.utterances import has_context
+from hebrew_asr.data.utterances import SystemTurns, system_turn
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.packing import SHORTEST_CLIP, TOKENS_PER_CHUNK, deal_step
 from hebrew_asr.model.prompts import Prompts
@@ -20,29 +20,39 @@ from hebrew_asr.training.settings import Settings
 TEXTS_TOKENISED = 1000  # to learn how many tokens a character is
 
 
+class TokenSettings(SystemTurns, Protocol):
+    """The settings that an utterance's number of tokens depends on."""
+
+    language: str
+
+
 class UtteranceTokens:
     """How many tokens each utterance has, from its seconds and characters: nothing is decoded, few texts tokenised."""
 
-    def __init__(self, rows: SpeechRows, around: int, tokenize: Callable[[str], list[int]], config: Settings):
-        """`around`: tokens of the prompt without audio, of the language's name and of the end."""
-        self.seed, self.context_prob = config.seed, config.prev_context_prob
+    def __init__(self, rows: SpeechRows, prompts: Prompts, config: TokenSettings):
+        self.config = config
+        around = len(prompts.prompt(0, "")) + len(prompts.language_prefix(config.language)) + 1
+        self.system_turn = len(prompts.prompt(0, "")) - len(prompts.prompt(0, None))
         sample = np.unique(np.linspace(0, len(rows) - 1, min(TEXTS_TOKENISED, len(rows))).astype(int))
         texts = rows.index["text"].take(pyarrow.array(rows.used[sample])).to_pylist()
-        per_character = sum(len(tokenize(text)) for text in texts) / max(1, sum(map(len, texts)))
+        per_character = sum(len(prompts.tokens(text)) for text in texts) / max(1, sum(map(len, texts)))
 
         def text_tokens(column: str) -> np.ndarray:
             characters = pyarrow.compute.fill_null(pyarrow.compute.utf8_length(rows.index[column]), 0)
             return per_character * characters.to_numpy()[rows.used]
 
         audio = TOKENS_PER_CHUNK * np.maximum(rows.seconds, SHORTEST_CLIP)
-        self.utterance = (around + audio + text_tokens("text")).astype(np.float32)
-        self.context = text_tokens("previous").astype(np.float32)
+        text, previous = text_tokens("text"), text_tokens("previous")
+        self.utterance = (around + audio + text).astype(np.float32)
+        self.text, self.previous = text.astype(np.float32), previous.astype(np.float32)
 
     def of(self, epoch: int, numbers: np.ndarray) -> np.ndarray:
         tokens = self.utterance[numbers]
-        if self.context_prob:
-            given = [has_context(self.seed, epoch, number, self.context_prob) for number in numbers.tolist()]
-            tokens = tokens + given * self.context[numbers]
+        if self.config.no_system_prob or self.config.prev_context_prob:
+            turns = [system_turn(self.config, epoch, number, len(self.utterance)) for number in numbers.tolist()]
+            kinds, lenders = np.array([turn.kind for turn in turns]), [turn.lender for turn in turns]
+            context = np.where(self.previous[numbers] > 0, self.previous[numbers], self.text[lenders])
+            tokens = tokens + (kinds == "context") * context - (kinds == "none") * self.system_turn
         return tokens
 
 

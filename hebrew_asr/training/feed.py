@@ -67,8 +67,7 @@ class ListedFeed:
     def __init__(self, dataset: SpeechDataset, collator: Collator, config: Settings, rank: int, processes: int):
         self.dataset, self.config, self.processes = dataset, config, processes
         self.mixture = Mixture(dataset.rows, config.train_sources, config.seed)
-        around = len(collator.prompt(0, "")) + len(collator.language_prefix(config.language)) + 1
-        tokens = UtteranceTokens(dataset.rows, around, collator.tokens, config)
+        tokens = UtteranceTokens(dataset.rows, collator, config)
         self.sampler = GlobalBatchSampler(self.mixture, tokens, config, rank, processes)
         is_packed = config.tokens_per_micro_batch is not None
         self.collate: Callable[[Any], Any] = functools.partial(collate_step, collator, is_packed)
