@@ -38,6 +38,7 @@ def demo() -> TrainingConfig:
     config.train_sources = [Source(str(DEMO / "corpus"))]
     config.eval_sources = [Source(str(DEMO / "heldout"), split="test")]
     config.text_rules.quote_style = "keep"  # the corpus and the test set write צה״ל alike
+    config.no_system_prob = config.prev_context_prob = 0.0  # so short a run learns one form best
     config.target_effective_batch, config.batch_size = 16, 8
     config.dataloader_num_workers = config.preprocessing_num_workers = 0
     config.eval_batch_size = 64

@@ -512,7 +512,15 @@ def demo() -> GspoConfig:
     """Round 3 on the small world: from the checkpoint in demo/tuned, every second utterance with noise."""
     config, small = round3(), round2_demo()
     for name in (
-        *("train_sources", "eval_sources", "text_rules", "dataloader_num_workers", "preprocessing_num_workers"),
+        *(
+            "no_system_prob",
+            "prev_context_prob",
+            "train_sources",
+            "eval_sources",
+            "text_rules",
+            "dataloader_num_workers",
+            "preprocessing_num_workers",
+        ),
         *("generation_max_new_tokens", "eval_batch_size", "tracker", "skip_hf_upload"),
     ):
         setattr(config, name, getattr(small, name))

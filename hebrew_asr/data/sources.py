@@ -96,7 +96,7 @@ class DataConfig:
     """How targets are written; scoring has rules of its own."""
     no_system_prob: Annotated[float, Range(0, 1)] = 0.25
     """How often training leaves the system turn out, as the transcription endpoints of vLLM and SGLang do."""
-    prev_context_prob: Annotated[float, Range(0, 1)] = 0.1
+    prev_context_prob: Annotated[float, Range(0, 1)] = 0.05
     """How often the text before an utterance is given in the system turn, where Qwen3-ASR takes context; where none is
     known, another utterance's (not in a stream). What is left has an empty turn."""
 

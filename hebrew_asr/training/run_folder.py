@@ -28,6 +28,8 @@ from hebrew_asr.training.watch import take_lock
 
 PATH = re.compile(r"(train|eval)_sources\.\d+\.path: ")  # of `changes`: data that moved are the same data
 
+BEFORE = {"no_system_prob": 0.0}  # what runs did before there was the setting
+
 
 def open_run_folder(config: Settings, state: accelerate.PartialState) -> tuple[Path, Any]:
     """Creates the run's folder, or finds the run in it; returns it on all ranks, with the lock the first one holds.
@@ -89,8 +91,8 @@ def check_same_run(config: Settings, folder: Path) -> None:
 
 
 def changes(old: dict[str, Any], config: Settings) -> list[str]:
-    """The settings that mean another run, a line each; one that was not known then had its default."""
-    defaults, new = type(config)().identity(), config.identity()
+    """The settings that mean another run, a line each; one that was not known then had its default, or see BEFORE."""
+    defaults, new = type(config)().identity() | BEFORE, config.identity()
     return store.differences({name: old.get(name, defaults[name]) for name in new}, new)
 
 

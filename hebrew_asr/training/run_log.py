@@ -261,10 +261,9 @@ def wer_summary(rows: list[Row], stage_ends: dict[int, str], last_stage: str) ->
     names = {0: "before training"} | {step: f"after {stage}" for step, stage in stage_ends.items()}
     names = {max(wers): f"after {last_stage}, at the end"} | names
     lines = [f"WER {wers[step]:6.2f} %  {name}" for step, name in sorted(names.items()) if step in wers]
-    for row in rows:
-        if "final/wer" in row:
-            interval = f"95 % interval {row['final/wer_low']:.2f}–{row['final/wer_high']:.2f}"
-            lines.append(f"WER {row['final/wer']:6.2f} %  final model, reloaded from disk ({interval})")
+    low, high = curve(rows, "final/wer_low"), curve(rows, "final/wer_high")
+    interval = f" (95 % interval {low[-1][1]:.2f}–{high[-1][1]:.2f})" if low else ""
+    lines += [f"WER {wer:6.2f} %  final model, reloaded from disk{interval}" for _, wer in curve(rows, "final/wer")]
     return lines
 
 
