@@ -15,6 +15,9 @@ where the machine is gone; the last step after a signal. Beyond that:
 - What a run must outlive (a full disk, NaN, a dead worker of its loader, the Hub's faults) is not to end it.
 - A full disk meets a checkpoint without an evaluation: where the one of the lowest WER cannot be written, the final
   model is another one.
+- A full log is written when there is room again; without shared memory the workers' batches come by a pipe.
+- Where every save fails to the end, the run is not finished. A final model that was damaged is made anew. Data that
+  only moved are the same data.
 - A NaN in the audio: the utterance is named as dropped in both epochs, and the bits are those of a run in whose corpus
   that clip is silent. A NaN in one process's loss leaves a step out on all, so that bits are not compared.
 - The Hub's faults last for seconds from a step on, and until they met a request. Then the model must be on the Hub file
@@ -26,6 +29,7 @@ The Hub is tests/hub_server.py; pauses after failed uploads are a tenth of the r
 import argparse
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -61,6 +65,8 @@ from hub_server import HubServer, Repo
 from hebrew_asr import files as files_module
 from hebrew_asr.checkpoints import hub as hub_upload
 from hebrew_asr.checkpoints import store
+from hebrew_asr.checkpoints.final import damage_of
+from hebrew_asr.data import shared_memory
 from hebrew_asr.data.audio import SAMPLE_RATE, decode_audio
 from hebrew_asr.data.sources import Source
 from hebrew_asr.model.stages import Stage
@@ -74,7 +80,7 @@ GRACE_SECONDS, STALL_MINUTES = 20.0, 0.2
 LAUNCHER_SECONDS = 30.0  # from passing a signal on to kill -9
 LIMIT_SECONDS = 120.0  # of one run, before it counts as hanging
 NEXT_ATTEMPT = "---- the same command again ----\n"
-FLUSHES = 15  # of one checkpoint: its files, its manifest, its folder, and the folder it is in
+FLUSHES = 16  # of one checkpoint: its files, its manifest, its folder, and the folder it is in
 UTTERANCES = 41  # for training: steps of 8, the last one of an epoch has one
 REPO, BRANCH, TOKEN = "OzLabs/drill", "checkpoints-run", "hf_token_of_the_drill"
 HUB_FAULTS = {  # of all requests, or of those that carry a file's content
@@ -99,8 +105,11 @@ KINDS = [  # kind, who or what, processes: first one of each, and all in the fir
     *(("kill -9, then damage", what, 1) for what in ("torn file", "missing file")),
     *(("kill -9 while saving", who, n) for who, n in (("rank 0", 1), ("all", 2), ("rank 0", 2), ("all", 1))),
     *(("full disk", "", 2), ("NaN audio", "", 1), ("machine gone", "killed", 2)),
+    *(("full log", "", 1), ("no shared memory", "", 1), ("kill -9, then data moved", "all", 1), ("saves fail", "", 1)),
+    *(("final model damaged", what, 1) for what in ("emptied", "cut")),
 ]
-OUTLIVED = ("full disk", "NaN loss", "NaN audio", "Hub")  # and the death of a worker
+OUTLIVED = ("full disk", "full log", "no shared memory", "NaN loss", "NaN audio", "Hub")  # and the death of a worker
+INSIDE = (*OUTLIVED, "saves fail", "final model damaged")  # nothing hits them from outside
 
 
 @dataclass
@@ -139,6 +148,8 @@ def faults(count: int) -> list[Fault]:
             delay = round(draw.uniform(1, 6), 3)
         if kind == "machine gone":
             step = draw.randrange(4, STEPS)
+        if kind == "full log":
+            step = draw.choice([4, 9])  # before a line of the log
         if kind == "full disk":
             step = draw.choice([1, 2, 3, 4, 7, 8, 9, 10])
         if who == "worker":
@@ -184,7 +195,7 @@ def settings_for(fault: Fault, work: Path, folder: Path) -> TrainingConfig:
     config = settings(work, folder / "run")
     if fault.has_hub:
         config = dataclasses.replace(config, hf_repo_id=REPO, skip_hf_upload=False)
-    if fault.who == "worker":
+    if fault.who == "worker" or fault.kind == "no shared memory":
         config.dataloader_num_workers = 1
     if fault.kind == "NaN audio":
         config.train_sources = [Source(str(corpus_with_nan(fault, work, folder / "corpus")))]
@@ -300,6 +311,8 @@ def instrument(folder: Path, rank: int, fault: Fault | None) -> None:
 
     def noted_mark(self, where):
         (folder / f"where-{rank}").write_text(where)
+        if fault and fault.kind == "full log" and rank == 0 and where.startswith("step "):
+            fill_log(folder, 0 <= int(where.split()[1]) - fault.step < 2)
         mark(self, where)
 
     def noted_write(self, step, *args):
@@ -318,7 +331,7 @@ def instrument(folder: Path, rank: int, fault: Fault | None) -> None:
     if fault is None:
         return
     if "saving" in fault.kind:
-        flush, calls = files_module.flush, [0]
+        flush, calls = store.flush, [0]
 
         def deadly_flush(path):
             if "step-" in str(path) or path.name == "checkpoints":
@@ -329,7 +342,18 @@ def instrument(folder: Path, rank: int, fault: Fault | None) -> None:
                         os.killpg(0, signal.SIGKILL) if fault.who == "all" else os.kill(os.getpid(), signal.SIGKILL)
             flush(path)
 
-        files_module.flush = deadly_flush
+        store.flush = deadly_flush
+    if fault.kind == "no shared memory":
+        shared_memory.PLACE = folder / "there is none"
+    if fault.kind == "saves fail":
+        write = store.write
+
+        def failing(parent, step, *rest):
+            if step >= fault.step:
+                raise OSError(errno.EIO, "Input/output error")
+            return write(parent, step, *rest)
+
+        store.write = failing
     if fault.kind == "NaN loss" and rank == fault.processes - 1:
         loss_of = GradualUnfreezeTrainer.scaled_loss
 
@@ -339,6 +363,16 @@ def instrument(folder: Path, rank: int, fault: Fault | None) -> None:
         GradualUnfreezeTrainer.scaled_loss = broken_loss
     if fault.control:
         believe_everything()
+
+
+def fill_log(folder: Path, is_full: bool) -> None:
+    """Has metrics.jsonl be on a full disk, or no longer."""
+    log, kept = folder / "run" / "metrics.jsonl", folder / "metrics-kept.jsonl"
+    if is_full and not kept.exists():
+        log.rename(kept)
+        log.symlink_to("/dev/full")
+    elif not is_full and kept.exists():
+        kept.replace(log)
 
 
 def believe_everything() -> None:
@@ -465,7 +499,7 @@ def steps_done(folder: Path) -> int:
 
 def strike(fault: Fault, launcher: int, folder: Path) -> None:
     """Waits for the fault's moment and brings it about, if it comes from outside."""
-    if "saving" in fault.kind or fault.kind in OUTLIVED:
+    if "saving" in fault.kind or fault.kind in INSIDE:
         return
     end = time.monotonic() + LIMIT_SECONDS
     while steps_done(folder) < fault.step and time.monotonic() < end:
@@ -496,7 +530,12 @@ def children(pid: int) -> list[int]:
 
 
 def damage(fault: Fault, run: Path) -> None:
-    """Damages the newest checkpoint's weights, moments or state."""
+    """Damages the newest checkpoint's weights, moments or state, or the final model."""
+    if fault.kind == "final model damaged":
+        model = run / "final_model"
+        file = random.Random(fault.number).choice([model / "model.safetensors", model / "config.json"])
+        file.write_bytes(b"" if fault.who == "emptied" else file.read_bytes()[:-7])
+        return
     newest = store.names(run / "checkpoints")
     if "damage" not in fault.kind or not newest:
         return
@@ -544,7 +583,8 @@ def hit_and_resume(fault: Fault, config: TrainingConfig, folder: Path, reference
     log, run = folder / "log.txt", Path(config.output_dir)
 
     def is_done() -> bool:
-        return is_finished(config) and (not fault.has_hub or is_uploaded(folder))
+        is_whole = is_finished(config) and damage_of(run / "final_model") is None
+        return is_whole and (not fault.has_hub or is_uploaded(folder))
 
     launcher = start(config, fault.processes, fault, log)
     result = asdict(fault) | {"hit_phase": None}
@@ -564,6 +604,8 @@ def hit_and_resume(fault: Fault, config: TrainingConfig, folder: Path, reference
         shutil.rmtree(run)
         (folder / "gone").touch()
         config = dataclasses.replace(config, resume="hub" if lasting else "auto")
+    if "data moved" in fault.kind:
+        config.train_sources = [Source(str(shutil.copytree(config.train_sources[0].path, folder / "elsewhere")))]
     while not is_done() and len(exits) < 4:
         end = time.monotonic() + LIMIT_SECONDS
         while fault.kind == "Hub" and not hub_state(folder)["over"] and time.monotonic() < end:
@@ -586,7 +628,9 @@ def hit_and_resume(fault: Fault, config: TrainingConfig, folder: Path, reference
     survived = is_done() and not result["hung"] and result["identical"] is not False
     survived &= result["steps_lost"] <= allowed_loss(fault, result, lasting)
     survived &= not fault.is_outlived or (result["status"] == "finished" and result["hit_phase"] is not None)
-    survived &= fault.kind != "Hub" or all(told)
+    survived &= fault.kind not in ("Hub", "saves fail") or all(told)
+    survived &= fault.kind != "saves fail" or result["status"] == "failed"
+    survived &= fault.kind != "final model damaged" or len(exits) == 2
     return result | {"survived": bool(survived)}
 
 
@@ -595,6 +639,12 @@ def met_by_the_run(fault: Fault, folder: Path) -> dict:
     if fault.kind == "full disk":
         full = folder / "was-full"
         return {"hit_step": int(full.read_text()), "hit_phase": "saving"} if full.exists() else {"hit_phase": None}
+    if fault.kind in ("full log", "no shared memory"):
+        said = {"full log": "metrics.jsonl cannot be written", "no shared memory": "is too small for"}[fault.kind]
+        rows = [json.loads(line)["step"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        is_whole = rows == sorted(rows) and {5, 6, 10, 12} <= set(rows)
+        is_met = said in (folder / "log.txt").read_text() and is_whole
+        return {"hit_step": fault.step, "hit_phase": f"step {fault.step}" if is_met else None}
     if fault.kind == "NaN loss":
         skipped = (folder / "run" / "skipped-steps.txt").exists()
         return {"hit_step": fault.step, "hit_phase": f"step {fault.step}" if skipped else None}
@@ -623,8 +673,10 @@ def allowed_loss(fault: Fault, result: dict, on_hub: list[str]) -> int:
     if fault.kind == "machine gone":
         newest = max((store.number_of(Path(name)) for name in on_hub), default=0)
         return 0 if fault.who == "SIGTERM" else result["hit_step"] - newest
-    if fault.is_outlived or fault.kind in ("SIGTERM", "SIGINT"):
+    if fault.is_outlived or fault.kind in ("SIGTERM", "SIGINT", "final model damaged"):
         return 0
+    if fault.kind == "saves fail":
+        return STEPS - fault.step + SAVE_STEPS
     since_last = SAVE_STEPS + (SAVE_STEPS - 1) * (result["hit_phase"] == "saving")  # one in the making is none yet
     return since_last + SAVE_STEPS * ("damage" in fault.kind)
 
@@ -664,6 +716,7 @@ FIELDS = tuple(Fault.__dataclass_fields__)
 def drill(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--only", default="", help="only the faults whose kind holds this text")
     parser.add_argument("--json", type=Path, help="all results, as JSON")
     parser.add_argument("--work", type=Path, default=Path("runs/drill"), help="what is done, and the runs that failed")
     given = parser.parse_args(arguments)
@@ -691,7 +744,7 @@ def drill(arguments: list[str]) -> int:
         return references[name]
 
     results = {r["number"]: r for r in done if r["kind"] != "reference"}
-    wanted = faults(given.faults)
+    wanted = [fault for fault in faults(given.faults) if given.only in fault.title]
     for fault in wanted:
         if fault.number in results and asdict(fault).items() <= results[fault.number].items():
             continue

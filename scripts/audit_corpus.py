@@ -97,9 +97,9 @@ def dataset_of(trainer: GradualUnfreezeTrainer) -> SpeechDataset:
 
 def score(trainer: GradualUnfreezeTrainer, batches: list[list[tuple[int, int]]]) -> Iterator[list[dict]]:
     """Yields the rows of PART of each batch of (epoch, number)."""
-    loader = speech_loader(
-        dataset_of(trainer), [[batch] for batch in batches], lambda loaded: loaded[0], trainer.config
-    )
+    most = trainer.config.eval_batch_size * trainer.config.max_audio_length_seconds
+    dealt = [[batch] for batch in batches]
+    loader = speech_loader(dataset_of(trainer), dealt, lambda loaded: loaded[0], trainer.config, most)
     for batch, utterances in zip(batches, loader, strict=True):
         found = {
             number: {"number": number, "skipped": u.get("dropped", "")}

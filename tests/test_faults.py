@@ -580,6 +580,20 @@ def moved(finished, corpus, heldout, tmp_path):
     return config
 
 
+def test_a_checkpoint_of_the_version_before_goes_on_to_the_same_bits(moved, finished, corpus, heldout):
+    (folder,) = store.names(Path(moved.output_dir) / "checkpoints")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "data.safetensors").unlink()
+    del manifest["files"]["data.safetensors"], manifest["run"]["data"], manifest["settings"]["accept_changed_data"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"train_sources\.0\.path"):
+        main(moved)  # that the data only moved cannot be told
+    same = dataclasses.replace(moved, train_sources=finished.train_sources, eval_sources=finished.eval_sources)
+    main(same)
+    one, two = (Path(c.output_dir) / "final_model" / "model.safetensors" for c in (same, finished))
+    assert one.read_bytes() == two.read_bytes()
+
+
 def rewrite(config, part: str, change) -> None:
     file = Path(getattr(config, part)[0].path) / "train.parquet"
     table, times = pyarrow.parquet.read_table(file), file.stat()
