@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from wandb_server import WandbServer
 
-from hebrew_asr.training from hebrew_asr.training import run_log
+from hebrew_asr.training import run_log
 
 HERE = Path(__file__).parent
 KEY = "0123456789" * 4  # as long as W&B's
