@@ -18,7 +18,7 @@ KEY = "0123456789" * 4  # as long as W&B's
 SCRIPT = """
 import psutil, sys, time
 from pathlib import Path
-import run_log
+from hebrew_asr.training import run_log
 run_log.FINISH_SECONDS = 3.0
 log = run_log.RunLog(Path(sys.argv[1]), rank=0)
 log.start_tracker("wandb", "a-project", "a-name", {"seed": 1}, ["a-tag"])
