@@ -16,7 +16,7 @@ same command goes on where it was interrupted: a recording that is done is not d
 import dataclasses
 import json
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -102,6 +102,8 @@ def align_recording(
         for number, heard in zip(batch, written, strict=True):
             texts[number] = heard.text
 
+    assert isinstance(model, QwenModel), "others give no likelihoods"
+
     def ask(asked: list[tuple[int, list[str]]]) -> list[Likelihood]:
         answers: dict[int, Likelihood] = {}
         for batch in batches_by_length([seconds[number] for number, _ in asked], given.batch_seconds):
@@ -131,7 +133,8 @@ def fit_to_train_on(kept: list[Kept], waveform: np.ndarray, settings: RowSetting
 # --------------------------------------------------------------------------------------------------------- The report
 def report_of(done: list[dict[str, Any]], rows: SpeechRows, given: Aligning) -> dict[str, Any]:
     """Hours in, kept, refused by reason, and without speech; words that nobody says by their number."""
-    hours, counts, words = Counter[str](), Counter[str](), Counter[str]()
+    hours: defaultdict[str, float] = defaultdict(float)
+    counts, words = Counter[str](), Counter[str]()
     for one in done:
         for refused in one["refused"]:
             counts[refused["reason"]] += 1

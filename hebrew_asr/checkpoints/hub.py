@@ -141,8 +141,8 @@ def send(
     for operation in operations:
         if operation.upload_info.size > LARGE_BYTES:
             api.preupload_lfs_files(repo_id, [operation], revision=branch, free_memory=False)
-    operations += [CommitOperationDelete(f"{folder}/", is_folder=True) for folder in delete]
-    return api.create_commit(repo_id, operations, commit_message=message, revision=branch)
+    removals = [CommitOperationDelete(f"{folder}/", is_folder=True) for folder in delete]
+    return api.create_commit(repo_id, [*operations, *removals], commit_message=message, revision=branch)
 
 
 # ------------------------------------------------------------------------------ Before the first step, and at the end
@@ -257,8 +257,8 @@ def on_hub(api: HfApi, repo_id: str, branch: str) -> dict[str, Listing]:
 
 
 def newest_first(names: Collection[str]) -> list[str]:
-    numbers = {name: [int(n or 1) for n in NAME.fullmatch(name).groups()] for name in names}
-    return sorted(numbers, key=numbers.get, reverse=True)
+    numbers = {name: [int(n or 1) for n in match.groups()] for name in names if (match := NAME.fullmatch(name))}
+    return sorted(numbers, key=lambda name: numbers[name], reverse=True)
 
 
 def is_there(folder: Path, entries: Listing) -> bool:
@@ -289,6 +289,11 @@ class CheckpointUploader:
         self._damaged: set[str] = set()
         self._woken, self._hurry, self._idle = threading.Event(), threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
+
+    @property
+    def _repo(self) -> str:
+        assert self.repo_id is not None, "without a repository nothing is sent"
+        return self.repo_id
 
     @property
     def step(self) -> int:
@@ -374,7 +379,7 @@ class CheckpointUploader:
     def _bring_up_to_date(self) -> None:
         api = client()
         while wanted := self._wanted():
-            there = on_hub(api, self.repo_id, self.branch)
+            there = on_hub(api, self._repo, self.branch)
             present = [folder for folder in wanted if is_there(folder, there.get(folder.name, {}))]
             self.uploaded = max((folder.name for folder in present), default=None)
             missing = [folder for folder in wanted if folder not in present]
@@ -396,24 +401,24 @@ class CheckpointUploader:
                 self.say(f"warning: checkpoint {folder.name} is damaged and not uploaded: {problem}")
             return
         files = {f"{folder.name}/{path.name}": path for path in sorted(folder.iterdir())}
-        api.create_branch(self.repo_id, branch=self.branch, revision=self._beginning(api), exist_ok=True)
-        send(api, self.repo_id, self.branch, files, f"Checkpoint {folder.name}", sorted(superfluous))
-        if not is_there(folder, on_hub(api, self.repo_id, self.branch).get(folder.name, {})):
+        api.create_branch(self._repo, branch=self.branch, revision=self._beginning(api), exist_ok=True)
+        send(api, self._repo, self.branch, files, f"Checkpoint {folder.name}", sorted(superfluous))
+        if not is_there(folder, on_hub(api, self._repo, self.branch).get(folder.name, {})):
             raise OSError(f"the Hub's hashes of {folder.name} are others than those of its manifest")
         try:
-            api.super_squash_history(self.repo_id, branch=self.branch, commit_message=f"Checkpoint {folder.name}")
+            api.super_squash_history(self._repo, branch=self.branch, commit_message=f"Checkpoint {folder.name}")
         except Exception as error:
             self.failures += 1
             self.say(f"warning: the history of {self.branch} was not cut ({reason(error)}), the next upload does it")
         size = sum(path.stat().st_size for path in files.values())
         self.say(
             f"checkpoint {folder.name} is on the Hub: {size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s,"
-            f" {self.repo_id}, branch {self.branch}"
+            f" {self._repo}, branch {self.branch}"
         )
 
     def _beginning(self, api: HfApi) -> str:
         """The first commit of main, which holds no model."""
-        return api.list_repo_commits(self.repo_id)[-1].commit_id
+        return api.list_repo_commits(self._repo)[-1].commit_id
 
 
 # -------------------------------------------------------------------------------------------- Checkpoints from the Hub
@@ -456,7 +461,7 @@ def _fetch_newest(api: HfApi, repo_id: str, branch: str, names: list[str], place
         if found := _fetch(api, repo_id, branch, name, place, say):
             wer = {older: _wer(api, repo_id, branch, older) for older in names[position + 1 :]}
             better = [n for n, w in wer.items() if w is not None and (found.wer is None or w <= found.wer)]
-            for older in sorted(better, key=wer.get)[:1]:
+            for older in sorted(better, key=lambda name: wer[name] or 0.0)[:1]:
                 _fetch(api, repo_id, branch, older, place, say)
             return True
     return False

@@ -296,7 +296,9 @@ def newest_valid(parent: Path, say: Say) -> Checkpoint | None:
 
 def number_of(folder: Path) -> int:
     """The step in a checkpoint's name."""
-    return int(NAME.fullmatch(folder.name)[1])
+    match = NAME.fullmatch(folder.name)
+    assert match, f"{folder} is named as no checkpoint is"
+    return int(match[1])
 
 
 def best_valid(parent: Path, say: Say) -> Checkpoint | None:

@@ -86,7 +86,7 @@ class CTranslate2Model:
 
     def __init__(self, name: str, decoding: Decoding, device: torch.device):
         try:
-            import faster_whisper
+            import faster_whisper  # ty: ignore[import-not-found]
         except ImportError as error:
             raise InputError(
                 f"{name} is a CTranslate2 model, which faster-whisper runs: install it with `uv sync --group engines`"
@@ -141,6 +141,8 @@ class EndpointModel:
     """
 
     dtype = "as served"
+    decoding: Decoding
+    files: str
 
     def __init__(self, name: str, decoding: Decoding):
         if decoding.temperature or decoding.num_beams > 1 or decoding.max_new_tokens:

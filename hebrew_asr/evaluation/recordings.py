@@ -464,8 +464,8 @@ class Run:
         """Notes a recording's end, and writes `kinds` of transcripts of it."""
         job = self.jobs[number]
         self.recordings[number] = recording
-        if heard and kinds:
-            self.on_disk(number, lambda: write(job, recording, heard.key, set(kinds), heard.record))
+        if heard and (kinds := set(kinds)):
+            self.on_disk(number, lambda: write(job, recording, heard.key, kinds, heard.record))
         if not heard or heard.record or not heard.pieces:
             self.total -= job.size  # nothing was to be transcribed: it says nothing of the time left
             self.bar.total = self.total

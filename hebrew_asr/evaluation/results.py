@@ -166,7 +166,7 @@ def report(config: EvaluationConfig, folder: Path, cells: Cells) -> None:
             reason = cells.reasons.get(place)
             if reason is None:
                 try:
-                    written = cells.transcribed[place]
+                    written = cells.transcribed[name, one.name]
                     if isinstance(written, Path):
                         written = read_transcripts(written, len(rows[one.name]))
                     result, mine = measure(name, one, rows[one.name], written)

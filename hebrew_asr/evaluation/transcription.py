@@ -103,10 +103,13 @@ class Transcriber(Protocol):
     dtype: str
     decoding: Decoding
     """It may be another one for the next set."""
-    needs_language: bool
-    """It is told what is spoken; where not, it finds out."""
     files: str
     """What names the files that it was loaded from."""
+
+    @property
+    def needs_language(self) -> bool:
+        """Whether it is told what is spoken; where not, it finds out."""
+        ...
 
     def features(self, waveform: np.ndarray) -> Any: ...
 
@@ -150,6 +153,9 @@ def load_by_kind(name: str, decoding: Decoding, device: torch.device) -> "QwenMo
 
 class QwenModel:
     """Qwen3-ASR under the prompts that training evaluates with."""
+
+    decoding: Decoding
+    files: str
 
     needs_language = False
 
@@ -226,6 +232,9 @@ class QwenModel:
 
 class PipelineModel:
     """Whisper and others, as transformers' own pipeline runs them."""
+
+    decoding: Decoding
+    files: str
 
     needs_language = True
 

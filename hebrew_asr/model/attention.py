@@ -10,7 +10,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
@@ -81,7 +81,7 @@ def flash(
         how["enable_gqa"] = True
     else:
         key, value = (repeated(tensor, query.shape[1]) for tensor in (key, value))
-    return varlen_attn(query, key, value, ends, ends, longest, longest, **how)
+    return cast(torch.Tensor, varlen_attn(query, key, value, ends, ends, longest, longest, **how))
 
 
 def repeated(tensor: torch.Tensor, heads: int) -> torch.Tensor:

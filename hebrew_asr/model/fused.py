@@ -24,7 +24,8 @@ RECOMPILE_LIMIT = 32  # kinds of one kernel: its types, with and without a gradi
 
 @functools.cache
 def compiled(function: Callable) -> Callable:
-    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+    limit: int = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.recompile_limit = limit  # ty: ignore[invalid-assignment]
     return torch.compile(function, fullgraph=True)
 
 
@@ -294,25 +295,26 @@ def kernel_error(device: torch.device) -> str | None:
     heads, of_heads = (tensor.unflatten(1, (2, 128)) for tensor in (gate, of_normed))
     cos, sin = (wave(torch.rand(70, 128, generator=random)).to(device) for wave in (torch.cos, torch.sin))
     each = weight[:128].contiguous()
-    for function, *args in (
-        (norm, hidden, weight, 1e-6, torch.bfloat16),
-        (add_norm, hidden, branch, weight, 1e-6, torch.bfloat16),
-        (norm_gradient, of_normed, of_hidden, hidden, weight, 1e-6),
-        (norms_gradient, of_normed, of_hidden, hidden, weight, 1e-6, torch.bfloat16),
-        (norm_weight_gradient, of_normed, hidden, 1e-6),
-        (turned, heads, each, cos, sin, 1e-6, torch.bfloat16),
-        (turned_gradient, of_heads, heads, each, cos, sin, 1e-6),
-        (turned_weight_gradient, of_heads, heads, cos, sin, 1e-6),
-        (gated, gate, branch),
-        (gated_gradient, of_normed, gate, branch),
-    ):
+    examples: list[tuple[Callable, Any]] = [
+        (norm, (hidden, weight, 1e-6, torch.bfloat16)),
+        (add_norm, (hidden, branch, weight, 1e-6, torch.bfloat16)),
+        (norm_gradient, (of_normed, of_hidden, hidden, weight, 1e-6)),
+        (norms_gradient, (of_normed, of_hidden, hidden, weight, 1e-6, torch.bfloat16)),
+        (norm_weight_gradient, (of_normed, hidden, 1e-6)),
+        (turned, (heads, each, cos, sin, 1e-6, torch.bfloat16)),
+        (turned_gradient, (of_heads, heads, each, cos, sin, 1e-6)),
+        (turned_weight_gradient, (of_heads, heads, cos, sin, 1e-6)),
+        (gated, (gate, branch)),
+        (gated_gradient, (of_normed, gate, branch)),
+    ]
+    for function, args in examples:
         try:
             found = run(function, *args)
         except Exception as error:  # a compiler that is missing fails in many ways
-            return f"{function.__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}"
+            return f"{getattr(function, '__name__', function)}: {(str(error).strip() or repr(error)).splitlines()[0]}"
         expected = function(*args)
         for ours, exact in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (found, expected)), strict=True):
             off = ((ours.float() - exact.float()).norm() / exact.float().norm()).item()
             if not off < TOLERANCE:
-                return f"{function.__name__} is off by {off:.1%} in a small example"
+                return f"{getattr(function, '__name__', function)} is off by {off:.1%} in a small example"
     return None

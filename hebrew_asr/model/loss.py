@@ -127,9 +127,9 @@ class ChunkedNats(torch.autograd.Function):
             if not (wants_hidden or wants_weight):
                 continue
             grad_logits = log_p.exp_().scatter_add_(1, aims, -torch.ones_like(aims, dtype=log_p.dtype)).to(dtype)
-            if wants_hidden:
+            if grad_hidden is not None:
                 grad_hidden[places] = (grad_logits @ weight).to(hidden.dtype) * scale
-            if wants_weight:
+            if grad_weight is not None:
                 with torch.autocast(device, enabled=False):
                     add_product(grad_weight, grad_logits.T, part, scale, is_first=places.start == 0)
         ctx.gradients, ctx.is_root, ctx.tied = (grad_hidden, grad_weight), is_root, tied
@@ -207,7 +207,8 @@ def label_nats(
     is_tied = weight is model.get_input_embeddings().weight
     is_one = is_tied and weight.requires_grad and torch.is_grad_enabled() and spares_passes(weight.device)
     tied = TiedGradient() if is_one else None
-    hidden, targets = label_states(model, **batch, tied=tied)
+    inputs: dict[str, Any] = dict(batch)
+    hidden, targets = label_states(model, **inputs, tied=tied)
     if not torch.is_grad_enabled():  # a Function is told of inputs that require a gradient even then
         hidden, weight = hidden.detach(), weight.detach()
     return ChunkedNats.apply(hidden, weight, targets, scale, is_root, tied)

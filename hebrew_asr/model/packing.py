@@ -214,9 +214,10 @@ def halves(batch: dict[str, torch.Tensor], audio_token: int) -> list[dict[str, t
         return []
     sizes = np.array([len(prompt + target) for prompt, target in zip(prompts, targets, strict=True)])
     padding = (targets[0] or prompts[0])[-1]
-    return [
-        pack(*([items[i] for i in part] for items in (clips, prompts, targets)), padding, len(batch["input_ids"]) == 1)[
-            0
-        ]
-        for part in balanced(sizes, 2)
-    ]
+    in_one_row = len(batch["input_ids"]) == 1
+
+    def packed(part: np.ndarray) -> dict[str, torch.Tensor]:
+        chosen = [clips[i] for i in part], [prompts[i] for i in part], [targets[i] for i in part]
+        return pack(*chosen, padding, in_one_row)[0]
+
+    return [packed(part) for part in balanced(sizes, 2)]

@@ -15,7 +15,7 @@ import copy
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -271,7 +271,7 @@ class Recorder(TorchDispatchMode):
         out = function(*args)
         self.inside_one = False
         node = torch._C._current_autograd_node()
-        self.note(function.__name__, args, {}, out, node)
+        self.note(getattr(function, "__name__", ""), args, {}, out, node)
         if function in (fused.norm_weight_gradient, fused.turned_weight_gradient):
             self.notes.append((self._where(node), Kernel("", "sum over blocks", True, 0, 0, in_bf16=False)))
         return out
@@ -418,7 +418,7 @@ class Shortened:
 
 
 @contextlib.contextmanager
-def as_on_cuda() -> Iterator[None]:
+def as_on_cuda() -> Generator[None]:
     """Has tensors that say they are on a CPU take a GPU's way: there autocast runs layer_norm in fp32."""
     plain = torch.nn.functional.layer_norm
 

@@ -7,6 +7,7 @@ saves queries, keys, values, the output and one number for each head and positio
 cuDNN's workspace and fragmentation are in no part; `USABLE` leaves room for them.
 """
 
+import functools
 import math
 import re
 from collections import Counter
@@ -386,7 +387,9 @@ def make_plan(config: Settings) -> Plan:
     steps_per_epoch = config.steps_per_epoch or math.ceil(utterances / config.target_effective_batch)
     total_steps = config.max_steps or config.num_epochs * steps_per_epoch
     steps = simulated(seconds, config.target_effective_batch, processes, budget)
-    trained = [lambda name, stage=stage: trains_in(name, stage, model) for stage in config.stages]
+    trained: list[Callable[[str], bool]] = [
+        functools.partial(lambda stage, name: trains_in(name, stage, model), stage) for stage in config.stages
+    ]
     plans, done = [], 0
     for number, stage in enumerate(config.stages):
         trains = trained[number]

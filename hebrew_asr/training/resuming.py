@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -348,7 +348,10 @@ class ResumableTrainer(Trainer):
 
         Raises Unheard on all of them, after the last batch, when a recording could not be read.
         """
-        begun, problems = loader.dataset.begun if isinstance(loader, torch.utils.data.DataLoader) else list, []
+        begun, problems = (
+            cast(Any, loader.dataset).begun if isinstance(loader, torch.utils.data.DataLoader) else list,
+            [],
+        )
         batches = Batches(iter(loader), lambda done: iter(skip_first_batches(loader, done)), self.worker_died, begun)
         for _ in range(max(self.watch.gather(len(loader)))):
             self.watch.mark(f"the evaluation after step {self.state.global_step}")
@@ -444,7 +447,9 @@ class ResumableTrainer(Trainer):
         order = self.order + 1
         self.unwrap()
         self.optimizer = None
-        self.resume(settle(found, self.writer.parent))
+        settled = settle(found, self.writer.parent)
+        assert settled is not None
+        self.resume(settled)
         self.shuffle_anew(order)
         self.bad_steps = 0
         self.run_log.say(f"warning: {problem}; back to step {found.step}, with data order {order}")

@@ -41,9 +41,7 @@ class StepTrainer(ResumableTrainer):
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.use_bf16)
 
-    def accumulate(
-        self, model: torch.nn.Module, micro_batches: list[dict[str, torch.Tensor]], scale: float
-    ) -> torch.Tensor:
+    def accumulate(self, model: Any, micro_batches: list[dict[str, torch.Tensor]], scale: float) -> torch.Tensor:
         """Adds up the gradient of these micro-batches; returns the sum of their losses."""
         loss = torch.zeros((), device=self.args.device)
         # Autocast keeps its bf16 copies of what trains to the end of the outermost block: one copy for the whole step.

@@ -183,7 +183,7 @@ def die_of_a_lost_batch() -> None:
         print(f"warning: a worker of the loader cannot send its batch: {error}", file=sys.stderr, flush=True)
         os._exit(1)
 
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(die)
+    cast(Any, multiprocessing.queues.Queue)._on_queue_feeder_error = staticmethod(die)
 
 
 class Batches:
