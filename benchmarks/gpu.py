@@ -244,6 +244,8 @@ def step_time(
     stage: int = 0, ddp: bool = False, unfused: bool = False, expandable: bool = False, **changes: Any
 ) -> dict[str, Any]:
     """The product's trainer for a few steps with its data in workers: medians, then two steps under the profiler."""
+    if changes.get("torch_compile") and not has_cuda():
+        return {"skipped": "no GPU; for a CPU the compiler takes minutes"}
     if expandable:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if unfused:
@@ -334,7 +336,7 @@ def evaluation() -> dict[str, Any]:
         model.eval().generation_config.eos_token_id = None
         for size in (4, 8) if TINY else (32, 128, 256):
             batch = trainer.collator(utterances[:size], training=False)
-            run = functools.partial(generation.generate, model, batch)
+            run = lambda most, model=model, batch=batch, size=size: generation.generate(model, batch, [most] * size)  # noqa: E731
             run(2)
             times = []
             for most in (2, tokens):

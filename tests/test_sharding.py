@@ -138,7 +138,7 @@ def test_the_final_model_is_a_stock_model_and_transcribes(runs, processor, confi
     rows = load_rows(config.eval_sources, config, for_training=False)
     utterances = [SpeechDataset(rows, processor, config, training=False)[0, number] for number in range(3)]
     batch = DataCollatorSpeechSeq2SeqWithPadding(processor, config)(utterances, training=False)
-    said = processor.decode(generate(model.eval(), batch, 30), return_format="parsed")
+    said = processor.decode(generate(model.eval(), batch, [30] * len(batch["labels"])), return_format="parsed")
     assert all(output["transcription"].strip() and output["language"] == "Hebrew" for output in said)
 
 
