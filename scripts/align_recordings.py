@@ -102,9 +102,8 @@ def align_recording(
         for number, heard in zip(batch, written, strict=True):
             texts[number] = heard.text
 
-    assert isinstance(model, QwenModel), "others give no likelihoods"
-
     def ask(asked: list[tuple[int, list[str]]]) -> list[Likelihood]:
+        assert isinstance(model, QwenModel), "others give no likelihoods"
         answers: dict[int, Likelihood] = {}
         for batch in batches_by_length([seconds[number] for number, _ in asked], given.batch_seconds):
             clips, words = [features[asked[i][0]] for i in batch], [asked[i][1] for i in batch]
