@@ -9,8 +9,10 @@ import transformers
 
 from hebrew_asr.data.audio import AudioError
 from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.evaluation.transcription import Decoding, load_speech_model, read_transcripts, transcribe_set
 from hebrew_asr.model.loading import load_to_train
 from hebrew_asr.model.stages import trains_in
+from hebrew_asr.text.scoring import score
 from hebrew_asr.training.batches import collate_evaluation
 from hebrew_asr.training.resuming import training_arguments
 from hebrew_asr.training.run_log import RunLog
@@ -304,3 +306,22 @@ def test_the_final_model_is_written_in_one_type_and_tied(config, model, processo
     assert not list(tmp_path.glob("**/*.bin")) and not list(tmp_path.glob("*.unfinished"))
     (tmp_path / "new").touch()
     assert {f.stat().st_mode for f in (tmp_path / "final_model").iterdir()} == {(tmp_path / "new").stat().st_mode}
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_one_checkpoint_has_one_error_rate_while_training_and_in_the_evaluation(
+    config, model, make_trainer, eval_rows, tmp_path, endless
+):
+    """Also where the model does not end by itself, so that the limit of tokens decides what is scored."""
+    config.generation_max_new_tokens, decoding = None, Decoding()
+    engine = load_speech_model(config.model_name_or_path, decoding, torch.device("cpu"))
+    if endless:
+        for each in (model, engine.model):
+            each.generation_config.suppress_tokens = list(engine.ends)
+    while_training = make_trainer(model).evaluate()["eval/wer"]
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    transcribe_set(engine, eval_rows, decoding, parts, rank=0, processes=1, workers=0, hides_progress=True)
+    written = [transcript.text for transcript in read_transcripts(parts, len(eval_rows)).transcripts]
+    assert score(eval_rows.column("reference"), written)["wer"] == while_training
+    assert (while_training > 150) == endless
