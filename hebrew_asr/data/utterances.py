@@ -114,10 +114,10 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     def context(self, row: dict[str, Any], epoch: int, number: int) -> str | None:
         """What fills the system turn in training; None where there is no such turn."""
-        turn = system_turn(self.config, epoch, number, len(self.rows or ()))
+        turn = system_turn(self.config, epoch, number, len(self._rows or ()))
         if turn.kind != "context":
             return "" if turn.kind == "empty" else None
-        if row["previous"] or self.rows is None:
+        if row["previous"] or self._rows is None:  # nobody lends in a stream
             return row["previous"]
         return self.rows.index["text"][int(self.rows.used[turn.lender])].as_py()
 
