@@ -198,7 +198,7 @@ def main(given: Aligning) -> None:
     filters = row_settings(dataclasses.replace(given.source, text_column=""), [], given, for_training=True)
 
     # 3. Align: a recording at a time, each in the process of its turn
-    decides = [key(given.model, model.dtype, Decoding(), rows), rows.column("reference"), dataclasses.asdict(given)]
+    decides = [key(model, Decoding(), rows), rows.column("reference"), dataclasses.asdict(given)]
     decides += [Path(file).read_text(encoding="utf-8") for file in CODE]
     (name,) = broadcast_object_list([digest(json.dumps(decides, default=str).encode())])
     parts = beside / "recordings" / name
