@@ -24,7 +24,7 @@ from hebrew_asr.data.alignment import Kept
 from hebrew_asr.data.audio import SAMPLE_RATE
 from hebrew_asr.evaluation.transcription import Decoding, load_speech_model
 from hebrew_asr.text.scoring import ErrorCounts, count_errors, leaderboard_normalize
-from scripts.align_recordings import Aligning, align_recording
+from scripts.align_recordings import Aligning, align_heard, hear
 
 STRETCH_SECONDS = 3.5  # the demo's checkpoints know sentences of 1 to 3 s
 
@@ -100,20 +100,19 @@ def measure(models: list[str], sizes: list[float], seeds: list[int]) -> None:
         for folder, seconds in itertools.product(("corpus", "heldout"), sizes):
             recordings = [join(clips(folder), seconds, seed) for seed in seeds]
             hours = sum(len(r.waveform) for r in recordings) / SAMPLE_RATE / 3600
+            began = time.perf_counter()
+            heard = [hear(model, r.waveform, Aligning(stretch_seconds=STRETCH_SECONDS)) for r in recordings]
+            hearing = time.perf_counter() - began
             for asks in (True, False):
-                given, judged = Aligning(stretch_seconds=STRETCH_SECONDS, asks_model=asks), []
-                began = time.perf_counter()
-                for recording in recordings:
-                    kept, _ = align_recording(model, recording.waveform, recording.transcript, given)
-                    judged.append(judge(recording, kept))
-                took = (time.perf_counter() - began) / hours
+                given, began = Aligning(asks_model=asks), time.perf_counter()
+                aligned = [align_heard(model, *h, r.transcript, given) for h, r in zip(heard, recordings, strict=True)]
+                took = (time.perf_counter() - began + hearing) / hours
+                judged = [judge(r, kept) for r, (kept, _) in zip(recordings, aligned, strict=True)]
                 each = ", ".join(f"{100 * k / of:.1f} {100 * w / n:.2f}" for k, of, w, n in judged)
                 k, of, w, n = map(sum, zip(*judged, strict=True))
-                print(
-                    f"| {name} | {folder} | {seconds / 60:g} | {'yes' if asks else 'no'} | {100 * k / of:.1f}"
-                    f" | {100 * w / n:.2f} | {each} | {took:.0f} |",
-                    flush=True,
-                )
+                shares = f"{100 * k / of:.1f} | {100 * w / n:.2f}"
+                which = f"{name} | {folder} | {seconds / 60:g} | {'yes' if asks else 'no'}"
+                print(f"| {which} | {shares} | {each} | {took:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Makes training clips of long recordings that have a plain transcript each.
 
-    uv run torchrun --nproc_per_node=8 scripts/align_recordings.py --model runs/NAME/final_model --source DATA \\
+    uv run torchrun --nproc_per_node=8 -m scripts.align_recordings --model runs/NAME/final_model --source DATA \
         --output_dir data/aligned
-    uv run scripts/align_recordings.py --demo
+    uv run python -m scripts.align_recordings --demo
 
 DATA is a folder, a table or a Hub id of any form that training reads, or a source as JSON: a row is a recording of any
 length with its whole transcript. A checkpoint transcribes it; even one that gets most words wrong will do. Its text is
@@ -20,6 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,29 +91,38 @@ def batches_by_length(seconds: list[float], batch_seconds: float) -> Iterator[li
         yield batch
 
 
-def align_recording(
-    model: Transcriber, waveform: np.ndarray, transcript: str, given: Aligning
-) -> tuple[list[Kept], list[Refused]]:
-    """The pieces of a recording (samples,) at 16 kHz, and what is refused."""
+def hear(model: Transcriber, waveform: np.ndarray, given: Aligning) -> tuple[list[Heard], list[Any]]:
+    """The stretches of speech of a recording (samples,) at 16 kHz as the model writes them, and their features."""
     spans = voice.utterances(waveform, given.stretch_seconds)
-    features = [model.features(waveform[round(a * SAMPLE_RATE) : round((b + TAIL) * SAMPLE_RATE)]) for a, b in spans]
-    seconds, texts = [b - a for a, b in spans], [""] * len(spans)
+    sounds = [waveform[round(a * SAMPLE_RATE) : round((b + TAIL) * SAMPLE_RATE)] for a, b in spans]
+    features, seconds, texts = [model.features(sound) for sound in sounds], [b - a for a, b in spans], [""] * len(spans)
     for batch in batches_by_length(seconds, given.batch_seconds):
         written = model.transcribe([features[n] for n in batch], [seconds[n] for n in batch])
-        for number, heard in zip(batch, written, strict=True):
-            texts[number] = heard.text
+        for number, transcript in zip(batch, written, strict=True):
+            texts[number] = transcript.text
+    return [Heard(a, b, text) for (a, b), text in zip(spans, texts, strict=True)], features
 
-    def ask(asked: list[tuple[int, list[str]]]) -> list[Likelihood]:
-        assert isinstance(model, QwenModel), "others give no likelihoods"
-        answers: dict[int, Likelihood] = {}
-        for batch in batches_by_length([seconds[number] for number, _ in asked], given.batch_seconds):
-            clips, words = [features[asked[i][0]] for i in batch], [asked[i][1] for i in batch]
-            answers |= dict(zip(batch, model.likelihoods(clips, words, given.language), strict=True))
-        return [answers[i] for i in range(len(asked))]
 
-    heard = [Heard(a, b, text) for (a, b), text in zip(spans, texts, strict=True)]
-    likelihoods = ask if given.asks_model and isinstance(model, QwenModel) else None  # others cannot be asked
-    return align(heard, transcript, given.max_audio_length_seconds, given.min_confidence, likelihoods)
+def align_heard(
+    model: Transcriber, heard: list[Heard], features: list[Any], transcript: str, given: Aligning
+) -> tuple[list[Kept], list[Refused]]:
+    """The pieces of a recording, and what is refused."""
+    ask = None
+    if given.asks_model and isinstance(model, QwenModel):  # others cannot be asked
+        ask = partial(likelihoods_of, model, heard, features, given)
+    return align(heard, transcript, given.max_audio_length_seconds, given.min_confidence, ask)
+
+
+def likelihoods_of(
+    model: QwenModel, heard: list[Heard], features: list[Any], given: Aligning, asked: list[tuple[int, list[str]]]
+) -> list[Likelihood]:
+    """Of each (number of a stretch, words), in batches of stretches of like length."""
+    answers: dict[int, Likelihood] = {}
+    seconds = [heard[number].end - heard[number].start for number, _ in asked]
+    for batch in batches_by_length(seconds, given.batch_seconds):
+        clips, words = [features[asked[i][0]] for i in batch], [asked[i][1] for i in batch]
+        answers |= dict(zip(batch, model.likelihoods(clips, words, given.language), strict=True))
+    return [answers[i] for i in range(len(asked))]
 
 
 def fit_to_train_on(kept: list[Kept], waveform: np.ndarray, settings: RowSettings) -> tuple[list[Kept], list[Refused]]:
@@ -132,7 +142,7 @@ def fit_to_train_on(kept: list[Kept], waveform: np.ndarray, settings: RowSetting
 # --------------------------------------------------------------------------------------------------------- The report
 def report_of(done: list[dict[str, Any]], rows: SpeechRows, given: Aligning) -> dict[str, Any]:
     """Hours in, kept, refused by reason, and without speech; words that nobody says by their number."""
-    hours: defaultdict[str, float] = defaultdict(float)
+    hours: dict[str, float] = defaultdict(float)
     counts, words = Counter[str](), Counter[str]()
     for one in done:
         for refused in one["refused"]:
@@ -185,8 +195,7 @@ def main(given: Aligning) -> None:
     rows = load_in_turn(state, lambda: load_rows([given.source], given, for_training=False))
     with together():
         model = load_speech_model(given.model, Decoding(), state.device)
-    settings = row_settings(given.source, [], given, for_training=True)
-    settings = dataclasses.replace(settings, min_quality=None, language=given.language)
+    filters = row_settings(dataclasses.replace(given.source, text_column=""), [], given, for_training=True)
 
     # 3. Align: a recording at a time, each in the process of its turn
     decides = [key(model, Decoding(), rows), rows.column("reference"), dataclasses.asdict(given)]
@@ -199,8 +208,8 @@ def main(given: Aligning) -> None:
         for number in tqdm(mine, desc="aligning", unit="recording", disable=rank > 0 or not mine):
             row = rows[number]
             waveform = decode_audio(row["audio"], row["start"], row["end"])
-            kept, refused = align_recording(model, waveform, row["reference"], given)
-            kept, unfit = fit_to_train_on(kept, waveform, settings)
+            kept, refused = align_heard(model, *hear(model, waveform, given), row["reference"], given)
+            kept, unfit = fit_to_train_on(kept, waveform, filters)
             result = {"kept": kept, "refused": sorted([*refused, *unfit], key=lambda one: one.start)}
             found = {name: [dataclasses.asdict(one) for one in many] for name, many in result.items()}
             put(parts / f"{number}.json", json.dumps(found | {"recording": row["recording"]}, ensure_ascii=False))
@@ -216,11 +225,11 @@ def main(given: Aligning) -> None:
             put(beside / "report.json", json.dumps(report, ensure_ascii=False, indent=1))
             hours = {name: report[f"hours_{name}"] for name in ("in", "kept", "without_speech")}
             print(
-                f"{hours['in']:.2f} h of recordings, {hours['without_speech']:.2f} h of them without speech", flush=True
+                f"{hours['in']:.3f} h of recordings, {hours['without_speech']:.3f} h of them without speech", flush=True
             )
-            print(f"kept: {hours['kept']:.2f} h in {report['pieces_kept']} pieces", flush=True)
+            print(f"kept: {hours['kept']:.3f} h in {report['pieces_kept']} pieces", flush=True)
             for reason, lost in report["refused"].items():
-                print(f"{reason}: {lost['hours']:.2f} h, {lost['words']} words, {lost['places']} places", flush=True)
+                print(f"{reason}: {lost['hours']:.3f} h, {lost['words']} words, {lost['places']} places", flush=True)
             if not report["pieces_kept"]:
                 raise InputError(f"nothing is kept; {beside}/refused.jsonl says why, stretch by stretch")
             write_corpus(output, corpus_rows(rows, done, given.source), report["pieces_kept"])

@@ -31,6 +31,7 @@ MOST_NATS = 12.0  # of one word: a model that never saw it is too sure that it w
 USUAL = 0.1  # quantile of a word's nats where it was asked about that is taken for where it is not spoken
 FEW = 20  # answers below which that is drawn to the quantile of all words
 LEAST_SPREAD = 0.15  # of speaking rates, as a standard deviation of the logarithm
+LEAST_SHARE = 0.2  # of the speech, or of the words, that must be kept: less agrees by chance
 MARGIN = 0.15  # seconds of a pause that a piece has at each end, or half of the pause
 NO_WAY = 1e9  # nats of what cannot be
 
@@ -78,6 +79,7 @@ class Refused:
 NOT_IN_TRANSCRIPT = "spoken, not in the transcript"
 NOT_SPOKEN = "in the transcript, not spoken"
 UNCERTAIN = "which words belong to it is not certain"
+ANOTHER = "hardly anything agrees with the transcript, which may be of another recording"
 NOTHING_HEARD = "the model wrote nothing"
 
 
@@ -173,7 +175,7 @@ def fits_by_letters(text: str, words: Words, low: int, high: int, misheard: floa
     fits = Fits(low, np.zeros((len(places), int(np.clip(most.max(), 1, MOST_WORDS)))))
     index = words.starts[places][:, None] + np.arange(width)
     reference = words.codes[np.minimum(index, len(words.codes) - 1)]
-    share, chance = np.clip(misheard, 0.05, 0.6), np.log(LETTERS)
+    share, chance = np.clip(misheard, 0.2, 0.6), np.log(LETTERS)
     match, edit = -np.log(1 - share) - chance, -np.log(share / 3)
     ramp = np.arange(width + 1) * edit
     costs = np.tile(ramp, (len(places), 1))
@@ -189,6 +191,20 @@ def fits_by_letters(text: str, words: Words, low: int, high: int, misheard: floa
     worth = words.surprise.sum() / len(words.codes) / chance
     fits.nats = np.where(fits.nats < NO_WAY, fits.nats * worth, NO_WAY)
     return fits
+
+
+def misheard_share(lattice: "Lattice", heard: list[Heard], words: Words) -> float:
+    """Edits as a share of the letters, of the stretches that have the same words in most ways."""
+    edits, total = 1, 2  # a half, where there are none
+    for number, stretch in enumerate(heard):
+        likely = lattice.probabilities(number)
+        place, more = np.unravel_index(int(likely.argmax()), likely.shape)
+        if likely[place, more] > 0.5:
+            first = lattice.fits[number].first + int(place)
+            said = words.row[words.starts[first] : words.starts[first + int(more) + 1]]
+            edits += Levenshtein.distance(letters(stretch.text), said)
+            total += max(len(said), len(letters(stretch.text)))
+    return edits / total
 
 
 def by_duration(lattice: "Lattice", heard: list[Heard], words: Words) -> list[np.ndarray]:
@@ -371,51 +387,73 @@ def align(
     """
     numbers = [number for number, stretch in enumerate(heard) if letters(stretch.text)]
     spoken, words = [heard[number] for number in numbers], Words(transcript)
-    chosen: list[tuple[int, int, int, int, float]] = []
-    lattice = None
+    chosen: list[Choice] = []
+    reasons = [NOT_IN_TRANSCRIPT if letters(stretch.text) else NOTHING_HEARD for stretch in heard]
     if spoken and len(words):
-        low, high, misheard = windows(spoken, words)
-        plain = [
-            fits_by_letters(stretch.text, words, int(a), int(b), misheard)
-            for stretch, a, b in zip(spoken, low[:-1], high[:-1], strict=True)
-        ]
-        durations = by_duration(Lattice(plain, low, high), spoken, words)
-        fits = [fit.plus(nats) for fit, nats in zip(plain, durations, strict=True)]
-        lattice = Lattice(fits, low, high)
-        if ask is not None:
-            answers = by_likelihood(lattice, words, lambda asked: ask([(numbers[n], text) for n, text in asked]))
-            lattice = Lattice([fit.plus(nats) for fit, nats in zip(fits, answers, strict=True)], low, high)
+        lattice = weigh(spoken, words, ask and (lambda asked: ask([(numbers[n], text) for n, text in asked])))
         chosen = choose(lattice, spoken, longest, min_confidence)
+        agreeing = sum(piece.until - piece.word for piece in chosen) / len(words)
+        agreed = sum(piece.end - piece.first for piece in chosen) / len(spoken)
+        is_another = max(agreeing, agreed) < LEAST_SHARE
+        chosen = [] if is_another else chosen
+        for n, number in enumerate(numbers):
+            if is_another or lattice.probabilities(n).sum() > 0.5:
+                reasons[number] = ANOTHER if is_another else UNCERTAIN
+        chosen = [piece._replace(first=numbers[piece.first], end=numbers[piece.end - 1] + 1) for piece in chosen]
     starts, ends = edges(heard)
     kept = [
-        Kept(starts[numbers[a]], ends[numbers[b - 1]], words.text(first, last), chance)
-        for a, b, first, last, chance in chosen
+        Kept(starts[piece.first], ends[piece.end - 1], words.text(piece.word, piece.until), piece.confidence)
+        for piece in chosen
     ]
-    return kept, refused(heard, numbers, words, chosen, lattice)
+    return kept, between(chosen, heard, reasons, words)
 
 
-def choose(
-    lattice: Lattice, heard: list[Heard], longest: float, min_confidence: float
-) -> list[tuple[int, int, int, int, float]]:
-    """The pieces that hold most speech, weighed by their confidence: (first stretch, after the last, words, chance)."""
+def weigh(heard: list[Heard], words: Words, ask: Ask | None) -> Lattice:
+    """All ways, weighed by letters and durations, then by the model's likelihoods."""
+    low, high, misheard = windows(heard, words)
+    for _ in range(2):  # where much has no counterpart, the edits of all say little about how well the model hears
+        fits = [
+            fits_by_letters(stretch.text, words, int(a), int(b), misheard)
+            for stretch, a, b in zip(heard, low[:-1], high[:-1], strict=True)
+        ]
+        lattice = Lattice(fits, low, high)
+        misheard = misheard_share(lattice, heard, words)
+    durations = by_duration(lattice, heard, words)
+    fits = [fit.plus(nats) for fit, nats in zip(fits, durations, strict=True)]
+    if ask is not None:
+        likelihoods = by_likelihood(Lattice(fits, low, high), words, ask)
+        fits = [fit.plus(nats) for fit, nats in zip(fits, likelihoods, strict=True)]
+    return Lattice(fits, low, high)
+
+
+class Choice(NamedTuple):
+    """A piece: its stretches and its words, the ends not included."""
+
+    first: int
+    end: int
+    word: int
+    until: int
+    confidence: float
+
+
+def choose(lattice: Lattice, heard: list[Heard], longest: float, min_confidence: float) -> list[Choice]:
+    """The pieces that hold most speech, weighed by their confidence."""
     best = np.zeros(len(heard) + 1)
-    choice: list[tuple[int, int, int, float] | None] = [None] * len(heard)
-    for a in reversed(range(len(heard))):
-        best[a] = best[a + 1]
-        for b, first, last, chance in lattice.pieces_from(a, min_confidence):
-            if heard[b - 1].end - heard[a].start > longest - 2 * MARGIN:
+    choice: list[Choice | None] = [None] * len(heard)
+    for first in reversed(range(len(heard))):
+        best[first] = best[first + 1]
+        for end, word, until, chance in lattice.pieces_from(first, min_confidence):
+            if heard[end - 1].end - heard[first].start > longest - 2 * MARGIN:
                 break
-            seconds = sum(stretch.end - stretch.start for stretch in heard[a:b])
-            value = seconds * chance - 0.01 + best[b]  # of two equal choices the one with fewer pieces
-            if chance >= min_confidence and value > best[a]:
-                best[a], choice[a] = value, (b, first, last, chance)
-    found, a = [], 0
-    while a < len(heard):
-        if (piece := choice[a]) is None:
-            a += 1
-        else:
-            found.append((a, *piece))
-            a = piece[0]
+            seconds = sum(stretch.end - stretch.start for stretch in heard[first:end])
+            value = seconds * chance - 0.01 + best[end]  # of two equal choices the one with fewer pieces
+            if chance >= min_confidence and value > best[first]:
+                best[first], choice[first] = value, Choice(first, end, word, until, chance)
+    found, first = [], 0
+    while first < len(heard):
+        piece = choice[first]
+        found += [piece] if piece else []
+        first = piece.end if piece else first + 1
     return found
 
 
@@ -427,36 +465,18 @@ def edges(heard: list[Heard]) -> tuple[list[float], list[float]]:
     return starts, [stretch.end + min(MARGIN, gap / 2) for stretch, gap in zip(heard, after, strict=False)]
 
 
-def refused(
-    heard: list[Heard],
-    numbers: list[int],
-    words: Words,
-    chosen: list[tuple[int, int, int, int, float]],
-    lattice: Lattice | None,
-) -> list[Refused]:
-    """What lies between the chosen pieces, neighbours of one reason together."""
-    reasons = {}
-    for n, number in enumerate(numbers):
-        has_words = lattice is not None and float(lattice.probabilities(n).sum()) > 0.5
-        reasons[number] = UNCERTAIN if has_words else NOT_IN_TRANSCRIPT
-    inside = {number for a, b, *_ in chosen for number in range(numbers[a], numbers[b - 1] + 1)}
-    begins = [(0, 0), *((numbers[b - 1] + 1, last) for _, b, _, last, _ in chosen)]
-    until = [*((numbers[a], first) for a, _, first, _, _ in chosen), (len(heard), len(words))]
+def between(chosen: list[Choice], heard: list[Heard], reasons: list[str], words: Words) -> list[Refused]:
+    """What lies between the pieces, neighbours of one reason together; each has all words that are left there."""
     found = []
-    for (a, first), (b, last) in zip(begins, until, strict=True):
-        left = [number for number in range(a, b) if number not in inside]
-        runs: list[list[int]] = []
-        for number in left:
-            reason = reasons.get(number, NOTHING_HEARD)
-            if runs and reasons.get(runs[-1][-1], NOTHING_HEARD) == reason:
-                runs[-1].append(number)
-            else:
-                runs.append([number])
-        text = words.text(first, last)
-        for run in runs:
-            reason, said = reasons.get(run[0], NOTHING_HEARD), " ".join(heard[number].text for number in run)
-            found.append(Refused(heard[run[0]].start, heard[run[-1]].end, reason, said.strip(), text))
-        if text and not any(reasons.get(number) == UNCERTAIN for number in left):
-            time = heard[a].start if a < len(heard) else heard[-1].end if heard else 0.0
+    nothing, rest = Choice(0, 0, 0, 0, 1.0), Choice(len(heard), len(heard), len(words), len(words), 1.0)
+    for before, after in itertools.pairwise([nothing, *chosen, rest]):
+        left = range(before.end, after.first)
+        text = words.text(before.until, after.word)
+        for reason, run in itertools.groupby(left, key=lambda number: reasons[number]):
+            stretches = [heard[number] for number in run]
+            said = " ".join(stretch.text for stretch in stretches).strip()
+            found.append(Refused(stretches[0].start, stretches[-1].end, reason, said, text))
+        if text and not any(reasons[number] == UNCERTAIN for number in left):
+            time = heard[before.end - 1].end if before.end else 0.0
             found.append(Refused(time, time, NOT_SPOKEN, "", text))
     return found

@@ -1,6 +1,5 @@
 """Where a recording has speech, and where to cut it: silero-vad, a small network whose weights come in its package."""
 
-import itertools
 import warnings
 from functools import lru_cache
 
@@ -18,6 +17,7 @@ LONGEST_PAUSE = 2.0  # seconds; a longer one is in no piece
 SMOOTHED_FRAMES = 5  # averaged where speech has to be cut: 160 ms
 QUIET = 160  # samples in which loudness is measured: 10 ms
 PAUSE_FRAMES = 50  # of a pause, in which its loudness is measured
+LEAST_PART = 0.5  # seconds; of speech that is cut, no part is shorter
 REACH = 0.25  # seconds by which a span may miss the first or last sound of its speech
 ONSET = 0.2  # of the way from the pause's loudness to the speech's, in decibels
 
@@ -96,26 +96,43 @@ def utterances(waveform: np.ndarray, longest: float) -> list[Span]:
         loud = np.percentile(power[begin : stop + 1], 80)
         before, after = (
             power[max(0, begin - PAUSE_FRAMES) : begin + 1],
-            power[min(stop, len(power) - 1) : stop + PAUSE_FRAMES],
+            power[min(stop, len(power) - 1) :][:PAUSE_FRAMES],
         )
-        found = [
-            np.flatnonzero(power[first : last + 1] > quiet * (loud / quiet) ** ONSET)
-            for quiet in (min(loud, max(np.percentile(side, 20), loud * 1e-4)) for side in (before, after))
-        ]
-        onset, offset = (first + found[0][0], first + found[1][-1] + 1) if all(map(len, found)) else (begin, stop)
+        onset = first + quiet_frames(power[first : last + 1], loud, before, begin - first)
+        offset = last + 1 - quiet_frames(power[first : last + 1][::-1], loud, after, last - stop)
+        onset, offset = (onset, offset) if onset < offset else (begin, stop)
         tight.append((max(earliest, onset * QUIET / SAMPLE_RATE), min(latest, offset * QUIET / SAMPLE_RATE)))
     return tight
 
 
+def quiet_frames(power: np.ndarray, loud: float, pause: np.ndarray, supposed: int) -> int:
+    """How many frames there are before the first sound of speech, which is supposed to be at frame `supposed`.
+
+    It comes after the last three quiet frames until there, so that a sound that ends just before is not taken for it.
+    """
+    quiet = min(loud, max(float(np.percentile(pause, 20)), loud * 1e-4))
+    is_loud = power > quiet * (loud / quiet) ** ONSET
+    silences = np.flatnonzero(~(is_loud[:-2] | is_loud[1:-1] | is_loud[2:])[: supposed + 1])
+    after = int(silences[-1]) if len(silences) else 0
+    return after + int(np.argmax(is_loud[after:]))
+
+
 def split(probabilities: np.ndarray, start: float, end: float, longest: float) -> list[Span]:
-    """Divides a span so that no part is longer than `longest`; each cut is in the second half of what would fit."""
+    """Divides a span where it sounds least like speech, then its parts, until none is longer than `longest`."""
     second = SAMPLE_RATE / FRAME  # frames
     smooth = np.convolve(probabilities, np.ones(SMOOTHED_FRAMES) / SMOOTHED_FRAMES, mode="same")
-    edges = [start]
-    while end - edges[-1] > longest:
-        first, last = (int((edges[-1] + length) * second) for length in (longest / 2, longest))
-        edges.append((first + int(np.argmin(smooth[first:last]))) / second)
-    return list(itertools.pairwise([*edges, end]))
+    edge = min(LEAST_PART, longest / 3)
+    parts: list[Span] = []
+    left = [(start, end)]
+    while left:
+        start, end = left.pop()
+        if end - start <= longest:
+            parts.append((start, end))
+            continue
+        first, last = int(np.ceil((start + edge) * second)), int((end - edge) * second)
+        middle = (first + int(np.argmin(smooth[first:last]))) / second
+        left += [(middle, end), (start, middle)]
+    return parts
 
 
 def cut(waveform: np.ndarray, longest: float) -> list[Span]:
