@@ -82,7 +82,7 @@ from hebrew_asr.training.run_folder import (
     open_run_folder,
     settle,
 )
-from hebrew_asr.training.run_log import PANELS, WORSE, RunLog, is_worse, success_criteria
+from hebrew_asr.training.run_log import PANELS, WORSE, RunLog, is_worse, success_criteria, tracker_here
 from hebrew_asr.training.run_report import (
     announce,
     describe_result,
@@ -286,6 +286,7 @@ class TrainingConfig(Settings):
         check_stage_list(self.stages, self.num_epochs, self.max_steps)
         check_ranges(self)
         check_batch(self, processes)
+        tracker_here(self.tracker)
         if self.hub_checkpoints and not 1 <= self.hub_save_total_limit <= self.save_total_limit:
             raise InputError(
                 f"hub_save_total_limit must lie between 1 and save_total_limit ({self.save_total_limit}), what is kept"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from wandb_server import WandbServer
 
+from hebrew_asr.errors import InputError
 from hebrew_asr.training import run_log
 
 HERE = Path(__file__).parent
@@ -98,3 +99,20 @@ def test_a_final_model_with_more_errors_than_the_start_is_worse():
     assert run_log.wer_summary(rows, {}, "A")[-1] == (
         "WER  20.00 %  final model, reloaded from disk (95 % interval 15.00–25.00)"
     )
+
+
+def test_the_switches_of_wandb_are_heard(monkeypatch):
+    for name, value, tracker in (
+        ("WANDB_MODE", "disabled", "none"),
+        ("WANDB_MODE", "off", "none"),
+        ("WANDB_DISABLED", "true", "none"),
+        ("WANDB_MODE", "offline", "wandb"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.delenv("WANDB_MODE", raising=False)
+            patched.setenv(name, value)
+            assert run_log.tracker_here("wandb") == tracker
+            assert run_log.tracker_here("trackio") == "trackio"
+    monkeypatch.setenv("WANDB_MODE", "onlin")
+    with pytest.raises(InputError, match="online, offline"):
+        run_log.tracker_here("wandb")

@@ -18,9 +18,13 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from hebrew_asr.console import escaped, visible
+from hebrew_asr.errors import InputError
 from hebrew_asr.files import Appended
 
 TRACKERS = ("wandb", "trackio", "none")
+WANDB_MODES = ("", "online", "offline", "shared", "dryrun", "run")
+OFF = ("disabled", "off", "none", "false", "0", "no")  # of WANDB_MODE
+YES = ("1", "true", "yes", "on")  # of WANDB_DISABLED
 FINISH_SECONDS = 300.0  # for W&B, at the end, to take what it has not yet; by itself it waits until it has all
 METRICS, SKIPPED = "metrics.jsonl", "skipped-steps.txt"
 WORSE = (
@@ -29,6 +33,18 @@ WORSE = (
     " corpus.html for wrong transcripts"
 )
 Row = dict[str, Any]  # one line of metrics.jsonl: `step`, and names such as train/loss or eval/wer with their values
+
+
+def tracker_here(name: str) -> str:
+    """The tracker that is used: none where W&B's own variables switch it off; InputError for an unknown mode."""
+    if name != "wandb":
+        return name
+    mode = os.environ.get("WANDB_MODE", "").lower()
+    if os.environ.get("WANDB_DISABLED", "").lower() in YES or mode in OFF:
+        return "none"
+    if mode not in WANDB_MODES:
+        raise InputError(f"WANDB_MODE is {mode!r}: it takes {', '.join(filter(None, WANDB_MODES))} or disabled")
+    return name
 
 
 class RunLog:
@@ -52,6 +68,7 @@ class RunLog:
 
     def start_tracker(self, name: str, project: str, run_name: str, settings: dict[str, Any], tags: list[str]) -> None:
         """Opens the dashboard: wandb (offline without an account or a network), trackio (local), or none."""
+        name = tracker_here(name)
         if not self.is_main or name == "none":
             return
         library = importlib.import_module(name)
