@@ -1,8 +1,8 @@
 """Makes training clips of long recordings that have a plain transcript each.
 
-    uv run torchrun --nproc_per_node=8 -m scripts.align_recordings --model runs/NAME/final_model --source DATA \
+    uv run torchrun --nproc_per_node=8 scripts/align_recordings.py --model runs/NAME/final_model --source DATA \\
         --output_dir data/aligned
-    uv run python -m scripts.align_recordings --demo
+    uv run scripts/align_recordings.py --demo
 
 DATA is a folder, a table or a Hub id of any form that training reads, or a source as JSON: a row is a recording of any
 length with its whole transcript. A checkpoint transcribes it; even one that gets most words wrong will do. Its text is
