@@ -84,9 +84,10 @@ def split(folder: Path, files: int = 3) -> None:
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """The same files but for the card: weights to the byte, JSON by content, text to the letter."""
-    names = {file.name for file in one.iterdir()} - {"README.md"}
-    assert names == {file.name for file in other.iterdir()} - {"README.md"}
+    """The same files but for the card and the manifest: weights to the byte, JSON by content, text to the letter."""
+    left_out = {"README.md", "manifest.json"}
+    names = {file.name for file in one.iterdir()} - left_out
+    assert names == {file.name for file in other.iterdir()} - left_out
     for name in names:
         same = (one / name).read_bytes() == (other / name).read_bytes()
         assert same or (name.endswith(".json") and read(one / name) == read(other / name)), name

@@ -326,6 +326,7 @@ def test_a_model_that_is_not_qwen3_asr(config, tmp_path):
 def test_a_folder_that_holds_a_run(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("{}")
+    (tmp_path / "run" / "status.json").write_text('{"state": "finished"}')  # one without a checkpoint has not begun
     check_refused(
         config, r"holds a run already, with other settings:(.|\n)*num_epochs: 5 → 2(.|\n)*another --output_dir"
     )

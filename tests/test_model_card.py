@@ -78,11 +78,12 @@ def test_the_card_shows_no_folder_of_this_machine(place):
     card = (place / "final_model" / "README.md").read_text(encoding="utf-8")
     assert str(DEMO) not in card and str(place) not in card and "a/b" not in card
     assert (
-        "`base` fine-tuned" in card
-        and "| heldout | 12.0 | 12.00" in card
+        "local: base` fine-tuned" in card
+        and "| local: heldout | 12.0 | 12.00" in card
         and 'model_id, file, longest = "final_model"' in card
     )
     assert "transcribe_hebrew_asr.py FILE_OR_FOLDER --model final_model" in card
     settings = settings_of(card)
-    assert settings["model_name_or_path"] == "base" and settings["train_sources"] == [{"path": "corpus"}]
+    assert settings["model_name_or_path"] == "local: base"
+    assert settings["train_sources"] == [{"path": "local: corpus"}]
     assert settings["text_rules"] == {"quote_style": "/"} and settings["language"] == "Hebrew"

@@ -113,6 +113,7 @@ def test_a_step_of_training_at_the_budget_found_stays_within_the_memory(config, 
     """In both stages, with AdamW's moments and the gradients of a micro-batch before; half as much again does not."""
     collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
     config.max_audio_length_seconds, config.target_effective_batch = 4.0, 64
+    config.no_system_prob = config.prev_context_prob = 0.0
     model = load_to_train(config, use_bf16=False)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     limit = 4 * weights + 40_000_000

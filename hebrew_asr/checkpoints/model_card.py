@@ -73,7 +73,7 @@ def public(value: Any, name: str = "") -> Any:
         return {key: public(one, key) for key, one in value.items()}
     if isinstance(value, list):
         return [public(one, name) for one in value]
-    if isinstance(value, str) and ("/" in value or name in PATHS) and is_local(value):
+    if isinstance(value, str) and ("/" in value or name in PATHS) and Path(value).name and is_local(value):
         return f"local: {Path(value).name}"
     return value
 

@@ -62,6 +62,8 @@ def check_same_run(config: Settings, folder: Path) -> None:
 
     A run that left no checkpoint has not begun: whatever it was, this one takes its folder.
     """
+    if not folder.is_dir():
+        return
     is_ours, is_finished = (folder / "config.yaml").exists(), store.read_status(folder)["state"] == "finished"
     has_begun = is_finished or bool(store.names(folder / "checkpoints"))
     if not (is_ours and has_begun):
