@@ -128,6 +128,7 @@ def test_each_function_is_one_kernel_of_a_gpu(monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     monkeypatch.setattr(torch._inductor.config, "cpu_backend", "triton")
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    torch.compiler.reset()  # what an earlier test compiled would be taken from its cache
     code: list[str] = []
 
     def stop_at(written):
