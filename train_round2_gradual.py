@@ -1,39 +1,39 @@
-"""Round 2: Strategy B for two epochs, then Strategy A for three.
+"""Round 2: Strategy B for two epochs, then Strategy A for three; or another recipe, by name.
 
     uv run torchrun --nproc_per_node=8 train_round2_gradual.py            Qwen3-ASR-1.7B on the ivrit.ai corpora
     uv run torchrun --nproc_per_node=2 train_round2_gradual.py --demo     a small model on the corpus in demo/, no GPU
+    uv run torchrun --nproc_per_node=8 train_round2_gradual.py --strategy all --replay_english 0.1
 
 Every field of TrainingConfig can be given after it: `--num_epochs 3 --use_specaugment false`.
 """
 
-from hebrew_asr.command_line import parse_config
+import functools
+
+from hebrew_asr.command_line import help_of, parse_config, split_options
 from hebrew_asr.data.sources import Source
+from hebrew_asr.errors import InputError
 from hebrew_asr.files import DEMO
-from hebrew_asr.model.stages import Stage
 from hebrew_asr.processes import launch
+from hebrew_asr.training.strategies import RecipeOptions, stages_of, with_replay
 from train_hebrew_asr_enhanced import TrainingConfig, main
 
+DEMO_OPTIONS = RecipeOptions(
+    english=Source(str(DEMO / "replay/english")), nonspeech=Source(str(DEMO / "replay/nonspeech"))
+)
 
-def round2() -> TrainingConfig:
+
+def round2(strategy: str = "b_then_a") -> TrainingConfig:
     """B adapts the projector and the language model's top while the encoder rests; A adds the encoder's top."""
-    return TrainingConfig(
-        stages=[
-            Stage("B", last_epoch=2, learning_rates={"projector": 2e-4, "llm_top": 5e-5, "lm_head": 1e-4}),
-            Stage(
-                "A",
-                last_epoch=5,
-                learning_rates={"projector": 1e-4, "audio_top": 3e-5, "llm_top": 3e-5, "lm_head": 1e-4},
-            ),
-        ]
-    )
+    return TrainingConfig(stages=stages_of(strategy))
 
 
-def demo() -> TrainingConfig:
+def demo(strategy: str = "b_then_a") -> TrainingConfig:
     """Round 2 on the small world: fewer layers, rates 20 times as high, a batch of 16, and no account anywhere."""
-    config = round2()
+    config = round2(strategy)
     for stage in config.stages:
         stage.learning_rates = {component: 20 * rate for component, rate in stage.learning_rates.items()}
-        stage.audio_top_layers = stage.llm_top_layers = 1
+        if stage.llm_top_layers is not None:
+            stage.audio_top_layers = stage.llm_top_layers = 1
     config.model_name_or_path = str(DEMO / "base")
     config.train_sources = [Source(str(DEMO / "corpus"))]
     config.eval_sources = [Source(str(DEMO / "heldout"), split="test")]
@@ -50,7 +50,20 @@ def demo() -> TrainingConfig:
 
 
 def recipe(arguments: list[str]) -> TrainingConfig:
-    return parse_config(arguments, round2(), demo, __doc__)
+    mine, others = split_options(arguments, RecipeOptions)
+    given = parse_config(mine, DEMO_OPTIONS if "--demo" in others else RecipeOptions())
+    if mine and any(argument.split("=")[0] == "--config" for argument in others):
+        raise InputError(
+            f"{mine[0]} and --config: the file has its stages and sources already, so leave one of them out"
+        )
+
+    def with_what_is_replayed(config: TrainingConfig) -> TrainingConfig:
+        config.train_sources = with_replay(config.train_sources, given)
+        return config
+
+    about = f"{__doc__}\n{help_of(RecipeOptions())}"
+    chosen = functools.partial(demo, given.strategy)
+    return parse_config(others, round2(given.strategy), chosen, about, adapt=with_what_is_replayed)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ def parse_config(
     demo: Callable[[], Config] | None = None,
     about: str = "",
     of_another: bool = False,
+    adapt: Callable[[Config], Config] = lambda config: config,
 ) -> Config:
     """Reads `--field value` over `defaults`; raises InputError that names the field, what it takes and what came.
 
@@ -84,6 +85,7 @@ def parse_config(
         demo: other defaults, which `--demo` takes.
         about: what the command does, for its help.
         of_another: `--config` may be of another command, whose own fields are left out.
+        adapt: what else is done to the settings, before they are printed.
     """
     if "--help" in argv or "-h" in argv:
         print(help_of(defaults, about, has_demo=demo is not None))
@@ -95,7 +97,7 @@ def parse_config(
     for name, value in typed(given, defaults).items():
         nested = dataclasses.is_dataclass(getattr(defaults, name)) and any(o.startswith(f"{name}.") for o in given)
         values[name] = values.get(name, {}) | value if nested else value
-    config = replaced(defaults, values)
+    config = adapt(replaced(defaults, values))
     if "--print_config" in argv:
         print(yaml.safe_dump(as_written(config), allow_unicode=True, sort_keys=False, width=120), end="")
         sys.exit(0)

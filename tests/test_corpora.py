@@ -334,6 +334,24 @@ def test_a_mixture_has_its_shares_repeats_nobody_too_soon_and_hears_everybody():
     assert heard[0].tolist() != heard[1].tolist()
 
 
+def test_what_is_replayed_does_not_end_an_epoch_and_is_heard_as_often_as_its_share_asks():
+    rows = SimpleNamespace(source_numbers=np.repeat([0, 1], [180, 5]))
+    mixture = Mixture(rows, [Source("a", probability=0.9), Source("b", probability=0.1, replay=True)], seed=3)
+    assert mixture.counts.tolist() == [180, 20]
+    order = mixture.order(1)
+    assert sorted(order[order < 180].tolist()) == list(range(180))
+    assert np.bincount(order[order >= 180] - 180).tolist() == [4] * 5
+
+
+@pytest.mark.parametrize(
+    ("share", "replays", "said"), [(None, (False, True), "needs a share"), (0.5, (True, True), "every source")]
+)
+def test_a_replay_that_cannot_be_is_refused(share, replays, said):
+    sources = [Source("x", probability=share, replay=replay) for replay in replays]
+    with pytest.raises(InputError, match=said):
+        DataConfig(train_sources=sources).check_sources()
+
+
 @pytest.mark.parametrize("shares", [(0.5, 0.6), (0.5, None), (1.5, -0.5), (1.0, 0.0)])
 def test_probabilities_that_are_none_are_refused(shares):
     with pytest.raises(InputError, match="sum to 1"):

@@ -10,7 +10,7 @@ class Mixture:
     """Which utterances an epoch has, and in which order: a pure function of the epoch, the same on every process.
 
     Without probabilities an epoch is every utterance once. With them its sources have those shares, and it ends when
-    the first source has been heard once; the others go on where they stopped in the next epoch.
+    the first source that is not replayed has been heard once; the others go on where they stopped in the next epoch.
     """
 
     def __init__(self, rows: SpeechRows, sources: list[Source], seed: int):
@@ -20,7 +20,8 @@ class Mixture:
         self.counts = sizes  # utterances of each source in an epoch
         if sources[0].probability is not None:
             shares = np.array([source.probability for source in sources])
-            self.counts = np.maximum(1, np.round(shares * np.min(sizes / shares))).astype(int)
+            ends = np.array([not source.replay for source in sources])
+            self.counts = np.maximum(1, np.round(shares * np.min((sizes / shares)[ends]))).astype(int)
 
     def __len__(self) -> int:
         return int(self.counts.sum())

@@ -40,6 +40,9 @@ class Source:
     or it is not to be read, for scripts/pseudo_label.py and where nobody speaks."""
     probability: float | None = None
     """Share of an epoch's utterances; for all sources or for none, where an epoch is every utterance once."""
+    replay: bool | None = None
+    """It only stands beside the others, so that nothing is forgotten: it is heard as often as its share asks, however
+    small it is, and the others alone say when an epoch ends."""
     language: str | None = None
     """What is spoken, as Qwen3-ASR names it (`English`); `None`, its name for no speech: nobody speaks, and the right
     transcript is empty. Left out (null): the language of the run."""
@@ -158,6 +161,10 @@ class DataConfig:
                 f"the sources' probabilities must be above 0, given for all of them, and sum to 1: {given} for"
                 f" {len(self.train_sources)} sources"
             )
+        if any(source.replay for source in self.train_sources) and not given:
+            raise InputError("a source that is replayed needs a share: give every source its probability")
+        if all(source.replay for source in self.train_sources):
+            raise InputError("every source is replayed, so nothing says when an epoch ends: leave replay out of one")
 
     def _check_streaming(self) -> None:
         needed = {

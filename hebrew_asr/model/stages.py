@@ -23,10 +23,10 @@ class Stage:
     """Epochs are counted from 1; this one still belongs to the stage."""
     learning_rates: dict[str, float]
     """Peak rate of each component that trains (projector, audio_top, llm_top, lm_head); the others are frozen."""
-    audio_top_layers: int = 8
-    """How many of the encoder's last layers `audio_top` means (of 24 in the 1.7B)."""
-    llm_top_layers: int = 12
-    """How many of the language model's last layers `llm_top` means (of 28 in the 1.7B)."""
+    audio_top_layers: int | None = 8
+    """How many of the encoder's last layers `audio_top` means (of 24 in the 1.7B); None: all of them."""
+    llm_top_layers: int | None = 12
+    """How many of the language model's last layers `llm_top` means (of 28 in the 1.7B); None: all of them."""
 
 
 LAYER = re.compile(r"(audio_tower|language_model)\.layers\.(\d+)\.")
@@ -53,7 +53,7 @@ def component_of(name: str, stage: Stage, model_config: transformers.Qwen3ASRCon
         component, top = (
             ("audio_top", stage.audio_top_layers) if match[1] == "audio_tower" else ("llm_top", stage.llm_top_layers)
         )
-        return component if layer_depth(name, model_config) < top else None
+        return component if top is None or layer_depth(name, model_config) < top else None
     return None
 
 
@@ -99,7 +99,7 @@ def check_stages(model: Qwen3ASRForConditionalGeneration, stages: Sequence[Stage
             ("llm_top", stage.llm_top_layers, model.config.text_config.num_hidden_layers),
         )
         for component, wanted, there in towers:
-            if component in stage.learning_rates and not 1 <= wanted <= there:
+            if component in stage.learning_rates and wanted is not None and not 1 <= wanted <= there:
                 raise InputError(
                     f"stage {stage.name}: {component}_layers is {wanted}, but the model has {there} such layers"
                 )

@@ -1,0 +1,290 @@
+"""Measures recipes against the amount of data: what to train, how fast, and with what replayed beside it.
+
+    uv run python benchmarks/recipes.py --json docs/recipes.json --plot docs/recipes.png       everything: many hours
+    uv run python benchmarks/recipes.py --recipes b_then_a all --rows 175 2309 --seeds 3
+    uv run python benchmarks/recipes.py --list                                                 what there is
+
+A run is one recipe (RECIPES) with so many utterances of the demo corpus and one seed, which draws the utterances, their
+order and all masks: recipes differ in nothing else. What is measured is the last checkpoint, or the moving average
+where the recipe keeps one, on the demo's four sets, of which nothing is chosen. Runs are in --work, a folder each, and
+are not run again; they are forked from one process that has imported everything, --at_once at a time with one thread
+each. Epochs follow from the size (EPOCHS), so that fewer utterances are heard more often. Seconds are those of the CPU,
+of training alone. Intervals are over seeds and utterances, as in effects.py.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import pyarrow.parquet
+import torch
+
+import evaluate_hebrew_asr as evaluation
+import train_hebrew_asr_enhanced as training
+import train_round2_gradual as round2
+from benchmarks.effects import lean, measured, work_off, write_last
+from benchmarks.effects_report import change
+from hebrew_asr.data.sources import Source
+from hebrew_asr.errors import InputError
+from hebrew_asr.evaluation import results as results_module
+from hebrew_asr.evaluation.measuring import clusters, counted
+from hebrew_asr.evaluation.sets import DEMO_SETS, EvaluationConfig
+from hebrew_asr.files import DEMO, digest
+from hebrew_asr.model.stages import COMPONENTS, Stage
+from hebrew_asr.processes import launch
+from train_hebrew_asr_enhanced import TrainingConfig
+
+EPOCHS = {175: 20, 700: 10, 2309: 5}  # by utterances
+SPEECH = ("heldout", "heldout-noisy", "english")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What trains, with the demo's rates, for 5 epochs of 2,309 utterances; of fewer utterances as many times more."""
+
+    stages: tuple[tuple[float, dict[str, float], int | None], ...]
+    """Share of the epochs that a stage ends with, its rates, and how many top layers of both towers; None: all."""
+    replay: dict[str, float] = field(default_factory=dict)
+    """Shares of an epoch: english, nonspeech."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Fields of TrainingConfig."""
+
+
+def everything(rate: float, **others: float) -> dict[str, float]:
+    return dict.fromkeys(COMPONENTS, rate) | others
+
+
+B = {"projector": 4e-3, "llm_top": 1e-3, "lm_head": 2e-3}
+A = {"projector": 2e-3, "audio_top": 6e-4, "llm_top": 6e-4, "lm_head": 2e-3}
+RECIPES = {
+    "b_then_a": Recipe(((0.4, B, 1), (1.0, A, 1))),
+    "b_then_a_2": Recipe(((0.4, B, 2), (1.0, A, 2))),
+    "b_then_all": Recipe(((0.4, B, 1), (1.0, everything(6e-4, lm_head=2e-3), None))),
+    "projector_then_all": Recipe(((0.2, {"projector": 4e-3}, 1), (1.0, everything(1e-3), None))),
+    "all_5e-4": Recipe(((1.0, everything(5e-4), None),)),
+    "all": Recipe(((1.0, everything(1e-3), None),)),
+    "all_2e-3": Recipe(((1.0, everything(2e-3), None),)),
+    "all_decay": Recipe(((1.0, everything(1e-3), None),), settings={"layerwise_lr_decay_rate": 0.7}),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    rows: int
+    seed: int
+
+    def folder(self, work: Path) -> Path:
+        """Named after the recipe's settings too, so that a changed recipe is run anew."""
+        recipe = digest(repr(RECIPES[self.name]).encode())[:8]
+        return work / f"{self.name}-{recipe}" / f"{self.rows}-{self.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.rows} utterances, seed {self.seed}"
+
+
+def sources(work: Path, run: Run) -> list[Source]:
+    """The utterances that the seed draws, and what the recipe replays beside them."""
+    folder = work / "data" / f"{run.rows}-{run.seed}"
+    if not folder.exists():
+        (file,) = (DEMO / "corpus").glob("*.parquet")
+        corpus = pyarrow.parquet.read_table(file)
+        drawn = np.random.default_rng([run.seed, len(corpus)]).permutation(len(corpus))[: run.rows]
+        folder.mkdir(parents=True)
+        pyarrow.parquet.write_table(corpus.take(np.sort(drawn)), folder / "train.parquet")
+    return with_replay(Source(str(folder)), RECIPES[run.name].replay)
+
+
+def with_replay(corpus: Source, shares: dict[str, float]) -> list[Source]:
+    if not shares:
+        return [corpus]
+    languages = {"english": "English", "nonspeech": "None"}
+    beside = [
+        Source(str(DEMO / "replay" / name), probability=share, language=languages[name])
+        for name, share in shares.items()
+    ]
+    return [dataclasses.replace(corpus, probability=1 - sum(shares.values())), *beside]
+
+
+def settings(work: Path, run: Run) -> TrainingConfig:
+    recipe, config, epochs = RECIPES[run.name], round2.demo(), EPOCHS[run.rows]
+    config.train_sources = sources(work, run)
+    config.num_epochs, config.seed = epochs, run.seed
+    config.stages = [
+        Stage(str(number), round(share * epochs), dict(rates), layers, layers)
+        for number, (share, rates, layers) in enumerate(recipe.stages)
+    ]
+    config.output_dir, config.tracker, config.final_dtype = str(run.folder(work) / "run"), "none", "float32"
+    config.eval_steps = config.save_steps = 1_000_000  # before the first step and at the end of each stage, no others
+    for name, value in recipe.settings.items():
+        setattr(config, name, value)
+    return config
+
+
+def work_on(work: Path, run: Run) -> None:
+    """Trains and measures, in this process."""
+    folder = run.folder(work)
+    shutil.rmtree(folder / "run", ignore_errors=True)  # half a run has half a time
+    with lean(), measured() as spent:
+        training.main(settings(work, run))
+    write_last(folder, 1)
+    config = EvaluationConfig([str(folder / "last")], DEMO_SETS, max_wer_rise=None, quoted=[])
+    config.output_dir, config.num_workers = str(folder / "evaluation"), 0
+    with lean():
+        evaluation.main(config)
+    (folder / "seconds.json").write_text(json.dumps(dataclasses.asdict(spent)))
+    for name in ("last", "run/checkpoints", "run/final_model", "evaluation/transcripts"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def read(work: Path, run: Run) -> dict[str, Any]:
+    """A run's errors of every utterance, the share of non-speech answered with no text, steps and seconds."""
+    folder = run.folder(work)
+    records = pyarrow.parquet.read_table(folder / "evaluation" / "utterances.parquet").to_pylist()
+    sets = {}
+    for name in SPEECH:
+        mine = [record for record in records if record["set"] == name and record["words"]]
+        errors, words = counted(mine)
+        sets[name] = {"errors": errors, "words": words, "recordings": clusters(mine)}
+    silent = [not record["hypothesis"].strip() for record in records if record["set"] == "non-speech"]
+    logged = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return dataclasses.asdict(run) | {
+        "steps": max(row["step"] for row in logged),
+        "seconds": json.loads((folder / "seconds.json").read_text())["cpu"],
+        "empty": 100 * float(np.mean(silent)),
+        "sets": sets,
+    }
+
+
+def wer(one: dict[str, Any]) -> float:
+    return 100 * sum(one["errors"]) / sum(one["words"])
+
+
+def said(run: dict[str, Any]) -> str:
+    rates = ", ".join(f"{name} {wer(one):.2f}" for name, one in run["sets"].items())
+    return f"WER {rates}, empty {run['empty']:.0f} %"
+
+
+def table_of(runs: list[dict[str, Any]], against: str) -> list[dict[str, Any]]:
+    """A row for each recipe and size: means over the seeds, and the change of the WER against a recipe."""
+    table = []
+    for name, rows in dict.fromkeys((run["name"], run["rows"]) for run in runs):
+        mine = [run for run in runs if (run["name"], run["rows"]) == (name, rows)]
+        row = {"recipe": name, "utterances": rows, "seeds": [run["seed"] for run in mine], "steps": mine[0]["steps"]}
+        row |= {key: float(np.mean([run[key] for run in mine])) for key in ("seconds", "empty")}
+        row["wer"] = {one: float(np.mean([wer(run["sets"][one]) for run in mine])) for one in SPEECH}
+        row["wers"] = {one: [wer(run["sets"][one]) for run in mine] for one in SPEECH}
+        others = [run for run in runs if (run["name"], run["rows"]) == (against, rows) and run["seed"] in row["seeds"]]
+        row["change"] = {}
+        if name != against and len(others) == len(mine) >= 2:
+            for one in SPEECH:
+                errors, theirs = (np.array([run["sets"][one]["errors"] for run in part]) for part in (mine, others))
+                row["change"][one] = vars(change(errors, theirs, mine[0]["sets"][one]["recordings"]))
+        table.append(row)
+    return table
+
+
+def lines_of(table: list[dict[str, Any]], against: str) -> list[str]:
+    """The table in Markdown."""
+    head = ["utterances", "recipe", "seeds", "steps", "training, CPU s", "clean", f"against {against}, %", "noisy"]
+    head += [f"against {against}, %", "English", "silence answered with no text, %"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in sorted(table, key=lambda row: row["utterances"]):
+        cells = [row["utterances"], row["recipe"], len(row["seeds"]), row["steps"], f"{row['seconds']:.0f}"]
+        for name in SPEECH:
+            cells.append(f"{row['wer'][name]:.2f}")
+            if name != "english":
+                found = row["change"].get(name)
+                cells.append(f"{found['value']:+.0f} ({found['low']:+.0f} to {found['high']:+.0f})" if found else "")
+        cells.append(f"{row['empty']:.0f}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def draw(table: list[dict[str, Any]], file: Path) -> None:
+    """WER over the number of utterances, a line for each recipe with its seeds as points."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), SPEECH[:2], strict=True):
+        for number, recipe in enumerate(dict.fromkeys(row["recipe"] for row in table)):
+            mine = sorted((row for row in table if row["recipe"] == recipe), key=lambda row: row["utterances"])
+            sizes, wers = [row["utterances"] for row in mine], [row["wer"][name] for row in mine]
+            axes.plot(sizes, wers, color=f"C{number}", marker="osD^v<>P"[number % 8], label=recipe)
+            for row in mine:
+                axes.plot(
+                    [row["utterances"]] * len(row["seeds"]), row["wers"][name], ".", color=f"C{number}", alpha=0.5
+                )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(list(EPOCHS), [str(size) for size in EPOCHS])
+        axes.minorticks_off()
+        ticks = [tick for tick in (3, 5, 10, 20, 40, 60) if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]
+        axes.set_yticks(ticks, [str(tick) for tick in ticks])
+        axes.set_xlabel("training utterances")
+        axes.set_ylabel(f"WER on {name}, %")
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    figure.savefig(file, dpi=110)
+
+
+def command(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser("recipes.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES), metavar="NAME")
+    parser.add_argument("--rows", nargs="+", type=int, choices=list(EPOCHS), default=list(EPOCHS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--against", choices=list(RECIPES), default="b_then_a", metavar="NAME")
+    parser.add_argument("--work", type=Path, default=Path("runs/recipes"), help="what is done, a folder for each run")
+    parser.add_argument("--at_once", type=int, default=len(os.sched_getaffinity(0)), help="runs at once")
+    parser.add_argument("--json", type=Path, help="everything measured, each utterance's errors included")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--list", action="store_true", help="print the recipes and end")
+    parser.add_argument("--done", action="store_true", help="run nothing: report what is done")
+    given = parser.parse_args(arguments)
+    if given.list:
+        for name in given.recipes:
+            print(name, RECIPES[name])
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no run stays behind
+    work = given.work.resolve()
+    runs = [Run(name, rows, seed) for seed in range(given.seeds) for rows in given.rows for name in given.recipes]
+    is_done = {run: (run.folder(work) / "seconds.json").exists() for run in runs}
+    left = [run for run in runs if not is_done[run]]
+    if given.done:
+        runs = [run for run in runs if is_done[run]]
+    else:
+        for run in left:
+            run.folder(work).mkdir(parents=True, exist_ok=True)
+            sources(work, run)
+        jobs = [(str(run), functools.partial(work_on, work, run), run.folder(work) / "log.txt") for run in left]
+        if failed := work_off(jobs, given.at_once, lambda number: said(read(work, left[number]))):
+            raise InputError(f"{len(failed)} runs failed: {'; '.join(failed)}. The same command tries them again")
+    results = [read(work, run) for run in runs]
+    table = table_of(results, given.against)
+    print(*lines_of(table, given.against), sep="\n")
+    if given.json:
+        about = {"command": shlex.join(arguments), "created": time.strftime("%Y-%m-%d")}
+        about |= {"versions": results_module.versions(), "table": table, "runs": results}
+        given.json.write_text(json.dumps(about, ensure_ascii=False) + "\n")
+    if given.plot:
+        draw(table, given.plot)
+
+
+if __name__ == "__main__":
+    launch(command)

@@ -1,0 +1,76 @@
+"""Recipes as data: what trains in which stage and how fast, and what is heard beside the corpora.
+
+The rates are those of the 1.7B. B and A have the spec's. Where everything trains, its one rate is the one the spec
+gives the language model in B, 5e-5, which lies at the upper end of what public fine-tunes of whole models take: 2e-5
+for Qwen3-ASR (zyoung11/Win-AMD-Qwen3-ASR, finetuning/README.md), 1e-5 to 5e-5 for Whisper large (malaysia-ai/cooking,
+whisper/run-large-v3-turbo.sh; mesolitica/malaya-speech, session/whisper-conv/alignment-conv.sh). The demo trains at 20
+times the rates. No recipe but the demo's was measured; docs/recipes.md has how they compare there.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from hebrew_asr.command_line import Range
+from hebrew_asr.data.sources import Source
+from hebrew_asr.errors import InputError
+from hebrew_asr.model.stages import COMPONENTS, Stage
+
+ENGLISH = Source(
+    "google/fleurs", "en_us", "refs/convert/parquet", text_column="transcription", language="English", replay=True
+)
+
+
+def everything(rate: float) -> dict[str, float]:
+    return dict.fromkeys(COMPONENTS, rate)
+
+
+B = {"projector": 2e-4, "llm_top": 5e-5, "lm_head": 1e-4}
+A = {"projector": 1e-4, "audio_top": 3e-5, "llm_top": 3e-5, "lm_head": 1e-4}
+STRATEGIES: dict[str, list[Stage]] = {
+    "b_then_a": [Stage("B", 2, B), Stage("A", 5, A)],
+    "b_then_all": [Stage("B", 2, B), Stage("all", 5, everything(3e-5), None, None)],
+    "all": [Stage("all", 5, everything(5e-5), None, None)],
+}
+
+
+@dataclass
+class RecipeOptions:
+    """Recipe"""
+
+    strategy: Literal["b_then_a", "b_then_all", "all"] = "b_then_a"
+    """b_then_a: the spec's, Strategy B (projector, top of the language model, head) for two epochs, then A (with the
+    encoder's top) for three. b_then_all: B, then everything. all: everything from the start, at one rate; on the demo
+    it has the fewest errors from 700 utterances on (docs/recipes.md)."""
+    replay_english: Annotated[float, Range(0, 1)] = 0.0
+    """Share of an epoch that is English, so that English is not forgotten; 0.1 is a good start."""
+    english: Source = field(default_factory=lambda: dataclasses.replace(ENGLISH))
+    """Where the English is from."""
+    replay_nonspeech: Annotated[float, Range(0, 1)] = 0.0
+    """Share of an epoch without speech, so that silence and noise stay without words; 0.02 is a good start."""
+    nonspeech: Source | None = None
+    """Recordings in which nobody speaks, for replay_nonspeech."""
+
+
+def stages_of(strategy: str) -> list[Stage]:
+    return [dataclasses.replace(one, learning_rates=dict(one.learning_rates)) for one in STRATEGIES[strategy]]
+
+
+def with_replay(sources: list[Source], options: RecipeOptions) -> list[Source]:
+    """The sources with what is replayed beside them; their own shares shrink by as much."""
+    if options.replay_nonspeech and options.nonspeech is None:
+        raise InputError("--replay_nonspeech needs --nonspeech, recordings in which nobody speaks")
+    replayed = [
+        dataclasses.replace(source, probability=share, replay=True, language=language)
+        for source, share, language in (
+            (options.english, options.replay_english, options.english.language or "English"),
+            (options.nonspeech, options.replay_nonspeech, "None"),
+        )
+        if source is not None and share
+    ]
+    if not replayed:
+        return sources
+    left = 1 - options.replay_english - options.replay_nonspeech
+    if len(sources) > 1 and any(source.probability is None for source in sources):
+        raise InputError("replaying English or non-speech beside several sources needs a probability for each of them")
+    return [dataclasses.replace(s, probability=left * (s.probability or 1.0)) for s in sources] + replayed

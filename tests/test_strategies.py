@@ -1,0 +1,56 @@
+"""Recipes by name, and what is replayed beside the corpora."""
+
+import typing
+
+import pytest
+import transformers
+from conftest import DEMO
+
+from hebrew_asr.errors import InputError
+from hebrew_asr.model.stages import LAYER, trains_in
+from hebrew_asr.training.strategies import STRATEGIES, RecipeOptions
+from train_round2_gradual import recipe, round2
+
+
+def test_every_strategy_can_be_named_and_none_changes_another():
+    named = typing.get_args(typing.get_type_hints(RecipeOptions)["strategy"])
+    assert set(named) == set(STRATEGIES)
+    for name in named:
+        recipe(["--demo", "--strategy", name])  # at 20 times the rates
+        config = recipe(["--strategy", name])
+        config.check(processes=8)
+        assert config.stages == STRATEGIES[name] and config.num_epochs == 5
+    assert recipe([]) == round2()
+
+
+def test_everything_means_every_layer_of_both_towers():
+    stage, model_config = STRATEGIES["all"][0], transformers.AutoConfig.from_pretrained(DEMO / "base")
+    model = transformers.Qwen3ASRForConditionalGeneration(model_config)
+    resting = {name for name, _ in model.named_parameters() if not trains_in(name, stage, model_config)}
+    assert not any(LAYER.search(name) for name in resting) and len(resting) < 12
+
+
+def test_replay_takes_its_shares_from_the_sources():
+    config = recipe(["--demo", "--replay_english", "0.1", "--replay_nonspeech", "0.02"])
+    assert [source.probability for source in config.train_sources] == [0.88, 0.1, 0.02]
+    assert [source.replay for source in config.train_sources] == [None, True, True]
+    assert [source.language for source in config.train_sources] == [None, "English", "None"]
+    config.check(processes=2)
+    given = ["--train_sources", '[{"path": "a", "probability": 0.75}, {"path": "b", "probability": 0.25}]']
+    config = recipe([*given, "--replay_english", "0.2", "--english", "mine"])
+    found = [(source.path, source.probability, source.replay) for source in config.train_sources]
+    assert found == [("a", pytest.approx(0.6), None), ("b", pytest.approx(0.2), None), ("mine", 0.2, True)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--replay_nonspeech", "0.1"], "needs --nonspeech"),
+        (["--replay_english", "0.1", "--train_sources", '[{"path": "a"}, {"path": "b"}]'], "a probability for each"),
+        (["--strategy", "everything"], "b_then_a"),
+        (["--strategy", "all", "--config", "x.yaml"], "leave one of them out"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(arguments, said):
+    with pytest.raises(InputError, match=said):
+        recipe(arguments)
