@@ -45,7 +45,7 @@ def in_processes(items: list[Any], function: Callable[[Any], Any], workers: int)
 
 
 @contextlib.contextmanager
-def together():
+def fail_together():
     """Runs its block on every rank; an InputError on any of them becomes the same InputError on all."""
     problem = None
     try:
@@ -64,7 +64,7 @@ def load_in_turn(state: accelerate.PartialState, load: Callable[[], Any]) -> Any
             data = load()
         except InputError as error:
             problem = error  # raised below: this block must be left by every rank
-    with together():
+    with fail_together():
         if problem:
             raise problem
     return data

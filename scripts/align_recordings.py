@@ -48,7 +48,7 @@ from hebrew_asr.evaluation.transcription import (
     transcription_problems,
 )
 from hebrew_asr.files import digest, put
-from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
+from hebrew_asr.processes import fail_together, launch, leave_process_group, load_in_turn, quiet_libraries
 from hebrew_asr.text.targets import normalize_target
 
 TAIL = 0.05  # seconds that the model hears after a stretch of speech
@@ -193,7 +193,7 @@ def main(given: Aligning) -> None:
 
     # 2. Recordings, and the model
     rows = load_in_turn(state, lambda: load_rows([given.source], given, for_training=False))
-    with together():
+    with fail_together():
         model = load_speech_model(given.model, Decoding(), state.device)
     filters = row_settings(dataclasses.replace(given.source, text_column=""), [], given, for_training=True)
 
@@ -203,7 +203,7 @@ def main(given: Aligning) -> None:
     (name,) = broadcast_object_list([digest(json.dumps(decides, default=str).encode())])
     parts = beside / "recordings" / name
     parts.mkdir(parents=True, exist_ok=True)
-    with together(), transcription_problems():
+    with fail_together(), transcription_problems():
         mine = [number for number in range(rank, len(rows), processes) if not (parts / f"{number}.json").exists()]
         for number in tqdm(mine, desc="aligning", unit="recording", disable=rank > 0 or not mine):
             row = rows[number]
@@ -216,7 +216,7 @@ def main(given: Aligning) -> None:
     state.wait_for_everyone()
 
     # 4. Write: the first process
-    with together():
+    with fail_together():
         if state.is_main_process:
             done = [json.loads((parts / f"{number}.json").read_text("utf-8")) for number in range(len(rows))]
             report = report_of(done, rows, given)

@@ -26,7 +26,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
-from accelerate.utils import broadcast_object_list
 
 from hebrew_asr.command_line import Range, parse_config
 from hebrew_asr.data.audio import check_waveform, decode_audio
@@ -34,18 +33,16 @@ from hebrew_asr.data.corpus import corpus_row, piece_of_audio, whole_audio, writ
 from hebrew_asr.data.rows import RowSettings, SpeechRows, load_rows, row_settings, why_unusable
 from hebrew_asr.data.sources import DataConfig, Source
 from hebrew_asr.errors import InputError
-from hebrew_asr.evaluation import transcription
 from hebrew_asr.evaluation.transcription import (
     Decoding,
     Transcript,
-    key,
     load_speech_model,
     plan,
     read_transcripts,
-    transcribe_set,
+    transcribe_shares,
 )
 from hebrew_asr.files import put
-from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
+from hebrew_asr.processes import fail_together, launch, leave_process_group, load_in_turn, quiet_libraries
 from hebrew_asr.text.scoring import count_errors, leaderboard_normalize, repeats
 from hebrew_asr.text.targets import normalize_target
 
@@ -184,25 +181,18 @@ def main(given: Labelling) -> None:
     rows = load_in_turn(state, lambda: load_rows([given.source], given, for_training=False))
     rows = utterances_of(rows, given.max_audio_length_seconds, given.num_workers)
     sampled = [Decoding(temperature=given.temperature, seed=number) for number in range(1, given.samples + 1)]
-    with together():
+    with fail_together():
         model = load_speech_model(given.model, sampled[0], state.device)
 
     # 3. Transcribe: greedily, then sampled
     texts: list[list[Transcript]] = []
     for decoding in (Decoding(), *sampled):
         model.decoding = decoding
-        (done,) = broadcast_object_list([key(model, decoding, rows)])
-        parts = beside / "transcripts" / done
-        parts.mkdir(parents=True, exist_ok=True)
-        state.wait_for_everyone()
-        rank, processes = state.process_index, state.num_processes
-        with together(), transcription.transcription_problems():
-            transcribe_set(model, rows, decoding, parts, rank, processes, given.num_workers, hides_progress=rank > 0)
-        state.wait_for_everyone()
-        texts.append(read_transcripts(parts, len(rows)).transcripts if rank == 0 else [])
+        parts = transcribe_shares(model, rows, beside, state, given.num_workers)
+        texts.append(read_transcripts(parts, len(rows)).transcripts if state.is_main_process else [])
 
     # 4. Choose and write: the first process
-    with together():
+    with fail_together():
         if state.is_main_process:
             labels = label(rows, texts, given)
             kept = [one for one in labels if not one["dropped"]]

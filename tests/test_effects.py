@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import shlex
 import signal
 import subprocess
 import time
@@ -67,9 +68,7 @@ def test_intervals_over_utterances_alone_or_over_seeds_alone_would_not_hold():
 
     def around(errors, others, half):
         middle = math.log(errors.sum() / others.sum())
-        return effects_report.Change(
-            0, 100 * math.expm1(middle - half), 100 * math.expm1(middle + half), p=1, of_seeds=0
-        )
+        return effects_report.Change(0, 100 * math.expm1(middle - half), 100 * math.expm1(middle + half), p=1)
 
     assert coverage(500, 0.05, 0.2, 0.3, interval=over_utterances) < 75
     assert coverage(500, 0.05, 0, 0.8, interval=over_seeds) < 80
@@ -306,15 +305,18 @@ def test_the_table_is_made_once_and_read_again(tmp_path):
 
 @pytest.mark.slow
 def test_printed_commands_do_what_the_queue_does(tmp_path):
-    """Patched training under torchrun, then the usual evaluation; then the queue finds nothing to do of that run."""
+    """Patched training in two processes, then the usual evaluation; then the queue finds nothing to do of that run."""
     line = ["benchmarks/effects.py", *SHORT, "--work", tmp_path, "--variants", "prompt-labels", "--seeds", 2]
     line += ["--processes", 2, "--print_commands"]
     printed = forked(*line).stdout.splitlines()
     assert len(printed) == 4, "two seeds of the recipe and of the variant"
     mine = printed[1]
     assert "prompt-labels" in mine
-    done = subprocess.run(mine, shell=True, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    for part in mine.split(" && "):
+        _, *launcher, script, first = shlex.split(part)[:6]
+        assert launcher == ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+        done = forked(script, first, *shlex.split(part)[6:], processes=2)
+        assert done.returncode == 0, done.stdout + done.stderr
     assert forked(*line).stdout.splitlines() == [other for other in printed if other != mine]
 
 
