@@ -15,12 +15,10 @@ more was forgotten than `--max_wer_rise` allows.
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
 import accelerate
-import torch
 from accelerate.utils import broadcast_object_list
 
 from hebrew_asr.command_line import Range, parse_config
@@ -31,7 +29,7 @@ from hebrew_asr.evaluation.results import Cells, display_names, read_files, repo
 from hebrew_asr.evaluation.sets import DEMO_SETS, LEADERBOARD, QUOTED, EvaluationConfig, load_set, read_set
 from hebrew_asr.evaluation.transcription import Decoding, Transcriber, transcribe_shares
 from hebrew_asr.files import DEMO, digest
-from hebrew_asr.processes import fail_together, launch, leave_process_group, load_in_turn, quiet_libraries
+from hebrew_asr.processes import fail_together, join_processes, launch, leave_process_group, load_in_turn
 
 
 @dataclass
@@ -121,9 +119,7 @@ def parse(argv: list[str]) -> EvaluationConfig:
 def main(config: EvaluationConfig) -> None:
     """Measures every model on every set; InputError at the end when something could not be, or a gate failed."""
     # 1. Processes and folder
-    cpu = not torch.cuda.is_available()
-    state = accelerate.PartialState(cpu=cpu, timeout=timedelta(minutes=config.process_timeout_minutes))
-    quiet_libraries(state.is_main_process)
+    state = join_processes(config.process_timeout_minutes)
     (folder,) = map(Path, broadcast_object_list([config.output_dir]))  # the time in it is the first process's
     with fail_together():
         try:

@@ -18,7 +18,6 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -61,7 +60,7 @@ from hebrew_asr.model.stages import (
     trainable_parameters,
     trains_in,
 )
-from hebrew_asr.processes import fail_together, has_gpu, launch, leave_process_group, quiet_libraries
+from hebrew_asr.processes import fail_together, join_processes, launch, leave_process_group
 from hebrew_asr.training.batches import Collator, check_batch, collate_evaluation, evaluation_batches
 from hebrew_asr.training.feed import TrainingData, load_data, open_feed, speech_loader
 from hebrew_asr.training.final_model import evaluate_final, is_whole, write_final_model
@@ -744,14 +743,12 @@ def main(
         return
 
     # 1. Processes and settings
-    cpu = not has_gpu()
-    state = accelerate.PartialState(cpu=cpu, timeout=timedelta(minutes=config.process_timeout_minutes))
+    state = join_processes(config.process_timeout_minutes)
     config.check(state.num_processes)
     use_bf16 = config.bf16 if config.bf16 is not None else runs_bf16(state.device)
-    quiet_libraries(state.is_main_process)
     transformers.set_seed(config.seed)
     if config.find_token_budget:
-        if cpu:
+        if state.device.type == "cpu":
             raise InputError(
                 "--find_token_budget tries a GPU's memory, and there is no GPU here. On a CPU no limit can be tried:"
                 " the system ends a process that takes too much. --plan computes what a GPU would hold"

@@ -14,11 +14,9 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import numpy as np
 import pyarrow
 import pyarrow.compute
@@ -36,7 +34,7 @@ from hebrew_asr.files import whole_or_nothing
 from hebrew_asr.model.loading import load_processor, load_to_train
 from hebrew_asr.model.loss import IGNORED_LABEL, label_nats
 from hebrew_asr.model.precision import mixed_precision, runs_bf16, to_encoder
-from hebrew_asr.processes import fail_together, launch, leave_process_group, load_in_turn, quiet_libraries
+from hebrew_asr.processes import fail_together, join_processes, launch, leave_process_group, load_in_turn
 from hebrew_asr.text.scoring import count_errors, leaderboard_normalize
 from hebrew_asr.training import resuming
 from hebrew_asr.training.batches import evaluation_batches
@@ -188,9 +186,7 @@ def main(argv: list[str]) -> None:
     """Scores, ranks and writes; InputError on every rank when it cannot."""
     # 1. Processes and settings
     config, output = settings(argv)
-    cpu = not torch.cuda.is_available()
-    state = accelerate.PartialState(cpu=cpu, timeout=timedelta(minutes=config.process_timeout_minutes))
-    quiet_libraries(state.is_main_process)
+    state = join_processes(config.process_timeout_minutes)
 
     # 2. Model and data: the first process of each machine reads and caches, the others find the cache
     with fail_together():
@@ -203,7 +199,8 @@ def main(argv: list[str]) -> None:
     (name,) = broadcast_object_list([key(config, rows) if state.is_main_process else ""])
     parts = output.with_suffix(".parts") / name
     parts.mkdir(parents=True, exist_ok=True)
-    log, arguments = RunLog(parts, state.process_index), resuming.training_arguments(config, parts, cpu)
+    log = RunLog(parts, state.process_index)
+    arguments = resuming.training_arguments(config, parts, cpu=state.device.type == "cpu")
     trainer = GradualUnfreezeTrainer(config, arguments, model, processor, rows, rows, log, use_bf16)
     log.say(f"to audit: {len(rows)} utterances, {rows.hours:.2f} h")
     for drop in rows.dropped:

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import shutil
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +41,7 @@ from hebrew_asr.evaluation.transcription import (
     transcribe_shares,
 )
 from hebrew_asr.files import flush, put, sha256
-from hebrew_asr.processes import fail_together, launch, leave_process_group, load_in_turn, quiet_libraries
+from hebrew_asr.processes import fail_together, join_processes, launch, leave_process_group, load_in_turn
 from hebrew_asr.training.watch import take_lock
 from train_hebrew_asr_enhanced import TrainingConfig
 
@@ -173,10 +172,8 @@ def evaluation_rows(config: RunSettings) -> SpeechRows:
 def main(run: Path, last: int, best: int) -> None:
     """Makes, measures and chooses; InputError on every rank when it cannot."""
     # 1. The run
-    cpu = not torch.cuda.is_available()
     config = settings_of(run)
-    state = accelerate.PartialState(cpu=cpu, timeout=timedelta(minutes=config.process_timeout_minutes))
-    quiet_libraries(state.is_main_process)
+    state = join_processes(config.process_timeout_minutes)
 
     def say(line: str) -> None:
         if state.is_main_process:

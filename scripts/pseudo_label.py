@@ -17,15 +17,12 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
-import accelerate
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-import torch
 
 from hebrew_asr.command_line import Range, parse_config
 from hebrew_asr.data.audio import check_waveform, decode_audio
@@ -42,7 +39,7 @@ from hebrew_asr.evaluation.transcription import (
     transcribe_shares,
 )
 from hebrew_asr.files import put
-from hebrew_asr.processes import fail_together, launch, leave_process_group, load_in_turn, quiet_libraries
+from hebrew_asr.processes import fail_together, join_processes, launch, leave_process_group, load_in_turn
 from hebrew_asr.text.scoring import count_errors, leaderboard_normalize, repeats
 from hebrew_asr.text.targets import normalize_target
 
@@ -169,9 +166,7 @@ def report_of(labels: list[dict[str, Any]], rows: SpeechRows, given: Labelling) 
 def main(given: Labelling) -> None:
     """Transcribes, chooses and writes; InputError on every rank when it cannot."""
     # 1. Processes and folder
-    cpu = not torch.cuda.is_available()
-    state = accelerate.PartialState(cpu=cpu, timeout=timedelta(minutes=given.process_timeout_minutes))
-    quiet_libraries(state.is_main_process)
+    state = join_processes(given.process_timeout_minutes)
     output = Path(given.output)
     if output.exists():
         raise InputError(f"{output} exists already: remove it, or choose another --output")
