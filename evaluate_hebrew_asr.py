@@ -15,12 +15,10 @@ more was forgotten than `--max_wer_rise` allows.
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
 import accelerate
-import torch
 from accelerate.utils import broadcast_object_list
 
 from hebrew_asr.command_line import Range, parse_config
@@ -29,9 +27,9 @@ from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation.engines import decoding_for, open_engine, ways_of
 from hebrew_asr.evaluation.results import Cells, display_names, read_files, report, score_files
 from hebrew_asr.evaluation.sets import DEMO_SETS, LEADERBOARD, QUOTED, EvaluationConfig, load_set, read_set
-from hebrew_asr.evaluation.transcription import Decoding, Transcriber, key, transcribe_set, transcription_problems
+from hebrew_asr.evaluation.transcription import Decoding, Transcriber, transcribe_shares
 from hebrew_asr.files import DEMO, digest
-from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
+from hebrew_asr.processes import fail_together, join_processes, launch, leave_process_group, load_in_turn
 
 
 @dataclass
@@ -121,11 +119,9 @@ def parse(argv: list[str]) -> EvaluationConfig:
 def main(config: EvaluationConfig) -> None:
     """Measures every model on every set; InputError at the end when something could not be, or a gate failed."""
     # 1. Processes and folder
-    cpu = not torch.cuda.is_available()
-    state = accelerate.PartialState(cpu=cpu, timeout=timedelta(minutes=config.process_timeout_minutes))
-    quiet_libraries(state.is_main_process)
+    state = join_processes(config.process_timeout_minutes)
     (folder,) = map(Path, broadcast_object_list([config.output_dir]))  # the time in it is the first process's
-    with together():
+    with fail_together():
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -144,7 +140,7 @@ def main(config: EvaluationConfig) -> None:
     names = display_names([*config.models, *config.score])
     for path, name in zip(config.models, names, strict=False):
         try:
-            with together():
+            with fail_together():
                 engine = open_engine(path, config.decoding, state.device)
         except InputError as error:
             unknown = {"language": None, "decoding": None, "dtype": None}
@@ -168,7 +164,7 @@ def main(config: EvaluationConfig) -> None:
     read_files(cells, config, names[len(config.models) :])
 
     # 4. Score, compare, write: the first process
-    with together():
+    with fail_together():
         if state.is_main_process:
             report(config, folder, cells)
     leave_process_group()
@@ -185,24 +181,9 @@ def transcribe(
     state: accelerate.PartialState,
 ) -> Path:
     """Lets `engine` transcribe a set, all processes together; returns the folder of the transcripts."""
-    (done,) = broadcast_object_list([key(engine, engine.decoding, rows)])
-    parts = folder / "transcripts" / done
-    parts.mkdir(parents=True, exist_ok=True)
-    state.wait_for_everyone()
     if state.is_main_process:
         print(f"{row} on {name}: {len(rows)} utterances", flush=True)
-    with together(), transcription_problems():
-        transcribe_set(
-            engine,
-            rows,
-            engine.decoding,
-            parts,
-            state.process_index,
-            state.num_processes,
-            config.num_workers,
-            hides_progress=not state.is_main_process,
-        )
-    return parts
+    return transcribe_shares(engine, rows, folder, state, config.num_workers)
 
 
 def command(argv: list[str]) -> None:

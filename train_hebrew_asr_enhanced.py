@@ -18,7 +18,6 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -47,6 +46,7 @@ from hebrew_asr.model.generation import generate, new_token_limit
 from hebrew_asr.model.loading import load_processor, load_to_train
 from hebrew_asr.model.loss import IGNORED_LABEL, SpeechModel, label_nats
 from hebrew_asr.model.packing import FRAMES_PER_CHUNK, pack
+from hebrew_asr.model.precision import mixed_precision, runs_bf16, to_encoder
 from hebrew_asr.model.prompts import MEL_BINS, pad, padded
 from hebrew_asr.model.sharding import is_sharded, shard, whole_model
 from hebrew_asr.model.stages import (
@@ -60,7 +60,7 @@ from hebrew_asr.model.stages import (
     trainable_parameters,
     trains_in,
 )
-from hebrew_asr.processes import has_gpu, launch, leave_process_group, quiet_libraries, together
+from hebrew_asr.processes import fail_together, join_processes, launch, leave_process_group
 from hebrew_asr.training.batches import Collator, check_batch, collate_evaluation, evaluation_batches
 from hebrew_asr.training.feed import TrainingData, load_data, open_feed, speech_loader
 from hebrew_asr.training.final_model import evaluate_final, is_whole, write_final_model
@@ -614,9 +614,8 @@ class GradualUnfreezeTrainer(StepTrainer):
         module = self.accelerator.unwrap_model(model)
         inputs = self._prepare_inputs(dict(inputs))
         prompts = {name: inputs.pop(name) for name in ("prompt_input_ids", "prompt_attention_mask")}
-        inputs["input_features"] = inputs["input_features"].to(module.model.audio_tower.conv2d1.weight.dtype)
-        any_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
-        with torch.no_grad(), torch.autocast(self.args.device.type, torch.bfloat16, enabled=any_bf16):
+        inputs["input_features"] = to_encoder(module, inputs["input_features"])
+        with torch.no_grad(), mixed_precision(module):
             loss = label_nats(module, **inputs)[1].mean()
             if prediction_loss_only:
                 return loss, None, None
@@ -744,19 +743,17 @@ def main(
         return
 
     # 1. Processes and settings
-    cpu = not has_gpu()
-    state = accelerate.PartialState(cpu=cpu, timeout=timedelta(minutes=config.process_timeout_minutes))
+    state = join_processes(config.process_timeout_minutes)
     config.check(state.num_processes)
-    use_bf16 = config.bf16 if config.bf16 is not None else not cpu and torch.cuda.is_bf16_supported(False)
-    quiet_libraries(state.is_main_process)
+    use_bf16 = config.bf16 if config.bf16 is not None else runs_bf16(state.device)
     transformers.set_seed(config.seed)
     if config.find_token_budget:
-        if cpu:
+        if state.device.type == "cpu":
             raise InputError(
                 "--find_token_budget tries a GPU's memory, and there is no GPU here. On a CPU no limit can be tried:"
                 " the system ends a process that takes too much. --plan computes what a GPU would hold"
             )
-        with together():
+        with fail_together():
             processor, model = load_processor(config.model_name_or_path), load_to_train(config, use_bf16)
         collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
         collator.in_one_row = is_inside_utterances(model.config.text_config)
@@ -791,7 +788,7 @@ def main(
             if config.uploads and not status.get("uploaded"):
                 publish(config, folder, run_log)
         return
-    with together():
+    with fail_together():
         if config.uploads and state.is_main_process:
             check_upload(config, folder, run_log.say)
     with failures_noted(folder):
@@ -826,7 +823,7 @@ def run(
     found = checkpoint_to_resume(config, folder, run_log)
 
     # 2. Model
-    with together():
+    with fail_together():
         processor, model = load_processor(config.model_name_or_path), load_to_train(config, use_bf16)
         check_disk(folder, model, config)
 
@@ -867,7 +864,7 @@ def run(
         train(trainer)
 
         # 6. The best checkpoint, or the moving average, as it is on disk: reload, evaluate, describe
-        with together():
+        with fail_together():
             write_final_model(trainer)
         final = evaluate_final(trainer)
     if state.is_main_process:

@@ -43,8 +43,6 @@ class Change:
     high: float
     p: float
     """Of so large a change, up or down, where there is none."""
-    of_seeds: float
-    """Share of the variance that more seeds would lower; the rest more utterances would."""
 
 
 def change(
@@ -83,8 +81,7 @@ def change(
     half = student_quantile(degrees, (1 + confidence) / 2) * error
     p = 2 * student_probability(degrees, -abs(t) / error) if error else float(ratio == 1)
     low, high = (100 * math.expm1(min(limit, 50)) for limit in (t - half, t + half))
-    share = min(1.0, max(0.0, (variance - between_units + in_both) / variance)) if variance else 0.0
-    return Change(100 * (ratio - 1), low, high, p, share)
+    return Change(100 * (ratio - 1), low, high, p)
 
 
 # --------------------------------------------------------------------------------------------------------------- Table

@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def in_processes(items: list[Any], function: Callable[[Any], Any], workers: int)
 
 
 @contextlib.contextmanager
-def together():
+def fail_together():
     """Runs its block on every rank; an InputError on any of them becomes the same InputError on all."""
     problem = None
     try:
@@ -64,10 +65,20 @@ def load_in_turn(state: accelerate.PartialState, load: Callable[[], Any]) -> Any
             data = load()
         except InputError as error:
             problem = error  # raised below: this block must be left by every rank
-    with together():
+    with fail_together():
         if problem:
             raise problem
     return data
+
+
+def join_processes(timeout_minutes: int) -> accelerate.PartialState:
+    """The processes of this launch, on a GPU each or all on the CPU, their libraries quiet.
+
+    Raises InputError for a GPU that torch cannot use. A process that waits longer than that for the others ends.
+    """
+    state = accelerate.PartialState(cpu=not has_gpu(), timeout=timedelta(minutes=timeout_minutes))
+    quiet_libraries(state.is_main_process)
+    return state
 
 
 def quiet_libraries(is_main: bool) -> None:

@@ -19,15 +19,12 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import accelerate
 import numpy as np
 import soundfile
-import torch
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
@@ -48,7 +45,7 @@ from hebrew_asr.evaluation.transcription import (
     transcription_problems,
 )
 from hebrew_asr.files import digest, put
-from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
+from hebrew_asr.processes import fail_together, join_processes, launch, leave_process_group, load_in_turn
 from hebrew_asr.text.targets import normalize_target
 
 TAIL = 0.05  # seconds that the model hears after a stretch of speech
@@ -182,10 +179,8 @@ def corpus_rows(rows: SpeechRows, done: list[dict[str, Any]], source: Source) ->
 def main(given: Aligning) -> None:
     """Transcribes, aligns and writes; InputError on every rank when it cannot."""
     # 1. Processes and folder
-    cpu = not torch.cuda.is_available()
-    state = accelerate.PartialState(cpu=cpu, timeout=timedelta(minutes=given.process_timeout_minutes))
+    state = join_processes(given.process_timeout_minutes)
     rank, processes = state.process_index, state.num_processes
-    quiet_libraries(state.is_main_process)
     output = Path(given.output_dir)
     if output.exists():
         raise InputError(f"{output} exists already: remove it, or choose another --output_dir")
@@ -193,7 +188,7 @@ def main(given: Aligning) -> None:
 
     # 2. Recordings, and the model
     rows = load_in_turn(state, lambda: load_rows([given.source], given, for_training=False))
-    with together():
+    with fail_together():
         model = load_speech_model(given.model, Decoding(), state.device)
     filters = row_settings(dataclasses.replace(given.source, text_column=""), [], given, for_training=True)
 
@@ -203,7 +198,7 @@ def main(given: Aligning) -> None:
     (name,) = broadcast_object_list([digest(json.dumps(decides, default=str).encode())])
     parts = beside / "recordings" / name
     parts.mkdir(parents=True, exist_ok=True)
-    with together(), transcription_problems():
+    with fail_together(), transcription_problems():
         mine = [number for number in range(rank, len(rows), processes) if not (parts / f"{number}.json").exists()]
         for number in tqdm(mine, desc="aligning", unit="recording", disable=rank > 0 or not mine):
             row = rows[number]
@@ -216,7 +211,7 @@ def main(given: Aligning) -> None:
     state.wait_for_everyone()
 
     # 4. Write: the first process
-    with together():
+    with fail_together():
         if state.is_main_process:
             done = [json.loads((parts / f"{number}.json").read_text("utf-8")) for number in range(len(rows))]
             report = report_of(done, rows, given)

@@ -14,11 +14,9 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import numpy as np
 import pyarrow
 import pyarrow.compute
@@ -35,7 +33,8 @@ from hebrew_asr.errors import InputError
 from hebrew_asr.files import whole_or_nothing
 from hebrew_asr.model.loading import load_processor, load_to_train
 from hebrew_asr.model.loss import IGNORED_LABEL, label_nats
-from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
+from hebrew_asr.model.precision import mixed_precision, runs_bf16, to_encoder
+from hebrew_asr.processes import fail_together, join_processes, launch, leave_process_group, load_in_turn
 from hebrew_asr.text.scoring import count_errors, leaderboard_normalize
 from hebrew_asr.training import resuming
 from hebrew_asr.training.batches import evaluation_batches
@@ -75,9 +74,8 @@ def nats_per_token(
 ) -> list[float]:
     """Mean nats of each transcript's tokens, the mark of its end included, the language's name before it not."""
     inputs = trainer._prepare_inputs({k: tensor for k, tensor in batch.items() if not k.startswith("prompt_")})
-    inputs["input_features"] = inputs["input_features"].to(trainer.model.model.audio_tower.conv2d1.weight.dtype)
-    any_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in trainer.model.parameters())
-    with torch.no_grad(), torch.autocast(trainer.args.device.type, torch.bfloat16, enabled=any_bf16):
+    inputs["input_features"] = to_encoder(trainer.model, inputs["input_features"])
+    with torch.no_grad(), mixed_precision(trainer.model):
         _, nats = label_nats(trainer.model, **inputs)
     counts = (inputs["labels"] != IGNORED_LABEL).sum(dim=1).tolist()
     prefixes = [len(trainer.collator.language_prefix(language)) for language in languages]
@@ -188,14 +186,12 @@ def main(argv: list[str]) -> None:
     """Scores, ranks and writes; InputError on every rank when it cannot."""
     # 1. Processes and settings
     config, output = settings(argv)
-    cpu = not torch.cuda.is_available()
-    state = accelerate.PartialState(cpu=cpu, timeout=timedelta(minutes=config.process_timeout_minutes))
-    quiet_libraries(state.is_main_process)
+    state = join_processes(config.process_timeout_minutes)
 
     # 2. Model and data: the first process of each machine reads and caches, the others find the cache
-    with together():
+    with fail_together():
         processor = load_processor(config.model_name_or_path)
-        use_bf16 = not cpu and torch.cuda.is_bf16_supported(False)
+        use_bf16 = runs_bf16(state.device)
         model = load_to_train(dataclasses.replace(config, stages=[]), use_bf16)  # no weight is kept for training
     rows = load_in_turn(state, functools.partial(load_rows, config.train_sources, config, for_training=True))
 
@@ -203,7 +199,8 @@ def main(argv: list[str]) -> None:
     (name,) = broadcast_object_list([key(config, rows) if state.is_main_process else ""])
     parts = output.with_suffix(".parts") / name
     parts.mkdir(parents=True, exist_ok=True)
-    log, arguments = RunLog(parts, state.process_index), resuming.training_arguments(config, parts, cpu)
+    log = RunLog(parts, state.process_index)
+    arguments = resuming.training_arguments(config, parts, cpu=state.device.type == "cpu")
     trainer = GradualUnfreezeTrainer(config, arguments, model, processor, rows, rows, log, use_bf16)
     log.say(f"to audit: {len(rows)} utterances, {rows.hours:.2f} h")
     for drop in rows.dropped:
@@ -211,7 +208,7 @@ def main(argv: list[str]) -> None:
     done_before = score_what_is_left(trainer, parts)
 
     # 4. Rank, write, report
-    with together():
+    with fail_together():
         if state.is_main_process:
             scores = read_parts(parts)
             if len(scores) != len(rows):

@@ -13,20 +13,18 @@ import dataclasses
 import json
 import shutil
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import accelerate
 import torch
 import transformers
-from accelerate.utils import broadcast_object_list
 
 from hebrew_asr.checkpoints import averages as averaging
 from hebrew_asr.checkpoints import store
 from hebrew_asr.checkpoints.final import finish, save_for_use
 from hebrew_asr.checkpoints.hub import upload, upload_command
-from hebrew_asr.checkpoints.model_card import write_model_card
+from hebrew_asr.checkpoints.model_card import write_card_of_run
 from hebrew_asr.checkpoints.store import Checkpoint
 from hebrew_asr.checkpoints.tensors import AVERAGE, WEIGHTS
 from hebrew_asr.command_line import Range, parse_config, read_run_settings
@@ -38,14 +36,12 @@ from hebrew_asr.evaluation.measuring import compare_models, measure
 from hebrew_asr.evaluation.sets import EvaluationSet
 from hebrew_asr.evaluation.transcription import (
     Decoding,
-    key,
     load_speech_model,
     read_transcripts,
-    transcribe_set,
-    transcription_problems,
+    transcribe_shares,
 )
 from hebrew_asr.files import flush, put, sha256
-from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
+from hebrew_asr.processes import fail_together, join_processes, launch, leave_process_group, load_in_turn
 from hebrew_asr.training.watch import take_lock
 from train_hebrew_asr_enhanced import TrainingConfig
 
@@ -125,16 +121,10 @@ def measure_average(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
     """The evaluation command's results and records of one average; None but on the first process."""
     decoding = Decoding(language=config.language if config.eval_prefill_language else None)
-    with together():
+    with fail_together():
         model = load_speech_model(str(folder), decoding, state.device)
-    (done,) = broadcast_object_list([key(model, decoding, rows)])
-    parts = place / "transcripts" / done
-    parts.mkdir(parents=True, exist_ok=True)
-    state.wait_for_everyone()
-    rank, processes, workers = state.process_index, state.num_processes, config.dataloader_num_workers
-    with together(), transcription_problems():
-        transcribe_set(model, rows, decoding, parts, rank, processes, workers, hides_progress=rank > 0)
-    if rank > 0:
+    parts = transcribe_shares(model, rows, place, state, config.dataloader_num_workers)
+    if not state.is_main_process:
         return None
     one = EvaluationSet(SET, Source(SET), config.language)
     return measure(name, one, rows, read_transcripts(parts, len(rows)))
@@ -149,17 +139,13 @@ def take(
     shutil.copytree(folder, unfinished)
     if hashes(unfinished) != measured:
         raise InputError(f"{folder} has other files than were measured: start again")
-    write_model_card(
+    write_card_of_run(
         unfinished,
-        model_id=config.hf_repo_id or str(final),
-        base_model=config.model_name_or_path,
-        train_sources=[source.path for source in config.train_sources],
-        eval_names=[source.path for source in config.eval_sources] or ["held-out recordings"],
+        config,
+        shown_as=final,
         final={f"final/{name}": result[name] for name in ("utterances", "wer_raw")}
         | {f"final/{name}": result[name]["value"] for name in ("wer", "cer")},
         origin=average.origin,
-        settings=dataclasses.asdict(config),
-        tags=config.tags,
     )
     for path in (*unfinished.iterdir(), unfinished):
         flush(path)
@@ -186,16 +172,14 @@ def evaluation_rows(config: RunSettings) -> SpeechRows:
 def main(run: Path, last: int, best: int) -> None:
     """Makes, measures and chooses; InputError on every rank when it cannot."""
     # 1. The run
-    cpu = not torch.cuda.is_available()
     config = settings_of(run)
-    state = accelerate.PartialState(cpu=cpu, timeout=timedelta(minutes=config.process_timeout_minutes))
-    quiet_libraries(state.is_main_process)
+    state = join_processes(config.process_timeout_minutes)
 
     def say(line: str) -> None:
         if state.is_main_process:
             print(line, flush=True)
 
-    with together():
+    with fail_together():
         if state.is_main_process and (_lock := take_lock(run)) is None:
             raise InputError(f"a process trains in {run}: wait for it")
     rows = load_in_turn(state, lambda: evaluation_rows(config))
@@ -203,7 +187,7 @@ def main(run: Path, last: int, best: int) -> None:
     # 2. Averages
     place, dtype = run / "averages", getattr(torch, config.final_dtype)
     place.mkdir(exist_ok=True)
-    with together():
+    with fail_together():
         averages, notes = averages_of(run / "checkpoints", last, best)
         if state.is_main_process:
             for average in averages:
@@ -221,7 +205,7 @@ def main(run: Path, last: int, best: int) -> None:
             say(f"{average.name}: WER {found[average.name]['wer']['value']:.2f} %. {average.origin}")
 
     # 4. Choose, and upload what was measured
-    with together():
+    with fail_together():
         if state.is_main_process:
             best_of = min(averages, key=lambda average: found[average.name]["wer"]["value"])
             others = [average.name for average in averages if average is not best_of]

@@ -17,16 +17,12 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
-import accelerate
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-import torch
-from accelerate.utils import broadcast_object_list
 
 from hebrew_asr.command_line import Range, parse_config
 from hebrew_asr.data.audio import check_waveform, decode_audio
@@ -34,18 +30,16 @@ from hebrew_asr.data.corpus import corpus_row, piece_of_audio, whole_audio, writ
 from hebrew_asr.data.rows import RowSettings, SpeechRows, load_rows, row_settings, why_unusable
 from hebrew_asr.data.sources import DataConfig, Source
 from hebrew_asr.errors import InputError
-from hebrew_asr.evaluation import transcription
 from hebrew_asr.evaluation.transcription import (
     Decoding,
     Transcript,
-    key,
     load_speech_model,
     plan,
     read_transcripts,
-    transcribe_set,
+    transcribe_shares,
 )
 from hebrew_asr.files import put
-from hebrew_asr.processes import launch, leave_process_group, load_in_turn, quiet_libraries, together
+from hebrew_asr.processes import fail_together, join_processes, launch, leave_process_group, load_in_turn
 from hebrew_asr.text.scoring import count_errors, leaderboard_normalize, repeats
 from hebrew_asr.text.targets import normalize_target
 
@@ -172,9 +166,7 @@ def report_of(labels: list[dict[str, Any]], rows: SpeechRows, given: Labelling) 
 def main(given: Labelling) -> None:
     """Transcribes, chooses and writes; InputError on every rank when it cannot."""
     # 1. Processes and folder
-    cpu = not torch.cuda.is_available()
-    state = accelerate.PartialState(cpu=cpu, timeout=timedelta(minutes=given.process_timeout_minutes))
-    quiet_libraries(state.is_main_process)
+    state = join_processes(given.process_timeout_minutes)
     output = Path(given.output)
     if output.exists():
         raise InputError(f"{output} exists already: remove it, or choose another --output")
@@ -184,25 +176,18 @@ def main(given: Labelling) -> None:
     rows = load_in_turn(state, lambda: load_rows([given.source], given, for_training=False))
     rows = utterances_of(rows, given.max_audio_length_seconds, given.num_workers)
     sampled = [Decoding(temperature=given.temperature, seed=number) for number in range(1, given.samples + 1)]
-    with together():
+    with fail_together():
         model = load_speech_model(given.model, sampled[0], state.device)
 
     # 3. Transcribe: greedily, then sampled
     texts: list[list[Transcript]] = []
     for decoding in (Decoding(), *sampled):
         model.decoding = decoding
-        (done,) = broadcast_object_list([key(model, decoding, rows)])
-        parts = beside / "transcripts" / done
-        parts.mkdir(parents=True, exist_ok=True)
-        state.wait_for_everyone()
-        rank, processes = state.process_index, state.num_processes
-        with together(), transcription.transcription_problems():
-            transcribe_set(model, rows, decoding, parts, rank, processes, given.num_workers, hides_progress=rank > 0)
-        state.wait_for_everyone()
-        texts.append(read_transcripts(parts, len(rows)).transcripts if rank == 0 else [])
+        parts = transcribe_shares(model, rows, beside, state, given.num_workers)
+        texts.append(read_transcripts(parts, len(rows)).transcripts if state.is_main_process else [])
 
     # 4. Choose and write: the first process
-    with together():
+    with fail_together():
         if state.is_main_process:
             labels = label(rows, texts, given)
             kept = [one for one in labels if not one["dropped"]]

@@ -56,6 +56,8 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="takes minutes; run with --run-slow"))
+    long = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in long)  # so that no worker begins a long file when the others end
 
 
 def first_rows(part: str, count: int, folder: Path) -> Path:

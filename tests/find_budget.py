@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from hebrew_asr.command_line import parse_config
 from hebrew_asr.model.loading import load_processor, load_to_train
 from hebrew_asr.model.loss import SpeechModel
-from hebrew_asr.processes import launch, leave_process_group, together
+from hebrew_asr.processes import fail_together, launch, leave_process_group
 from hebrew_asr.training.token_budget import find_token_budget
 from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, TrainingConfig
 
@@ -39,7 +39,7 @@ def main(settings: str, tokens: str) -> None:
     if state.is_last_process:
         run_out_of_memory(int(tokens))
     try:
-        with together():
+        with fail_together():
             processor = load_processor(config.model_name_or_path)
             model = load_to_train(config, use_bf16=False)
         collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import torch
 from conftest import DEMO, first_rows
-from test_main_command import command
+from forked import forked
 
 from hebrew_asr.data.rows import load_rows
 from hebrew_asr.data.selection import load_train_and_eval, worst
@@ -112,7 +112,7 @@ def test_an_interrupted_audit_goes_on_and_ends_the_same(scores, spoken, tmp_path
 
 
 def test_two_processes_give_the_scores_of_one(scores, spoken, tmp_path):
-    done = command("scripts/audit_corpus.py", *options(spoken, tmp_path / "audit.parquet"), processes=2)
+    done = forked("scripts/audit_corpus.py", *options(spoken, tmp_path / "audit.parquet"), processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "21 utterances scored, 1 skipped" in done.stdout and "skipped in" in done.stdout
     two = pyarrow.parquet.read_table(tmp_path / "audit.parquet").to_pylist()
@@ -136,10 +136,10 @@ def test_the_worst_are_a_share_of_what_was_scored():
     assert worst(ranked, 1.0)["number"].to_pylist() == [2, 1, 4, 5, 0]
 
 
-def shuffled_corpus(folder: Path, share: float, seed: int) -> tuple[Path, set[int]]:
-    """The demo corpus with the transcripts of a share of its rows dealt to one another, and which rows those are."""
+def shuffled_corpus(folder: Path, rows: int, share: float, seed: int) -> tuple[Path, set[int]]:
+    """Rows of the demo corpus, the transcripts of a share of them dealt to one another; and which rows those are."""
     (file,) = (DEMO / "corpus").glob("*.parquet")
-    table = pyarrow.parquet.read_table(file)
+    table = pyarrow.parquet.read_table(file).slice(0, rows)
     transcripts = np.array(table["transcript"].to_pylist(), object)
     plain = np.flatnonzero(~table["has_timestamps"].to_numpy())
     chosen = np.random.default_rng(seed).choice(plain, round(share * len(table)), replace=False)
@@ -153,14 +153,15 @@ def shuffled_corpus(folder: Path, share: float, seed: int) -> tuple[Path, set[in
 
 @pytest.mark.slow
 def test_the_audit_finds_shuffled_transcripts_with_a_checkpoint_trained_on_them(tmp_path):
-    corpus, wrong = shuffled_corpus(tmp_path / "corpus", share=0.05, seed=2)
+    corpus, wrong = shuffled_corpus(tmp_path / "corpus", rows=800, share=0.05, seed=2)
     sources = ("--train_sources", json.dumps([{"path": str(corpus)}]))
     folder = tmp_path / "run"
     train = ("--output_dir", folder, "--max_eval_utterances", 40, "--eval_steps", 100_000, "--tracker", "none")
-    done = command("train_round2_gradual.py", "--demo", *sources, *train, processes=2, timeout=600)
+    train += ("--model_name_or_path", DEMO / "tuned", "--num_epochs", 1)
+    done = forked("train_round2_gradual.py", "--demo", *sources, *train, processes=2, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     model = folder / "final_model"
-    done = command("scripts/audit_corpus.py", "--demo", "--model", model, *sources, processes=2, timeout=300)
+    done = forked("scripts/audit_corpus.py", "--demo", "--model", model, *sources, processes=2, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     scores = pyarrow.parquet.read_table(folder / "audit.parquet")
     audited = wrong & set(scores["row"].to_pylist())

@@ -119,13 +119,13 @@ def test_the_final_model_is_the_one_measured_with_the_lower_error_rate(copied, m
 
 
 def test_averages_of_a_run_are_measured_and_the_best_is_its_final_model(copied, monkeypatch, capsys):
-    measured, transcribe = {}, average_checkpoints.transcribe_set
+    measured, transcribe = {}, average_checkpoints.transcribe_shares
 
-    def remember(model, rows, decoding, parts, *args, **kwargs):
+    def remember(model, *args):
         measured[len(measured)] = {n: p.detach().clone() for n, p in model.model.named_parameters()}
-        return transcribe(model, rows, decoding, parts, *args, **kwargs)
+        return transcribe(model, *args)
 
-    monkeypatch.setattr(average_checkpoints, "transcribe_set", remember)
+    monkeypatch.setattr(average_checkpoints, "transcribe_shares", remember)
     average_checkpoints.command(["--run", str(copied), "--last", "4", "--best", "2"])
     out = capsys.readouterr().out
     results = {one["name"]: one for one in json.loads((copied / "averages" / "results.json").read_text())}

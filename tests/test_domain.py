@@ -5,8 +5,8 @@ import json
 import pyarrow.parquet
 import pytest
 from conftest import DEMO, first_rows
+from forked import forked
 from test_languages import sentences
-from test_main_command import command
 
 from hebrew_asr.data.sources import Source
 from hebrew_asr.errors import InputError
@@ -99,7 +99,7 @@ def test_the_exit_status_says_whether_something_was_forgotten(tmp_path, rate, mo
     if rate < 1:
         train_domain.command(options)
     else:
-        done = command("scripts/train_domain.py", *options, processes=1, timeout=600)
+        done = forked("scripts/train_domain.py", *options, processes=1, timeout=600)
         text = done.stdout + done.stderr
         assert done.returncode == 1 and "forgotten: english: WER" in text and "did not pass the gate" in text, text
     results = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())

@@ -1,13 +1,13 @@
 """The drill's short form: the first faults of its list, all survived, and a control that is not."""
 
 import pytest
-from test_main_command import command
+from forked import forked
 
 
 @pytest.mark.slow
 def test_faults_are_survived_and_the_control_is_not(tmp_path):
-    done = command("benchmarks/drill.py", "--faults", 8, "--work", tmp_path / "drill", timeout=1200)
+    done = forked("benchmarks/drill.py", "--faults", 8, "--work", tmp_path / "drill", timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8 of 8 survived" in done.stdout
-    again = command("benchmarks/drill.py", "--faults", 8, "--work", tmp_path / "drill", timeout=100)
+    again = forked("benchmarks/drill.py", "--faults", 8, "--work", tmp_path / "drill", timeout=100)
     assert again.returncode == 0 and "at step" not in again.stdout, "what is done is not done again"

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import shlex
 import signal
 import subprocess
 import time
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO
+from forked import forked
 from safetensors.torch import load_file
-from test_main_command import command
 
 import train_hebrew_asr_enhanced as training
 import train_round2_gradual as round2
@@ -67,9 +68,7 @@ def test_intervals_over_utterances_alone_or_over_seeds_alone_would_not_hold():
 
     def around(errors, others, half):
         middle = math.log(errors.sum() / others.sum())
-        return effects_report.Change(
-            0, 100 * math.expm1(middle - half), 100 * math.expm1(middle + half), p=1, of_seeds=0
-        )
+        return effects_report.Change(0, 100 * math.expm1(middle - half), 100 * math.expm1(middle + half), p=1)
 
     assert coverage(500, 0.05, 0.2, 0.3, interval=over_utterances) < 75
     assert coverage(500, 0.05, 0, 0.8, interval=over_seeds) < 80
@@ -289,7 +288,7 @@ def test_what_failed_is_named_and_the_others_run(tmp_path, capsys):
 @pytest.mark.slow
 def test_the_table_is_made_once_and_read_again(tmp_path):
     line = ["benchmarks/effects.py", "--quick", *SHORT, "--work", tmp_path / "work", "--json", tmp_path / "found.json"]
-    done = command(*line, "--plot", tmp_path / "plot.png", timeout=900)
+    done = forked(*line, "--plot", tmp_path / "plot.png", timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "[4/4]" in done.stdout and "min left" in done.stdout and "| without SpecAugment | 3 |" in done.stdout
     found = json.loads((tmp_path / "found.json").read_text())
@@ -299,30 +298,33 @@ def test_the_table_is_made_once_and_read_again(tmp_path):
     assert all(run["curves"]["eval/wer"][0][0] == 0 and run["curves"]["eval/wer"][-1][0] == 3 for run in found["runs"])
     assert found["runs"][0]["sets"]["clean"]["words"] == found["runs"][3]["sets"]["clean"]["words"]
     assert (tmp_path / "plot.png").stat().st_size > 10_000
-    again = command(*line, timeout=300)
+    again = forked(*line, timeout=300)
     assert "4 of 4 runs are done" in again.stdout and "[1/" not in again.stdout
     assert json.loads((tmp_path / "found.json").read_text())["rows"] == found["rows"]
 
 
 @pytest.mark.slow
 def test_printed_commands_do_what_the_queue_does(tmp_path):
-    """Patched training under torchrun, then the usual evaluation; then the queue finds nothing to do of that run."""
+    """Patched training in two processes, then the usual evaluation; then the queue finds nothing to do of that run."""
     line = ["benchmarks/effects.py", *SHORT, "--work", tmp_path, "--variants", "prompt-labels", "--seeds", 2]
     line += ["--processes", 2, "--print_commands"]
-    printed = command(*line).stdout.splitlines()
+    printed = forked(*line).stdout.splitlines()
     assert len(printed) == 4, "two seeds of the recipe and of the variant"
     mine = printed[1]
     assert "prompt-labels" in mine
-    done = subprocess.run(mine, shell=True, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert command(*line).stdout.splitlines() == [other for other in printed if other != mine]
+    for part in mine.split(" && "):
+        _, *launcher, script, first = shlex.split(part)[:6]
+        assert launcher == ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+        done = forked(script, first, *shlex.split(part)[6:], processes=2)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert forked(*line).stdout.splitlines() == [other for other in printed if other != mine]
 
 
 @pytest.mark.slow
 def test_a_search_gives_up_trials_and_confirms_what_it_found(tmp_path):
     pytest.importorskip("optuna")
     line = ["benchmarks/effects.py", "--search", "--trials", 6, "--seeds", 2, *SHORT, "--work", tmp_path / "work"]
-    done = command(*line, "--json", tmp_path / "found.json", timeout=1500)
+    done = forked(*line, "--json", tmp_path / "found.json", timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert len(found["trials"]) == 6 and {trial["state"] for trial in found["trials"]} <= {"COMPLETE", "PRUNED"}

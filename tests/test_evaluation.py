@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,12 +10,14 @@ import time
 import huggingface_hub
 import jiwer
 import numpy as np
+import psutil
 import pyarrow.parquet
 import pytest
 import soundfile
 import torch
 import transformers
 from conftest import DEMO, ROOT
+from forked import forked
 from safetensors.torch import load_file, save_file
 from test_corpora import parquet
 
@@ -105,26 +106,26 @@ def test_transcripts_and_rates_are_those_of_a_user_whatever_the_batch(tmp_path, 
 @pytest.mark.slow
 def test_two_processes_and_an_interrupted_run_write_the_same(tmp_path):
     """The first run is killed when some batches are on disk; the same command then ends as if nothing had been."""
-
-    def command(folder, processes: int) -> list[str]:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        own = json.dumps({"name": "heldout", "path": str(DEMO / "heldout"), "split": "test[:60]"})
-        arguments = ["--model", BASE, "--sets", own, "--batch_seconds", "8", "--num_workers", "0"]
-        return [*launcher, str(ROOT / "evaluate_hebrew_asr.py"), *arguments, "--output_dir", str(folder)]
-
-    subprocess.run(command(tmp_path / "whole", 1), check=True, capture_output=True, timeout=300)
-    killed = subprocess.Popen(command(tmp_path / "cut", 2), stderr=subprocess.DEVNULL, start_new_session=True)
+    own = json.dumps({"name": "heldout", "path": str(DEMO / "heldout"), "split": "test[:60]"})
+    line = ["evaluate_hebrew_asr.py", "--model", BASE, "--sets", own, "--batch_seconds", "8", "--num_workers", "0"]
+    line += ["--output_dir"]
+    forked(*line, tmp_path / "whole", processes=1).check_returncode()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    killed = subprocess.Popen(
+        [*launcher, *line, str(tmp_path / "cut")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
+    )
     deadline = time.monotonic() + 200
     while sum(len(f.read_bytes().splitlines()) for f in (tmp_path / "cut").glob("transcripts/*/*.jsonl")) < 4:
         assert time.monotonic() < deadline and killed.poll() is None
         time.sleep(0.02)
-    os.killpg(killed.pid, 9)
+    for process in (psutil.Process(killed.pid), *psutil.Process(killed.pid).children()):  # ranks outlive their launcher
+        process.kill()
     killed.wait()
     assert not (tmp_path / "cut" / "results.json").exists()
     (part, *_) = (tmp_path / "cut").glob("transcripts/*/0.jsonl")
     part.write_bytes(part.read_bytes()[:-20])  # a line torn by the machine's end
     lines = sum(len(f.read_bytes().splitlines()) for f in (tmp_path / "cut").glob("transcripts/*/*.jsonl"))
-    subprocess.run(command(tmp_path / "cut", 2), check=True, capture_output=True, timeout=300)
+    forked(*line, tmp_path / "cut", processes=2).check_returncode()
     assert lines < 20, "it was killed in the middle"
     assert results_of(tmp_path / "cut") == results_of(tmp_path / "whole")
     assert hypotheses_of(tmp_path / "cut") == hypotheses_of(tmp_path / "whole")

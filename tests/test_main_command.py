@@ -17,6 +17,7 @@ import soundfile
 import torch
 import transformers
 from conftest import DEMO, ROOT
+from forked import forked
 from hub_server import HubServer
 
 from hebrew_asr.checkpoints import store
@@ -210,7 +211,7 @@ def test_a_failed_upload_keeps_the_model_and_ends_with_an_error(tmp_path, corpus
         hub.fail("POST", "/commit/main", 413)
         env = hub.env(home=tmp_path / "home", token=TOKEN)
         options = [*short_run(corpus, heldout, tmp_path / "run"), "--hf_repo_id", "OzLabs/asr", "--max_steps", "1"]
-        done = command("train_round2_gradual.py", "--demo", *options, "--skip_hf_upload", "false", env=env)
+        done = forked("train_round2_gradual.py", "--demo", *options, "--skip_hf_upload", "false", env=env)
     assert done.returncode == 1
     assert re.search(r"error: the upload to OzLabs/asr failed: .*, or: uv run hf upload OzLabs/asr", done.stderr)
     assert (tmp_path / "run" / "final_model" / "model.safetensors").exists()
@@ -224,7 +225,7 @@ def test_a_token_that_cannot_write_stops_the_run_before_training(tmp_path, token
         hub.add_repo("OzLabs/asr", {})
         env = hub.env(home=tmp_path / "home", token=token) | {"HF_REPO_ID": "OzLabs/asr", "SKIP_HF_UPLOAD": "false"}
         options = ["--output_dir", tmp_path / "run", "--skip_hf_upload", "false"]
-        done = command("train_round2_gradual.py", "--demo", *options, env=env)
+        done = forked("train_round2_gradual.py", "--demo", *options, env=env)
     assert done.returncode == 1 and "step 0" not in done.stdout
     assert "error: cannot upload to OzLabs/asr" in done.stderr and "Traceback" not in done.stderr
     assert token not in done.stdout + done.stderr
@@ -233,7 +234,7 @@ def test_a_token_that_cannot_write_stops_the_run_before_training(tmp_path, token
 def test_round2_itself_runs_on_a_local_folder(tmp_path, corpus):
     """The real command with its defaults (workers, steps of 64, W&B, held-out recordings), but for model and data."""
     stages = [dataclasses.asdict(stage) | {"audio_top_layers": 1, "llm_top_layers": 1} for stage in round2().stages]
-    done = command(
+    done = forked(
         "train_round2_gradual.py",
         *("--model_name_or_path", DEMO / "base", "--train_sources", json.dumps([{"path": str(corpus)}])),
         *("--stages", json.dumps(stages), "--max_steps", 3, "--output_dir", tmp_path / "run"),
@@ -250,7 +251,7 @@ def test_round2_itself_runs_on_a_local_folder(tmp_path, corpus):
 def test_inspecting_the_data_writes_its_report_and_trains_nothing(tmp_path, corpus):
     sources = json.dumps([{"path": str(corpus)}])
     options = ["--train_sources", sources, "--inspect_data", "--output_dir", tmp_path / "run"]
-    done = command(
+    done = forked(
         "train_round2_gradual.py", "--demo", *options, env={"HF_REPO_ID": "no/check", "CUDA_VISIBLE_DEVICES": ""}
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -3,13 +3,18 @@
 import pytest
 import torch
 
+import evaluate_hebrew_asr
+import train_hebrew_asr_enhanced
+import train_round2_gradual
 from hebrew_asr import processes
 from hebrew_asr.data.utterances import SpeechDataset
 from hebrew_asr.errors import InputError
+from hebrew_asr.files import DEMO
 from hebrew_asr.model.loading import load_to_train
 from hebrew_asr.model.packing import halves
 from hebrew_asr.training.resuming import training_arguments
 from hebrew_asr.training.run_log import RunLog
+from scripts import align_recordings, audit_corpus, pseudo_label
 from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, GradualUnfreezeTrainer
 
 
@@ -111,3 +116,23 @@ def test_a_gpu_that_torch_cannot_use_is_refused(monkeypatch, tmp_path):
         processes.has_gpu(driver)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert not processes.has_gpu(driver), "the CPU is chosen"
+
+
+def test_every_command_with_processes_refuses_it(monkeypatch, tmp_path):
+    def unusable():
+        raise InputError("the driver is too old")
+
+    monkeypatch.setattr(processes, "has_gpu", unusable)
+    model, output = str(DEMO / "tuned"), str(tmp_path / "output")
+    corpus = ["--model", model, "--source", str(DEMO / "corpus")]
+    commands = [
+        lambda: evaluate_hebrew_asr.command(["--demo", "--output_dir", output]),
+        lambda: audit_corpus.main(["--demo", "--model", model, "--output_dir", output]),
+        lambda: pseudo_label.main(pseudo_label.parse([*corpus, "--output", output])),
+        lambda: align_recordings.main(align_recordings.parse([*corpus, "--output_dir", output])),
+        lambda: train_hebrew_asr_enhanced.main(train_round2_gradual.recipe(["--demo", "--output_dir", output])),
+    ]
+    for run in commands:
+        with pytest.raises(InputError, match="the driver is too old"):
+            run()
+    assert not list(tmp_path.iterdir()), "nothing was begun"

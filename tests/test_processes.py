@@ -3,12 +3,11 @@
 import dataclasses
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import forked
 from safetensors.torch import load_file
 from train_and_keep import keep_after_training
 
@@ -46,9 +45,7 @@ def runs(tmp_path_factory, corpus, heldout):
     def two_processes(name: str, *flags: str) -> None:
         file = folder / f"{name}.json"
         file.write_text(json.dumps(dataclasses.asdict(settings(name))))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        command = [*torchrun, HERE / "train_and_keep.py", file, folder / name, *flags]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400, check=False)
+        done = forked("tests/train_and_keep.py", file, folder / name, *flags, processes=2)
         assert done.returncode == 0, done.stdout + done.stderr
 
     two_processes("two", "slow_rank")

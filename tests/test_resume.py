@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 import transformers
 import wandb
 from conftest import DEMO, TOKEN, first_rows, small_config
+from forked import forked
 from hub_server import HubServer
 
 from hebrew_asr.checkpoints import store
@@ -404,13 +404,10 @@ def test_processes_whose_weights_differ_are_named(whole, settings, tmp_path, mon
 
 
 def two_processes(config: TrainingConfig, step: int, how: str, env: dict[str, str] | None = None):
-    """Runs under torchrun; `step` is where it is stopped, `how` by which signal."""
+    """`step` is where it is stopped, `how` by which signal."""
     file = Path(f"{config.output_dir}.json")
     file.write_text(json.dumps(dataclasses.asdict(config)))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    line = list(map(str, [*torchrun, HERE / "run_and_stop.py", file, step, how]))
-    env = {**os.environ, **(env or {})}
-    return subprocess.run(line, capture_output=True, text=True, timeout=400, check=False, env=env)
+    return forked("tests/run_and_stop.py", file, step, how, processes=2, env=env)
 
 
 @pytest.mark.slow

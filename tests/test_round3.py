@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import math
 import random
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,6 +18,7 @@ import pytest
 import torch
 import transformers
 from conftest import DEMO, first_rows, small_config
+from forked import forked
 from test_resume import own_signals  # noqa: F401 - a fixture
 
 from hebrew_asr.checkpoints import store
@@ -693,9 +693,7 @@ def test_two_processes_train_what_one_trains(settings, tmp_path):
         config = settings(tmp_path / name / "run", save_steps=5)
         file = tmp_path / f"{name}.json"
         file.write_text(json.dumps(dataclasses.asdict(config)))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command += [str(HERE.parent / "scripts/train_round3_gspo.py"), "--config", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        done = forked("scripts/train_round3_gspo.py", "--config", file, processes=processes)
         assert done.returncode == 0, done.stdout + done.stderr
         return rows(tmp_path / name / "run")
 

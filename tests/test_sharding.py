@@ -5,15 +5,13 @@ Two processes over gloo; no GPU has confirmed it.
 
 import dataclasses
 import json
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from conftest import small_config
+from forked import forked, free_port
 from safetensors.torch import load_file
 
 from hebrew_asr.checkpoints import store
@@ -24,12 +22,6 @@ from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, main
 
 HERE = Path(__file__).parent
 NUMBERS = ("train/loss", "train/grad_norm", "eval/loss", "eval/wer", "eval/cer", "final/loss", "final/wer")
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +48,7 @@ def runs(tmp_path_factory, corpus, heldout) -> Path:
     run("stream_sharded", fsdp=True, **stream)
     run("broken", fsdp=True, max_steps=6, max_bad_steps=2, broken=(4, 5))
     (folder / "runs.json").write_text(json.dumps(plan))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, str(HERE / "train_in_turn.py"), str(folder / "runs.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = forked("tests/train_in_turn.py", folder / "runs.json", processes=2, timeout=600)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     (folder / "output.txt").write_text(done.stdout)
     return folder

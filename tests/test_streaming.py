@@ -3,17 +3,16 @@
 import itertools
 import json
 import multiprocessing
-import os
 import shutil
 import subprocess
-import sys
 import time
 from collections import Counter
 from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
-from conftest import DEMO, ROOT
+from conftest import DEMO
+from forked import forked
 from test_corpora import parquet, wav
 
 from hebrew_asr.data.rows import load_rows
@@ -155,23 +154,11 @@ def test_a_streamed_run_that_was_stopped_ends_in_the_same_bits(tmp_path, heldout
     folder = shards(tmp_path / "c", [20, 20, 20, 20], first=200)
 
     def run(name: str, *more: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        command += [ROOT / "train_round2_gradual.py", "--demo", "--streaming", "true", "--steps_per_epoch", "4"]
-        command += ["--num_epochs", "3", "--train_sources", json.dumps([{"path": str(folder)}]), "--logging_steps", "1"]
-        command += ["--eval_sources", json.dumps([{"path": str(heldout)}]), "--dataloader_num_workers", "2"]
-        command += [
-            "--eval_steps",
-            "100",
-            "--save_steps",
-            "3",
-            "--save_total_limit",
-            "9",
-            "--tracker",
-            "none",
-            "--output_dir",
-            tmp_path / name,
-        ]
-        return subprocess.run([*map(str, command), *more], capture_output=True, text=True, env=os.environ, timeout=300)
+        options = ["--streaming", "true", "--steps_per_epoch", 4, "--num_epochs", 3, "--target_effective_batch", 8]
+        options += ["--train_sources", json.dumps([{"path": str(folder)}]), "--logging_steps", 1, "--tracker", "none"]
+        options += ["--eval_sources", json.dumps([{"path": str(heldout)}]), "--dataloader_num_workers", 2]
+        options += ["--eval_steps", 100, "--save_steps", 3, "--save_total_limit", 9, "--output_dir", tmp_path / name]
+        return forked("train_round2_gradual.py", "--demo", *options, *more, processes=2)
 
     def logged(name: str) -> list[float]:
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

@@ -3,14 +3,13 @@
 import dataclasses
 import gc
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import small_config
+from forked import forked
 from test_training_plan import Peak
 
 from hebrew_asr.command_line import parse_config
@@ -158,9 +157,7 @@ def test_one_process_out_of_memory_holds_up_no_other(tmp_path, corpus, heldout, 
     config.max_audio_length_seconds, config.target_effective_batch = 12.0, 16
     settings = tmp_path / "settings.json"
     settings.write_text(json.dumps(dataclasses.asdict(config)))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    line = [*torchrun, HERE / "find_budget.py", settings, tokens]
-    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=400, check=False)
+    done = forked("tests/find_budget.py", settings, tokens, processes=2)
     assert done.returncode == status, done.stderr
     for rank in (0, 1):
         assert f"process {rank} hears of [0, 1]" in done.stdout

@@ -3,10 +3,12 @@
 Imports nothing of this project.
 """
 
+import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import huggingface_hub
 
@@ -138,6 +140,40 @@ def write_model_card(
         f"## Training\n\n{origin} Settings:\n\n"
         f"```json\n{json.dumps(settings, indent=2, ensure_ascii=False)}\n```\n",
         encoding="utf-8",
+    )
+
+
+class NamedSource(Protocol):
+    path: str
+
+
+class CardSettings(Protocol):
+    """The settings of a run that its card names; the others are listed."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    hf_repo_id: str | None
+    model_name_or_path: str
+
+    @property
+    def tags(self) -> list[str]: ...
+    @property
+    def train_sources(self) -> Sequence[NamedSource]: ...
+    @property
+    def eval_sources(self) -> Sequence[NamedSource]: ...
+
+
+def write_card_of_run(folder: Path, config: CardSettings, shown_as: Path, final: dict[str, float], origin: str) -> None:
+    """Writes the card of a run's model into `folder`; without a repository the model is known as `shown_as`."""
+    write_model_card(
+        folder,
+        model_id=config.hf_repo_id or str(shown_as),
+        base_model=config.model_name_or_path,
+        train_sources=[source.path for source in config.train_sources],
+        eval_names=[source.path for source in config.eval_sources] or ["held-out recordings"],
+        final=final,
+        origin=origin,
+        settings=dataclasses.asdict(config),
+        tags=config.tags,
     )
 
 

@@ -170,6 +170,19 @@ def without_leaks(train: SpeechRows, heldout: SpeechRows, config: DataConfig) ->
     return drop(train, config.train_sources, by_text, "text of an evaluation set", named=None)
 
 
+def read_audit(file: str) -> pyarrow.Table:
+    """An audit's utterances and their ranks; InputError where the file is none of an audit."""
+    try:
+        return pyarrow.parquet.read_table(file, columns=["digest", "words", "rank"])
+    except (OSError, KeyError, pyarrow.ArrowException) as error:
+        raise InputError(f"{file} is no table of scripts/audit_corpus.py: {error}") from error
+
+
+def audited_as(column: Callable[[str], pyarrow.ChunkedArray]) -> pyarrow.Array:
+    """Names of utterances, given their columns: the audio and the words that were audited."""
+    return pyarrow.compute.binary_join_element_wise(column("digest"), column("words"), " ").combine_chunks()
+
+
 def worst(scores: pyarrow.Table, share: float) -> pyarrow.Table:
     """The utterances of an audit whose rank is within `share` of all that have one."""
     limit = round(share * (len(scores) - scores["rank"].null_count))
@@ -178,20 +191,13 @@ def worst(scores: pyarrow.Table, share: float) -> pyarrow.Table:
 
 def without_worst(train: SpeechRows, config: DataConfig) -> SpeechRows:
     """Drops what the audit ranks worst; a transcript that was corrected since has other words, and stays."""
-    try:
-        scores = pyarrow.parquet.read_table(config.audit_scores, columns=["digest", "words", "rank"])
-    except (OSError, KeyError, pyarrow.ArrowException) as error:
-        raise InputError(f"{config.audit_scores} is no table of scripts/audit_corpus.py: {error}") from error
-
-    def names(column: Callable[[str], pyarrow.ChunkedArray]) -> pyarrow.ChunkedArray:
-        return pyarrow.compute.binary_join_element_wise(column("digest"), column("words"), " ")
-
-    mine = names(train.arrow)
-    if not pyarrow.compute.any(pyarrow.compute.is_in(mine, names(scores.column).combine_chunks())).as_py():
+    assert config.audit_scores
+    scores, mine = read_audit(config.audit_scores), audited_as(train.arrow)
+    if not pyarrow.compute.any(pyarrow.compute.is_in(mine, audited_as(scores.column))).as_py():
         raise InputError(f"{config.audit_scores}: none of its utterances is in train_sources")
-    is_bad = pyarrow.compute.is_in(mine, names(worst(scores, config.drop_worst_share).column).combine_chunks())
+    is_bad = pyarrow.compute.is_in(mine, audited_as(worst(scores, config.drop_worst_share).column))
     reason = f"among the audit's worst {config.drop_worst_share:.0%}"
-    return drop(train, config.train_sources, is_bad.to_numpy(), reason)
+    return drop(train, config.train_sources, is_bad.to_numpy(zero_copy_only=False), reason)
 
 
 def split(config: DataConfig, seed: int) -> tuple[SpeechRows, SpeechRows]:
@@ -252,16 +258,9 @@ def chosen_by_difficulty(
     train: SpeechRows, sources: list[Source], scores_file: str, quantiles: tuple[float, float]
 ) -> SpeechRows:
     """Keeps the utterances between two quantiles of the audit's ranking (1: most likely a wrong transcript)."""
-    try:
-        scores = pyarrow.parquet.read_table(scores_file, columns=["digest", "words", "rank"])
-    except (OSError, KeyError, pyarrow.ArrowException) as error:
-        raise InputError(f"{scores_file} is no table of scripts/audit_corpus.py: {error}") from error
+    scores = read_audit(scores_file)
     scores = scores.filter(pyarrow.compute.is_valid(scores["rank"]))
-    names = [
-        pyarrow.compute.binary_join_element_wise(column("digest"), column("words"), " ").combine_chunks()
-        for column in (train.arrow, scores.column)
-    ]
-    places = pyarrow.compute.index_in(names[0], names[1])
+    places = pyarrow.compute.index_in(audited_as(train.arrow), audited_as(scores.column))
     is_known = pyarrow.compute.is_valid(places).to_numpy(zero_copy_only=False)
     ranks = scores["rank"].to_numpy()[places.fill_null(0).to_numpy()] if len(scores) else np.zeros(len(train))
     low, high = quantiles

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
+import accelerate
 import numpy as np
 import torch
 import transformers
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
@@ -33,16 +35,17 @@ from hebrew_asr.data.rows import SpeechRows
 from hebrew_asr.data.utterances import log_mel
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import digest
-from hebrew_asr.model import generation, layouts, packing, prompts
+from hebrew_asr.model import generation, layouts, packing, precision, prompts
 from hebrew_asr.model.generation import as_it_fits, generate, new_token_limit
 from hebrew_asr.model.loading import check_whole, checkpoint_problems, load_model, load_processor
 from hebrew_asr.model.loss import IGNORED_LABEL, label_states
 from hebrew_asr.model.packing import FRAMES_PER_CHUNK
+from hebrew_asr.model.precision import mixed_precision, runs_bf16, to_encoder
 from hebrew_asr.model.prompts import Prompts, pad, padded
 from hebrew_asr.model.word_times import align
-from hebrew_asr.processes import in_processes
+from hebrew_asr.processes import fail_together, in_processes
 
-MODULES = (audio, audio_decoding, utterances, packing, prompts, generation, layouts)
+MODULES = (audio, audio_decoding, utterances, packing, precision, prompts, generation, layouts)
 CODE = [__file__, *(module.__file__ for module in MODULES)]
 MOST_AT_ONCE = 256  # pieces of a batch, however short
 PROGRESS = "{desc}: {percentage:3.0f}% {bar} {n:.0f}/{total:.0f} s of audio, {elapsed} so far, {remaining} left"
@@ -139,9 +142,7 @@ def files_of(name: str) -> dict[str, Any]:
 
 
 def load_by_kind(name: str, decoding: Decoding, device: torch.device) -> "QwenModel | PipelineModel":
-    bf16 = decoding.dtype == "bfloat16" or (
-        decoding.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(False)
-    )
+    bf16 = decoding.dtype == "bfloat16" or (decoding.dtype == "auto" and runs_bf16(device))
     with checkpoint_problems(name):
         kind = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
         if kind == "qwen3_asr":
@@ -209,14 +210,13 @@ class QwenModel:
             labels.append([IGNORED_LABEL] * len(prompt) + target)
             counts.append(np.cumsum([0, *map(len, tokens)]))
         clips, mask = padded(features)
-        any_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in self.model.parameters())
         device = self.model.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=any_bf16):
+        with mixed_precision(self.model):
             hidden, targets = label_states(
                 self.model,
                 pad(rows, end).to(device),
                 pad(labels, IGNORED_LABEL).to(device),
-                clips.to(device, self.model.model.audio_tower.conv2d1.weight.dtype),
+                to_encoder(self.model, clips),
                 mask.to(device),
                 attention_mask=pad([[1] * len(row) for row in rows], 0).to(device),
             )
@@ -440,6 +440,27 @@ def transcribe_set(
             file.flush()
             began = now
             bar.update(sum(p.seconds for p in batch))
+
+
+def transcribe_shares(
+    model: Transcriber, rows: SpeechRows, place: Path, state: accelerate.PartialState, workers: int
+) -> Path:
+    """Transcribes a set as `model.decoding` says, each process its share, but for what `place` has of it already.
+
+    Returns:
+        The folder below `place` that `read_transcripts` reads; every process is done when the first one returns.
+
+    Raises:
+        InputError: on every process, when the model cannot transcribe the set.
+    """
+    (name,) = broadcast_object_list([key(model, model.decoding, rows)])
+    parts = place / "transcripts" / name
+    parts.mkdir(parents=True, exist_ok=True)
+    state.wait_for_everyone()
+    rank, processes = state.process_index, state.num_processes
+    with fail_together(), transcription_problems():
+        transcribe_set(model, rows, model.decoding, parts, rank, processes, workers, hides_progress=rank > 0)
+    return parts
 
 
 def peak_memory_gb() -> float:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from transformers import Qwen3ASRForConditionalGeneration
 
+from hebrew_asr.model.precision import mixed_precision, to_encoder
+
 T = TypeVar("T")
 Batch = dict[str, Any]  # tensors or lists of as many rows
 
@@ -50,13 +52,12 @@ def generate(
     Features are cast to the type of the encoder's first convolution, and everything runs under autocast when any
     weight is bf16.
     """
-    any_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     prompts = batch["prompt_input_ids"].to(model.device)
-    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=any_bf16):
+    with torch.no_grad(), mixed_precision(model):
         generated = model.generate(
             input_ids=prompts,
             attention_mask=batch["prompt_attention_mask"].to(model.device),
-            input_features=batch["input_features"].to(model.device, model.model.audio_tower.conv2d1.weight.dtype),
+            input_features=to_encoder(model, batch["input_features"]),
             input_features_mask=batch["input_features_mask"].to(model.device),
             max_new_tokens=max(limits),
             num_beams=num_beams,

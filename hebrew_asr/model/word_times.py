@@ -14,6 +14,7 @@ import torch
 from transformers import Qwen3ASRForConditionalGeneration
 
 from hebrew_asr.model.packing import TOKENS_PER_CHUNK
+from hebrew_asr.model.precision import mixed_precision, to_encoder
 from hebrew_asr.model.prompts import Prompts, padded
 
 HEADS = 2  # believed, of all layers
@@ -66,16 +67,15 @@ def attention_to_audio(
     audio = [place for place, token in enumerate(before) if token == prompts.audio_token_id]
     clips, mask = padded([features])
     tokens = torch.tensor([before + text], device=model.device)
-    is_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     writing = slice(len(before) - 1, len(before) + len(text) - 1)  # a token is written at the place before it
     with (
-        torch.autocast(model.device.type, torch.bfloat16, enabled=is_bf16),
+        mixed_precision(model),
         kept_attention(model, writing, slice(audio[0], audio[-1] + 1)) as kept,
     ):
         model.model(
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
-            input_features=clips.to(model.device, model.model.audio_tower.conv2d1.weight.dtype),
+            input_features=to_encoder(model, clips),
             input_features_mask=mask.to(model.device),
             use_cache=False,
         )

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import accelerate
 import torch
@@ -61,16 +61,13 @@ class Feed(Protocol):
         ...
 
 
-class ListedFeed:
-    """Rows that are all known: any step of any epoch is a function of the seed."""
+S = TypeVar("S", "GlobalBatchSampler", "StreamSteps")
 
-    def __init__(self, dataset: SpeechDataset, collator: Collator, config: Settings, rank: int, processes: int):
-        self.dataset, self.config, self.processes = dataset, config, processes
-        self.mixture = Mixture(dataset.rows, config.train_sources, config.seed)
-        tokens = UtteranceTokens(dataset.rows, collator, config)
-        self.sampler = GlobalBatchSampler(self.mixture, tokens, config, rank, processes)
-        is_packed = config.tokens_per_micro_batch is not None
-        self.collate: Callable[[Any], Any] = functools.partial(collate_step, collator, is_packed)
+
+class StepsOfEpochs(Generic[S]):
+    """The part that feeds share: their sampler knows the epoch and its steps."""
+
+    sampler: S
 
     @property
     def epoch(self) -> int:
@@ -82,6 +79,18 @@ class ListedFeed:
 
     def __len__(self) -> int:
         return len(self.sampler)
+
+
+class ListedFeed(StepsOfEpochs[GlobalBatchSampler]):
+    """Rows that are all known: any step of any epoch is a function of the seed."""
+
+    def __init__(self, dataset: SpeechDataset, collator: Collator, config: Settings, rank: int, processes: int):
+        self.dataset, self.config, self.processes = dataset, config, processes
+        self.mixture = Mixture(dataset.rows, config.train_sources, config.seed)
+        tokens = UtteranceTokens(dataset.rows, collator, config)
+        self.sampler = GlobalBatchSampler(self.mixture, tokens, config, rank, processes)
+        is_packed = config.tokens_per_micro_batch is not None
+        self.collate: Callable[[Any], Any] = functools.partial(collate_step, collator, is_packed)
 
     def loader(self) -> torch.utils.data.DataLoader:
         return speech_loader(self.dataset, self.sampler, self.collate, self.config, self.seconds_at_once)
@@ -125,7 +134,7 @@ class StreamSteps:
         return ((self.epoch, step) for step in range(self.steps))
 
 
-class StreamFeed:
+class StreamFeed(StepsOfEpochs[StreamSteps]):
     """A stream, of which `steps_per_epoch` steps are called an epoch."""
 
     def __init__(
@@ -150,17 +159,6 @@ class StreamFeed:
         )
         self.dataset = dataset
         self.reader = StreamReader(stream, config.dataloader_num_workers, pin_memory=torch.cuda.is_available())
-
-    @property
-    def epoch(self) -> int:
-        return self.sampler.epoch
-
-    @epoch.setter
-    def epoch(self, epoch: int) -> None:
-        self.sampler.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.sampler)
 
     def loader(self) -> torch.utils.data.DataLoader:
         steps: Any = self.sampler

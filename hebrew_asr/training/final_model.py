@@ -12,7 +12,7 @@ from hebrew_asr.checkpoints import store
 from hebrew_asr.checkpoints.averages import model_of, newest
 from hebrew_asr.checkpoints.final import damage_of, save_for_use
 from hebrew_asr.errors import InputError
-from hebrew_asr.processes import together
+from hebrew_asr.processes import fail_together
 from hebrew_asr.training.resuming import ResumableTrainer
 from hebrew_asr.training.run_log import RunLog
 
@@ -64,7 +64,7 @@ def evaluate_final(trainer: ResumableTrainer) -> dict[str, float]:
     folder, average = trainer.final_folder, trainer.final_folder.with_name("moving_average")
     if trainer.moving_average is None:
         return evaluate_stored(trainer, folder, "final")
-    with together():
+    with fail_together():
         average_origin = write_average(trainer, average)
     found = {"best_checkpoint": evaluate_stored(trainer, folder, "best_checkpoint")}
     found["moving_average"] = evaluate_stored(trainer, average, "moving_average")
@@ -89,7 +89,7 @@ def evaluate_final(trainer: ResumableTrainer) -> dict[str, float]:
 
 def is_whole(folder: Path, state: accelerate.PartialState, run_log: RunLog) -> bool:
     """Whether a finished run's final model is as it was written; False: it is made anew from the checkpoints."""
-    with together():
+    with fail_together():
         problem = damage_of(folder / "final_model") if state.is_main_process else None
         if problem and not store.names(folder / "checkpoints"):
             raise InputError(

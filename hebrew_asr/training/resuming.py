@@ -33,7 +33,7 @@ from hebrew_asr.errors import InputError
 from hebrew_asr.model.costs import Work
 from hebrew_asr.model.sharding import gather_for_others, sharded_like, whole
 from hebrew_asr.model.stages import Stage
-from hebrew_asr.processes import together
+from hebrew_asr.processes import fail_together
 from hebrew_asr.training.feed import Feed
 from hebrew_asr.training.moving_average import MovingAverage
 from hebrew_asr.training.run_folder import PATH, changes, find_checkpoint, first_line, note_failure, settle
@@ -238,7 +238,7 @@ class ResumableTrainer(Trainer):
                 break
             self.saved_step = 0
             self.save_checkpoint()
-        with together():
+        with fail_together():
             raise InputError(
                 f"the run is at its last step, {step}, which could not be saved ({self.writer.problem}); the newest"
                 f" checkpoint is {newest or 'none'}. Make room in {place}, or mend the disk: the same command goes on"

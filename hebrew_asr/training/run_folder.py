@@ -21,7 +21,7 @@ from hebrew_asr.checkpoints.store import Checkpoint
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import put
 from hebrew_asr.model.stages import ever_trained
-from hebrew_asr.processes import together
+from hebrew_asr.processes import fail_together
 from hebrew_asr.training.run_log import RunLog
 from hebrew_asr.training.settings import Settings
 from hebrew_asr.training.watch import take_lock
@@ -41,7 +41,7 @@ def open_run_folder(config: Settings, state: accelerate.PartialState) -> tuple[P
         name += time.strftime("-%Y%m%d-%H%M%S")
     (folder,) = broadcast_object_list([config.output_dir or f"runs/{name}"])
     folder, lock = Path(folder), None
-    with together():
+    with fail_together():
         if state.is_main_process:
             try:
                 check_same_run(config, folder)
@@ -51,7 +51,7 @@ def open_run_folder(config: Settings, state: accelerate.PartialState) -> tuple[P
                 put(folder / "config.yaml", json.dumps(dataclasses.asdict(config), indent=2))
             except OSError as error:
                 raise InputError(f"cannot write to {folder}: {error.strerror}") from error
-    with together():
+    with fail_together():
         if not (folder / "config.yaml").exists():
             raise InputError(f"{folder} is not seen by every machine: give an --output_dir on a shared file system")
     return folder, lock
@@ -101,7 +101,7 @@ def changes(old: dict[str, Any], config: Settings) -> list[str]:
 def find_checkpoint(place: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest valid checkpoint of a run, as the first process finds it; InputError where one cannot be read."""
     found = None
-    with together():
+    with fail_together():
         if is_first():
             found = store.newest_valid(place, say)
     (found,) = broadcast_object_list([found])
@@ -110,7 +110,7 @@ def find_checkpoint(place: Path, say: Callable[[str], None]) -> Checkpoint | Non
 
 def settle(found: Checkpoint | None, place: Path) -> Checkpoint | None:
     """Makes a checkpoint the newest of the run's own; the last thing before training, when all else is checked."""
-    with together():
+    with fail_together():
         if is_first():
             found = store.settle(found, place)
     (found,) = broadcast_object_list([found])
@@ -125,7 +125,7 @@ def checkpoint_to_resume(config: Settings, folder: Path, run_log: RunLog) -> Che
     """The checkpoint that `resume` asks for, or None for a run that begins; InputError for one that cannot be used."""
     place = folder / "checkpoints"
     if config.resume == "hub":
-        with together():
+        with fail_together():
             if run_log.is_main:
                 fetch_checkpoints(config, folder, run_log.say)
     if config.resume in ("auto", "never", "hub"):
@@ -135,7 +135,7 @@ def checkpoint_to_resume(config: Settings, folder: Path, run_log: RunLog) -> Che
             run_log.say(f"warning: no checkpoint in {place} is valid: the run begins anew")
         return found
     found = None
-    with together():
+    with fail_together():
         if run_log.is_main:
             try:
                 found = store.verify(Path(config.resume))

@@ -1,6 +1,5 @@
 """What a run says of itself: corpora and plan before the first step, verdict and model card at the end."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hebrew_asr.checkpoints.model_card import write_model_card
+from hebrew_asr.checkpoints.model_card import write_card_of_run
 from hebrew_asr.data.identity import digest_of, identity_of
 from hebrew_asr.data.report import write_report
 from hebrew_asr.data.rows import SpeechRows
@@ -38,16 +37,12 @@ def report_data(folder: Path, data: TrainingData, eval_rows: SpeechRows, config:
 def describe_result(trainer: ResumableTrainer, final: dict[str, float]) -> None:
     """The model card, the curves, and the verdict's lines."""
     config, run_log, folder = trainer.config, trainer.run_log, trainer.final_folder
-    write_model_card(
+    write_card_of_run(
         folder,
-        model_id=config.hf_repo_id or str(folder),
-        base_model=config.model_name_or_path,
-        train_sources=[source.path for source in config.train_sources],
-        eval_names=[source.path for source in config.eval_sources] or ["held-out recordings"],
+        config,
+        shown_as=folder,
         final=final,
         origin=trainer.final_origin,
-        settings=dataclasses.asdict(config),
-        tags=config.tags,
     )
     try:
         draw_curves(run_log.rows, trainer.stage_ends, trainer.panels, folder.parent / "curves.png")

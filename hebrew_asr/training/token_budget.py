@@ -18,7 +18,7 @@ from hebrew_asr.errors import InputError
 from hebrew_asr.model.loss import SpeechModel
 from hebrew_asr.model.packing import FRAMES_PER_CHUNK, SHORTEST_CLIP, TOKENS_PER_CHUNK, pack
 from hebrew_asr.model.stages import freeze_for
-from hebrew_asr.processes import together
+from hebrew_asr.processes import fail_together
 from hebrew_asr.training.plan import TEXT_TOKENS_PER_SECOND, USABLE
 from hebrew_asr.training.settings import Settings
 
@@ -154,7 +154,7 @@ def find_token_budget(
         raise InputError("--find_token_budget tries a whole model on each device: leave --fsdp out, or ask --plan")
     if state.device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(USABLE, state.device)
-    with together():
+    with fail_together():
         found, most = search(config, model, collator, state.device, use_bf16, state.num_processes)
     by_process = gather_object([found])
     lines = []
