@@ -69,6 +69,12 @@ class EvaluationOptions(Decoding):
     max_wer_rise: Annotated[float, Range(0)] | None = None
     """A gate: the exit status is not 0 where the model is worse than the first it is compared with by more points of
     WER than these, on sets in other languages and guarded ones. Left out (null): forgetting is only reported."""
+    min_audio_length_seconds: Annotated[float, Range(0)] | None = None
+    """Shorter utterances are left out; null: none. Training's own limit is 0.3."""
+    max_audio_length_seconds: Annotated[float, Range(0)] | None = None
+    """Longer ones are left out; null: none, they are cut at pauses. Training's own limit is 30."""
+    drop_silent: bool = False
+    """Leave silent recordings out of sets with speech, as training does."""
     max_broken_share: Annotated[float, Range(0, 1)] = 0.05
     """A set of which more rows than this share cannot be read is not measured."""
     num_workers: Annotated[int, Range(0)] = 4
@@ -121,6 +127,9 @@ def parse(argv: list[str]) -> EvaluationConfig:
         score=given.score,
         prompt_forms=given.prompt_forms,
         max_utterances=given.max_utterances,
+        min_audio_length_seconds=given.min_audio_length_seconds,
+        max_audio_length_seconds=given.max_audio_length_seconds,
+        drop_silent=given.drop_silent,
         max_wer_rise=given.max_wer_rise,
         max_broken_share=given.max_broken_share,
         quoted=list(QUOTED) if models and not is_demo and any(one.name in known for one in sets) else [],

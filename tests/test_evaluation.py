@@ -431,6 +431,25 @@ def test_audio_that_changed_is_transcribed_again(tmp_path, heldout):
     assert written[0] != written[1] and written == transcribe_alone(rows[:2])
 
 
+def test_an_evaluation_takes_the_limits_of_training(tmp_path):
+    folder, clip = tmp_path / "set", np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)
+    folder.mkdir()
+    for name, sound in {"short": clip[:3000], "long": np.tile(clip, 40), "silent": 0 * clip, "right": clip}.items():
+        soundfile.write(folder / f"{name}.wav", sound, 16_000)
+    (folder / "metadata.csv").write_text("file_name,text\n" + "".join(f"{p.name},שלום\n" for p in folder.glob("*.wav")))
+    one = json.dumps({"name": "few", "path": str(folder)})
+    options = ["--model", "x", "--sets", one, "--num_workers", "0"]
+    assert len(sets_module.load_set(parse(options).sets[0], parse(options))) == 4
+    options += ["--min_audio_length_seconds", "0.3", "--max_audio_length_seconds", "30", "--drop_silent"]
+    rows = sets_module.load_set(parse(options).sets[0], parse(options))
+    assert [name.rsplit("/")[-1] for name in rows.column("recording")] == ["right.wav"]
+    reasons = {drop.reason: drop.utterances for drop in rows.dropped}
+    assert reasons == {"shorter than 0.3 s": 1, "longer than 30 s": 1, "silent": 1}
+    config = parse([*options, "--min_audio_length_seconds", "99"])
+    with pytest.raises(InputError, match=r"nothing is left within the limits: .'shorter than 99 s': 4."):
+        sets_module.load_set(config.sets[0], config)
+
+
 def test_pieces_that_are_lost_are_missed(tmp_path):
     line = {"pieces": [(0, 0)], "transcripts": [("א", "", False)], "seconds": [1.0], "snr_db": [None], "of": [2]}
     line |= {"took_seconds": 1.0, "peak_memory_gb": 1.0}

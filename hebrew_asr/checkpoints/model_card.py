@@ -123,13 +123,14 @@ def write_model_card(
     )
     private = ("hf_repo_id", "output_dir", "wandb_project", "wandb_run_name")
     settings = {name: public(value, name) for name, value in settings.items() if name not in private}
+    interval = f" ({final['final/wer_low']:.2f}–{final['final/wer_high']:.2f})"
     language = "given" if settings["eval_prefill_language"] else "left to the model"
     folder.joinpath("README.md").write_text(
         f"---\n{data.to_yaml()}\n---\n\n"
         f"# {model_id.split('/')[-1]}\n\n"
         f"`{base_model}` fine-tuned to Hebrew speech recognition.\n\n"
-        "| set | utterances | WER % | CER % | WER % on raw text |\n|---|---|---|---|---|\n"
-        f"| {eval_name} | {final['final/utterances']} | {final['final/wer']:.2f} | {final['final/cer']:.2f} |"
+        "| set | utterances | WER % (95 % interval) | CER % | WER % on raw text |\n|---|---|---|---|---|\n"
+        f"| {eval_name} | {final['final/utterances']} | {final['final/wer']:.2f}{interval} | {final['final/cer']:.2f} |"
         f" {final['final/wer_raw']:.2f} |\n\n"
         f"Measured on this checkpoint as it is stored here, greedy decoding, the language {language}, text normalised"
         " as the ivrit.ai leaderboard does.\n\n"

@@ -48,7 +48,8 @@ INDEX = datasets.Features(
         "text": datasets.Value("string"),  # the target
         "reference": datasets.Value("string"),  # the transcript as it stands, without timestamps: for scoring
         "previous": datasets.Value("string"),  # the text before it, written like a target
-        "recording": datasets.Value("string"),  # what a split must not divide
+        "recording": datasets.Value("string"),
+        "group": datasets.Value("string"),  # what a split must not divide: the recording, or the best that is known
         "digest": datasets.Value("string"),  # of the audio's bytes, or its path, and where in it the piece begins
         "words": datasets.Value("string"),  # digest of the words alone, to find the same sentence elsewhere
         "word_count": datasets.Value("int32"),
@@ -57,7 +58,8 @@ INDEX = datasets.Features(
         "dropped": datasets.Value("string"),  # why it cannot be used, or ""
     }
 )
-KEPT_COLUMNS = ("metadata", "extra_data", "prev_transcript", "segment_start", "segment_end", "segment_channel")
+GROUPS = ("session", "session_id", "transcriber", "transcriber_id")  # where there is no id of the recording; best first
+KEPT_COLUMNS = (*GROUPS, "metadata", "extra_data", "prev_transcript", "segment_start", "segment_end", "segment_channel")
 PAST_THE_END = "segment past the end of the audio"
 BROKEN = BROKEN_AUDIO | {  # reasons that count for max_broken_share
     "timestamps go backwards",
@@ -129,6 +131,7 @@ def describe_row(row: dict[str, Any], settings: RowSettings) -> list[dict[str, A
     transcript = "" if settings.column is None else row[settings.column]
     metadata = read_metadata(row.get("metadata"))
     known["recording"] = str(metadata.get("entry_id") or audio["path"] or "")
+    known["group"] = group_of(row, metadata) or known["recording"]
     try:
         sound = inspect_audio(audio)
         begin, end = segment_of(row, sound.seconds)
@@ -153,6 +156,14 @@ def describe_row(row: dict[str, Any], settings: RowSettings) -> list[dict[str, A
         except ValueError as error:
             pieces.append(place | {"dropped": str(error)})
     return pieces
+
+
+def group_of(row: dict[str, Any], metadata: dict[str, Any]) -> str:
+    """The session or transcriber of a row whose recording has no id: `transcriber 12`; "" where neither is known."""
+    if metadata.get("entry_id"):
+        return ""
+    known = {name: row.get(name) or metadata.get(name) for name in GROUPS}
+    return next((f"{name.removesuffix('_id')} {value}" for name, value in known.items() if value), "")
 
 
 def segment_of(row: dict[str, Any], seconds: float) -> tuple[float, float]:

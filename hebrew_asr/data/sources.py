@@ -87,9 +87,10 @@ class DataConfig:
         ]
     )
     eval_sources: list[Source] = field(default_factory=list)
-    """Evaluated while training and at the end; empty: whole recordings are held out of the training sources."""
+    """Evaluated while training and at the end; empty: whole recordings are held out of the training sources, or,
+    where a corpus has no ids of them, sessions or transcribers."""
     eval_fraction: Annotated[float, Range(0, 1)] = 0.02
-    """Share of recordings held out when there is no evaluation source."""
+    """Share of the hours held out when there is no evaluation source."""
     max_eval_utterances: int | None = 2000
     """At most so many utterances are evaluated, taken evenly over the set; None: all."""
     text_rules: TextRules = field(default_factory=TextRules)

@@ -5,12 +5,16 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from hebrew_asr.data.rows import SpeechRows, load_rows
+import numpy as np
+
+from hebrew_asr.data.audio import audio_blocks, check_blocks
+from hebrew_asr.data.rows import SpeechRows, counts, drop, load_rows
 from hebrew_asr.data.selection import without_too_many
 from hebrew_asr.data.sources import DataConfig, Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation.transcription import Decoding
 from hebrew_asr.files import DEMO, digest
+from hebrew_asr.text.targets import PAST_THE_END
 
 PARQUET_COPY = "refs/convert/parquet"  # of the datasets that are scripts
 
@@ -83,6 +87,11 @@ class EvaluationConfig:
     """Of each set, spread evenly over it; None: all."""
     max_broken_share: float = 0.05
     """More unreadable rows than this share of a set end the evaluation before it starts."""
+    min_audio_length_seconds: float | None = None
+    max_audio_length_seconds: float | None = None
+    """Utterances out of these lengths are left out of every set; None: none are."""
+    drop_silent: bool = False
+    """Leave silent recordings out of sets with speech, as training does."""
     max_wer_rise: float | None = None
     """Points of WER that the model in question may be worse than the first it is compared with, on sets in other
     languages and guarded ones, and points of share that it may name the language, or answer silence with silence,
@@ -127,7 +136,22 @@ def load_set(one: EvaluationSet, config: EvaluationConfig) -> SpeechRows:
         rows = load_rows([dataclasses.replace(one.source, language=one.language)], settings, for_training=False)
     except InputError as error:
         raise InputError(f"{error}. {one.where}" if one.where else str(error)) from error
-    return without_too_many(rows, settings)
+    return without_too_many(within_limits(rows, one, config), settings)
+
+
+def within_limits(rows: SpeechRows, one: EvaluationSet, config: EvaluationConfig) -> SpeechRows:
+    """Leaves out, counted by reason, what the limits do not allow; raises InputError where nothing is left."""
+    shortest, longest = config.min_audio_length_seconds, config.max_audio_length_seconds
+    if shortest is not None:
+        rows = drop(rows, [one.source], rows.seconds < shortest, f"shorter than {shortest:g} s")
+    if longest is not None:
+        rows = drop(rows, [one.source], rows.seconds > longest + PAST_THE_END, f"longer than {longest:g} s")
+    if config.drop_silent and one.has_speech:
+        heard = (check_blocks(audio_blocks(row["audio"], row["start"], row["end"]), row["seconds"]) for row in rows)
+        rows = drop(rows, [one.source], np.array([problem == "silent" for problem in heard], bool), "silent")
+    if not len(rows):
+        raise InputError(f"{one.source}: nothing is left within the limits: {counts(rows.dropped)}")
+    return rows
 
 
 def describe_set(one: EvaluationSet, rows: SpeechRows | None) -> dict[str, Any]:
