@@ -12,6 +12,11 @@ same command goes on where it was interrupted. The exit status is not 0 when som
 forgotten is a finding; with `--max_wer_rise 5` it is a gate too: the status is not 0 where more was lost than that.
 """
 
+if __name__ == "__main__":  # the imports take seconds
+    from hebrew_asr.start import begin
+
+    begin()
+
 import contextlib
 import dataclasses
 import json

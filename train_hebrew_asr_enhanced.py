@@ -9,6 +9,11 @@ The run's folder (`--output_dir`) gets config.yaml, corpus.html, metrics.jsonl, 
 and final_model/. The same command in the same folder goes on from the last checkpoint.
 """
 
+if __name__ == "__main__":  # the imports take seconds
+    from hebrew_asr.start import begin
+
+    begin()
+
 import dataclasses
 import functools
 import json

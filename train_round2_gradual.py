@@ -6,6 +6,11 @@
 Every field of TrainingConfig can be given after it: `--num_epochs 3 --use_specaugment false`.
 """
 
+if __name__ == "__main__":  # the imports take seconds
+    from hebrew_asr.start import begin
+
+    begin()
+
 from hebrew_asr.command_line import parse_config
 from hebrew_asr.data.sources import Source
 from hebrew_asr.files import DEMO

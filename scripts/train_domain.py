@@ -14,6 +14,11 @@ from, on the domain's test set and on `--gates` (sets as that command takes them
 status is not 0. Every field of TrainingConfig can be given after it.
 """
 
+if __name__ == "__main__":  # the imports take seconds
+    from hebrew_asr.start import begin
+
+    begin()
+
 import dataclasses
 import gc
 import json

@@ -9,6 +9,11 @@ Without `--model_name_or_path` it begins from Qwen3-ASR-1.7B; a checkpoint that 
 start. Every field of TrainingConfig can be given after it. No account is needed, and no Hub where the model is local.
 """
 
+if __name__ == "__main__":  # the imports take seconds
+    from hebrew_asr.start import begin
+
+    begin()
+
 import math
 import os
 from dataclasses import dataclass, field

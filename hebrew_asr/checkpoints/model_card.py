@@ -94,8 +94,8 @@ def write_model_card(
     Args:
         model_id: what the snippet loads: the repository on the Hub, or the folder, of which only the name is shown.
         eval_names: datasets and folders that the metrics are of.
-        final: the metrics of the checkpoint as it is stored, `final/wer`, `final/cer`, `final/wer_raw`, …; `final/wer_low` and
-            `final/wer_high` where there is an interval.
+        final: the metrics of the checkpoint as it is stored, `final/wer`, `final/cer`, `final/wer_raw`, …;
+            `final/wer_low` and `final/wer_high` where there is an interval.
         origin: a sentence that says which weights these are.
         settings: the run's, without secrets; names of folders and projects are left out.
     """
