@@ -3,10 +3,12 @@
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hebrew_asr.command_line import meant
 from hebrew_asr.data.audio import audio_blocks, check_blocks
 from hebrew_asr.data.rows import SpeechRows, counts, drop, load_rows
 from hebrew_asr.data.selection import without_too_many
@@ -108,13 +110,21 @@ def read_set(text: str, known: dict[str, EvaluationSet]) -> EvaluationSet:
     if not text.startswith("{"):
         name, is_local, folder = text.partition("=")
         if name not in known:
-            raise InputError(f"no set {name!r}: there are {', '.join(known)}, or one of your own as JSON")
+            own = f'{{"name": "{Path(name).name}", "path": "{name}"}}'
+            hint = meant(name, list(known)) or f", or one of your own as JSON: {own}"
+            raise InputError(f"no set {name!r}: there are {', '.join(known)}{hint}")
         if not is_local:
             return known[name]
         source = dataclasses.replace(known[name].source, path=folder, config_name=None, revision=None)
         return dataclasses.replace(known[name], source=source, where="")
     try:
         given = json.loads(text)
+        names = ["name", *(part.name for part in dataclasses.fields(Source)), "guarded"]
+        if unknown := [key for key in given if key not in names]:
+            near = meant(unknown[0], names)
+            raise InputError(f"{text} is no set: there is no {unknown[0]!r}{near}; it has {', '.join(names)}")
+        if lost := [key for key in ("name", "path") if key not in given]:
+            raise InputError(f"{text} is no set: it needs {' and '.join(lost)}")
         language = str(given.pop("language", "Hebrew")).capitalize()  # as Qwen3-ASR writes them, null too
         guarded = bool(given.pop("guarded", False))
         one = EvaluationSet(given.pop("name"), Source(**given), language, guarded)
@@ -122,7 +132,7 @@ def read_set(text: str, known: dict[str, EvaluationSet]) -> EvaluationSet:
             raise TypeError("name and path must be texts")
         return one
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{text} is no set: {error!r}") from error
+        raise InputError(f"{text} is no set: {error}") from error
 
 
 def load_set(one: EvaluationSet, config: EvaluationConfig) -> SpeechRows:
