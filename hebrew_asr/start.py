@@ -4,9 +4,9 @@ Every command calls `begin` before its imports, which take seconds; `launch` (he
 nothing but the standard library.
 """
 
+import contextlib
 import os
 import signal
-import sys
 import threading
 from types import FrameType
 from typing import NoReturn
@@ -19,13 +19,13 @@ def begin() -> None:
     """Says what goes on, and from then on with a dot now and then; of several processes only the first says it."""
     signal.signal(signal.SIGINT, interrupted)
     if is_first():
-        print("loading torch and transformers ", end="", file=sys.stderr, flush=True)
+        say("loading torch and transformers ")
         threading.Thread(target=beat, daemon=True).start()
 
 
 def beat() -> None:
     while not IMPORTED.wait(BEAT_SECONDS):
-        print(".", end="", file=sys.stderr, flush=True)
+        say(".")
 
 
 def imported() -> None:
@@ -35,14 +35,19 @@ def imported() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     IMPORTED.set()
     if is_first():
-        print(file=sys.stderr, flush=True)
+        say("\n")
 
 
 def interrupted(number: int, frame: FrameType | None) -> NoReturn:
     """Ends the process at once, with a line and no traceback: an import may not let an exception through."""
     if is_first():
-        os.write(2, b"\ninterrupted\n")
+        say("\ninterrupted\n")
     os._exit(128 + number)
+
+
+def say(text: str) -> None:
+    with contextlib.suppress(OSError):  # a full disk or a closed pipe behind it ends no command
+        os.write(2, text.encode())
 
 
 def is_first() -> bool:
