@@ -13,7 +13,7 @@ from evaluate_hebrew_asr import parse
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.loading import load_processor
 from hebrew_asr.names import ask_the_hub, check_name
-from hebrew_asr.training.run_folder import note_others, what_resume_takes
+from hebrew_asr.training.run_folder import knows_its_data, note_others, what_resume_takes
 
 
 def test_a_path_that_is_not_there_is_no_id_of_the_hub(tmp_path, monkeypatch):
@@ -86,3 +86,14 @@ def test_a_command_shows_a_sign_of_life_and_ctrl_c_is_one_line():
     process.send_signal(signal.SIGINT)
     output, said = process.communicate(timeout=60)
     assert (process.returncode, output) == (130, "") and said.splitlines()[1:] == ["interrupted"]
+
+
+@pytest.mark.parametrize("manifest", [None, "", "null", "[]", "{}"])
+def test_a_newest_checkpoint_with_a_damaged_manifest_does_not_stop_the_start(tmp_path, manifest):
+    assert knows_its_data(tmp_path / "checkpoints")
+    for step, text in ((1, '{"run": {}}'), (2, manifest)):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        if text is not None:
+            (folder / "manifest.json").write_text(text)
+    assert not knows_its_data(tmp_path / "checkpoints"), "the one before it tells"

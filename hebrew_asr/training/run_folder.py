@@ -81,8 +81,7 @@ def check_same_run(config: Settings, folder: Path) -> None:
     try:
         old = json.loads((folder / "config.yaml").read_text())
         differing = changes(old, config)
-        newest = store.newest_name(folder / "checkpoints")
-        if newest is None or "data" in store.read_manifest(folder / "checkpoints" / newest)["run"]:
+        if knows_its_data(folder / "checkpoints"):
             differing = [line for line in differing if not PATH.match(line)]  # the data themselves are compared later
     except (ValueError, AttributeError, KeyError, FileNotFoundError) as error:
         raise InputError(f"{folder}/config.yaml cannot be read ({error}): choose another --output_dir") from error
@@ -92,6 +91,14 @@ def check_same_run(config: Settings, folder: Path) -> None:
             + "\n  ".join(differing)
             + "\nGive those to go on with it, or choose another --output_dir for a new run"
         )
+
+
+def knows_its_data(place: Path) -> bool:
+    """Whether the newest checkpoint that has a manifest says which data it was trained with."""
+    for checkpoint in store.names(place):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one is not used later either
+            return "data" in store.read_manifest(checkpoint)["run"]
+    return True
 
 
 def note_others(folder: Path) -> None:
