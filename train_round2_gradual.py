@@ -7,6 +7,11 @@
 Every field of TrainingConfig can be given after it: `--num_epochs 3 --use_specaugment false`.
 """
 
+if __name__ == "__main__":  # the imports take seconds
+    from hebrew_asr.start import begin
+
+    begin()
+
 import functools
 
 from hebrew_asr.command_line import help_of, parse_config, split_options

@@ -9,6 +9,11 @@ in `--output_dir`. The same command goes on where it was interrupted. A recordin
 at the end, the rest is done, and the exit status is 1.
 """
 
+if __name__ == "__main__":  # the imports take seconds
+    from hebrew_asr.start import begin
+
+    begin()
+
 import io
 import itertools
 from pathlib import Path

@@ -18,6 +18,7 @@ where the machine is gone; the last step after a signal. Beyond that:
 - A full log is written when there is room again; without shared memory the workers' batches come by a pipe.
 - Where every save fails to the end, the run is not finished. A final model that was damaged is made anew. Data that
   only moved are the same data.
+- What else may happen to a run's folder between two commands (CHANGES) costs no step beyond those of the kill.
 - A NaN in the audio: the utterance is named as dropped in both epochs, and the bits are those of a run in whose corpus
   that clip is silent. A NaN in one process's loss leaves a step out on all, so that bits are not compared.
 - The Hub's faults last for seconds from a step on, and until they met a request. Then the model must be on the Hub file
@@ -44,6 +45,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -93,6 +95,104 @@ HUB_FAULTS = {  # of all requests, or of those that carry a file's content
     "1 kB/s": ("PUT", "/storage/", {"bytes_per_s": 1000}),
     "wrong hash": None,  # it keeps another content than it was sent
 }
+
+
+def put_text(name: str, text: str) -> Callable[[Path, TrainingConfig], None]:
+    """Has a file of the run's folder hold something else."""
+
+    def put(run: Path, config: TrainingConfig) -> None:
+        (run / name).write_text(text)
+
+    return put
+
+
+def cut_text(name: str) -> Callable[[Path, TrainingConfig], None]:
+    """Ends a file of the run's folder in the middle of its last line."""
+
+    def cut(run: Path, config: TrainingConfig) -> None:
+        content = (run / name).read_bytes() if (run / name).exists() else b""
+        (run / name).write_bytes(content[:-9])
+
+    return cut
+
+
+def add_text(name: str, text: str) -> Callable[[Path, TrainingConfig], None]:
+    def add(run: Path, config: TrainingConfig) -> None:
+        with open(run / name, "a") as file:
+            file.write(text)
+
+    return add
+
+
+def add_file(name: str) -> Callable[[Path, TrainingConfig], None]:
+    """Adds a file, in a folder of its own where its name says so, to the run's folder."""
+
+    def add(run: Path, config: TrainingConfig) -> None:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_bytes(b"x" * 1000)
+
+    return add
+
+
+def move_run(run: Path, config: TrainingConfig) -> None:
+    config.output_dir = str(run.rename(run.with_name("moved")))
+
+
+def copy_run(run: Path, config: TrainingConfig) -> None:
+    """As `cp -r` does it: new files, with new times."""
+    shutil.copytree(run, run.with_name("copied"), copy_function=shutil.copy)
+    shutil.rmtree(run)
+    move_run(run.with_name("copied"), config)
+
+
+def age(run: Path, config: TrainingConfig) -> None:
+    """Gives all files of the run one time, years ago."""
+    for path in run.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+
+
+def touch_corpus(run: Path, config: TrainingConfig) -> None:
+    """The same recordings, in a file written anew."""
+    folder = run.with_name("corpus-again")
+    shutil.copytree(config.train_sources[0].path, folder, copy_function=shutil.copy)
+    table = pyarrow.parquet.read_table(folder / "train.parquet")
+    pyarrow.parquet.write_table(table, folder / "train.parquet", compression="zstd", row_group_size=7)
+    config.train_sources = [Source(str(folder))]
+
+
+def name_checkpoint(run: Path, config: TrainingConfig) -> None:
+    if newest := store.names(run / "checkpoints"):
+        config.resume = str(newest[0])
+
+
+def more_workers(run: Path, config: TrainingConfig) -> None:
+    config.dataloader_num_workers = 2
+
+
+CHANGES = {  # between the run that was killed and the same command again; none of it may cost a step
+    "status {}": put_text("status.json", "{}"),
+    "status null": put_text("status.json", "null"),
+    "status []": put_text("status.json", "[]"),
+    "status emptied": put_text("status.json", ""),
+    "status cut": cut_text("status.json"),
+    "metrics cut": cut_text("metrics.jsonl"),
+    "metrics of another run": add_text("metrics.jsonl", '{"step": 99, "train/loss": 0.1}\n'),
+    "list of dropped cut": add_text("dropped-0.txt", "step 1: not fi"),
+    "list of dropped, a line break in a name": add_text("dropped-0.txt", "step 1: silent: a\nb.wav\n"),
+    "list of skipped cut": add_text("skipped-steps.txt", "step"),
+    "a save left unfinished": add_file("checkpoints/.unfinished-1-abc/model.safetensors"),
+    "another file among the checkpoints": add_file("checkpoints/notes.txt"),
+    "another folder among the checkpoints": add_file("checkpoints/step-old/model.safetensors"),
+    "a checkpoint without a manifest": add_file("checkpoints/step-00000099/model.safetensors"),
+    "a final model left unfinished": add_file(".unfinished-1-abc/model.safetensors"),
+    "another file in the folder": add_file("notes.txt"),
+    "the folder moved": move_run,
+    "the folder copied": copy_run,
+    "times set back": age,
+    "the corpus written anew": touch_corpus,
+    "the checkpoint named": name_checkpoint,
+    "more workers": more_workers,
+}
 KINDS = [  # kind, who or what, processes: first one of each, and all in the first 32
     *(("kill -9", "all", 2), ("kill -9 while saving", "rank 0", 1), ("SIGTERM", "rank 1", 2), ("Hub", "503", 2)),
     *(("machine gone", "killed", 1), ("NaN audio", "", 2), ("kill -9", "worker", 1), ("SIGSTOP", "rank 1", 2)),
@@ -107,6 +207,8 @@ KINDS = [  # kind, who or what, processes: first one of each, and all in the fir
     *(("full disk", "", 2), ("NaN audio", "", 1), ("machine gone", "killed", 2)),
     *(("full log", "", 1), ("no shared memory", "", 1), ("kill -9, then data moved", "all", 1), ("saves fail", "", 1)),
     *(("final model damaged", what, 1) for what in ("emptied", "cut")),
+    *(("kill -9, then damage", what, 1) for what in ("manifest emptied", "manifest null", "manifest of {}")),
+    *(("kill -9, then change", what, 1 + i % 2) for i, what in enumerate(CHANGES)),
 ]
 OUTLIVED = ("full disk", "full log", "no shared memory", "NaN loss", "NaN audio", "Hub")  # and the death of a worker
 INSIDE = (*OUTLIVED, "saves fail", "final model damaged")  # nothing hits them from outside
@@ -543,6 +645,9 @@ def damage(fault: Fault, run: Path) -> None:
     content = bytearray(file.read_bytes())
     if fault.who == "missing file":
         file.unlink()
+    elif fault.who.startswith("manifest"):
+        text = {"manifest emptied": "", "manifest null": "null", "manifest of {}": "{}"}[fault.who]
+        (newest[0] / "manifest.json").write_text(text)
     elif fault.who == "torn file":
         file.write_bytes(content[: len(content) // 2])
     else:
@@ -583,7 +688,7 @@ def hit_and_resume(fault: Fault, config: TrainingConfig, folder: Path, reference
     log, run = folder / "log.txt", Path(config.output_dir)
 
     def is_done() -> bool:
-        is_whole = is_finished(config) and damage_of(run / "final_model") is None
+        is_whole = is_finished(config) and damage_of(Path(config.output_dir) / "final_model") is None
         return is_whole and (not fault.has_hub or is_uploaded(folder))
 
     launcher = start(config, fault.processes, fault, log)
@@ -606,6 +711,10 @@ def hit_and_resume(fault: Fault, config: TrainingConfig, folder: Path, reference
         config = dataclasses.replace(config, resume="hub" if lasting else "auto")
     if "data moved" in fault.kind:
         config.train_sources = [Source(str(shutil.copytree(config.train_sources[0].path, folder / "elsewhere")))]
+    if fault.kind == "kill -9, then change" and not is_done():
+        config = dataclasses.replace(config)
+        CHANGES[fault.who](run, config)
+        run = Path(config.output_dir)
     while not is_done() and len(exits) < 4:
         end = time.monotonic() + LIMIT_SECONDS
         while fault.kind == "Hub" and not hub_state(folder)["over"] and time.monotonic() < end:

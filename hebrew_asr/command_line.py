@@ -185,14 +185,16 @@ def options_and_words(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def text_of(option: str, words: list[str], hint: Any) -> str:
-    """An option's words as one text: a flag's is true, and several words, or a path alone, are a list."""
+    """An option's words as one text: a flag's is true; several words, or a path alone, are a list, none is no item."""
     if hint is bool and not words:
         return "true"
+    if typing.get_origin(hint) is list and words == ["none"]:
+        return "[]"
     if typing.get_origin(hint) is list and words and not (len(words) == 1 and words[0].lstrip().startswith("[")):
         item = typing.get_args(hint)[0]
         first = dataclasses.fields(item)[0].name if dataclasses.is_dataclass(item) else ""
         return "[" + ",".join(item_text(word, first) for word in words) + "]"
-    if len(words) == 1 and dataclasses.is_dataclass(hint):
+    if len(words) == 1 and words != ["null"] and dataclasses.is_dataclass(hint):
         return item_text(words[0], dataclasses.fields(hint)[0].name)
     if len(words) != 1:
         raise InputError(f"--{option} takes one value, got {' '.join(words) or 'none'}")

@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 
 from hebrew_asr.console import use_console
 from hebrew_asr.errors import InputError
+from hebrew_asr.start import imported
 
 REPORT_SECONDS = 60.0  # for the launcher to end after a command that failed
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # there as soon as the driver is loaded
@@ -82,9 +83,10 @@ def join_processes(timeout_minutes: int) -> accelerate.PartialState:
 
 
 def quiet_libraries(is_main: bool) -> None:
-    """Warnings of the libraries from the first process only, their progress bars from none."""
+    """Warnings of the libraries from the first process only, and their progress bars too, on a terminal."""
     transformers.logging.set_verbosity_warning() if is_main else transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    if not (is_main and sys.stderr.isatty()):
+        transformers.logging.disable_progress_bar()
     if not is_main:
         datasets.disable_progress_bars()
 
@@ -95,6 +97,7 @@ def launch(command: Callable[[list[str]], None]) -> None:
     Every rank meets an InputError at the same place, and they leave together. What else fails may fail on one rank
     alone: that one shows its traceback and ends at once, since on NCCL an orderly end would wait for the others.
     """
+    imported()
     use_console()
     try:
         command(sys.argv[1:])

@@ -13,6 +13,11 @@ every refused stretch with its seconds, its reason, what was heard and the trans
 same command goes on where it was interrupted: a recording that is done is not done again.
 """
 
+if __name__ == "__main__":  # the imports take seconds
+    from hebrew_asr.start import begin
+
+    begin()
+
 import dataclasses
 import json
 import tempfile

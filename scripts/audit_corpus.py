@@ -8,6 +8,11 @@ Beside `--model` and `--audit_output` it takes every setting of train_round2_gra
 in `--output_dir`, or else beside the checkpoint's folder. A second start goes on where the first one stopped.
 """
 
+if __name__ == "__main__":  # the imports take seconds
+    from hebrew_asr.start import begin
+
+    begin()
+
 import dataclasses
 import functools
 import hashlib

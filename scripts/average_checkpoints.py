@@ -9,6 +9,11 @@ final_model, and is uploaded where the run uploads. Of a run only `--save_total_
 there to be averaged: give it more when it trains. The same command goes on where it was interrupted.
 """
 
+if __name__ == "__main__":  # the imports take seconds
+    from hebrew_asr.start import begin
+
+    begin()
+
 import dataclasses
 import json
 import shutil

@@ -7,6 +7,11 @@ transformers' own classes: vLLM 0.26 and later, and this project, which reads th
 folder must be in the other layout; the weights change their names and nothing else.
 """
 
+if __name__ == "__main__":  # the imports take seconds
+    from hebrew_asr.start import begin
+
+    begin()
+
 import argparse
 from pathlib import Path
 

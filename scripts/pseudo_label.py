@@ -11,6 +11,11 @@ of a run) is written with the columns of ivrit.ai's training sets, the confidenc
 fate is in labels.parquet beside it. The same command goes on where it was interrupted.
 """
 
+if __name__ == "__main__":  # the imports take seconds
+    from hebrew_asr.start import begin
+
+    begin()
+
 import dataclasses
 import itertools
 import json

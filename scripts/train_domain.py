@@ -3,13 +3,21 @@
     uv run torchrun --nproc_per_node=8 scripts/train_domain.py --model_name_or_path runs/NAME/final_model \\
         --domain data/calls/train --domain_test data/calls/test --nonspeech data/noise
     uv run scripts/train_domain.py --demo                      other words as the domain of the small model, no GPU
+    uv run scripts/train_domain.py --model_name_or_path runs/NAME/final_model --domain data/calls/train \\
+        --domain_test data/calls/test --general data/hebrew --english none --gates none      nothing from the Hub
 
-A domain, its test set and the recordings without speech are each a path, a Hub id, or a source as JSON. After training,
+A domain, its test set, what is replayed and the recordings without speech are each a path, a Hub id, or a source as
+JSON. After training,
 and before the final model is uploaded, the first process has evaluate_hebrew_asr.py compare it with the one it began
 from, on the domain's test set and on `--gates` (sets as that command takes them; one in Hebrew is a gate with
 "guarded": true). Where one of them lost more than `--max_wer_rise` points, nothing is uploaded and the exit
 status is not 0. Every field of TrainingConfig can be given after it.
 """
+
+if __name__ == "__main__":  # the imports take seconds
+    from hebrew_asr.start import begin
+
+    begin()
 
 import dataclasses
 import gc
@@ -49,9 +57,13 @@ DEMO_GATES = [
 ]
 
 
-def mixed(domain: Source, general: list[Source], english: Source, nonspeech: Source | None) -> list[Source]:
-    """The sources with their shares of an epoch; without recordings of no speech the others share theirs."""
-    parts = {"domain": [domain], "general": general, "english": [english]}
+def mixed(domain: Source, general: list[Source], english: Source | None, nonspeech: Source | None) -> list[Source]:
+    """The sources with their shares of an epoch; where one of the four is missing, the others share its share."""
+    parts = {"domain": [domain]}
+    if general:
+        parts["general"] = general
+    if english is not None:
+        parts["english"] = [dataclasses.replace(english, language=english.language or "English")]
     if nonspeech is not None:
         parts["nonspeech"] = [dataclasses.replace(nonspeech, language="None")]
     total = sum(SHARES[name] for name in parts)
@@ -62,19 +74,21 @@ def mixed(domain: Source, general: list[Source], english: Source, nonspeech: Sou
     ]
 
 
-def domain(train: Source, test: Source, nonspeech: Source | None) -> TrainingConfig:
+def domain(train_sources: list[Source], test: Source) -> TrainingConfig:
     """Rates of a fifth of Round 2's, and the embedding, which every language shares, at rest."""
     return TrainingConfig(
-        train_sources=mixed(train, DataConfig().train_sources, ENGLISH, nonspeech),
+        train_sources=train_sources,
         eval_sources=[test],
         num_epochs=4,
         stages=[Stage("domain", last_epoch=4, learning_rates={"projector": 4e-5, "audio_top": 1e-5, "llm_top": 1e-5})],
+        target_loss=None,
+        target_wer=None,
     )
 
 
 def demo() -> TrainingConfig:
     """Other words as the domain of the small model that Round 2's recipe made; rates 20 times as high."""
-    config, world = domain(Source("-"), Source("-"), None), round2_demo()
+    config, world = domain([Source("-")], Source("-")), round2_demo()
     replay = DEMO / "replay"
     world.model_name_or_path = str(DEMO / "tuned")
     world.train_sources = mixed(
@@ -84,7 +98,8 @@ def demo() -> TrainingConfig:
         Source(str(replay / "nonspeech")),
     )
     world.eval_sources = [Source(str(DEMO / "domain"), split="test")]
-    world.stages, world.num_epochs, world.target_wer = config.stages, config.num_epochs, 40.0
+    world.stages, world.num_epochs = config.stages, config.num_epochs
+    world.target_loss, world.target_wer = config.target_loss, config.target_wer
     for stage in world.stages:
         stage.learning_rates = {component: 20 * rate for component, rate in stage.learning_rates.items()}
         stage.audio_top_layers = stage.llm_top_layers = 1
@@ -99,10 +114,14 @@ class DomainOptions:
     """What is adapted to: a path or Hub id, or a source as JSON."""
     domain_test: Source | None = None
     """Its test set."""
+    general: list[Source] = field(default_factory=lambda: DataConfig().train_sources)
+    """The general mix that is replayed; none: nothing of it."""
+    english: Source | None = field(default_factory=lambda: ENGLISH)
+    """English that is replayed; none: nothing of it."""
     nonspeech: Source | None = None
     """Recordings in which nobody speaks."""
-    gates: list[str] = field(default_factory=list)
-    """Sets on which the WER must not rise, as evaluate_hebrew_asr.py takes them; left out: eval-d1 and English."""
+    gates: list[str] = field(default_factory=lambda: [json.dumps(gate) for gate in GATES])
+    """Sets on which the WER must not rise, as evaluate_hebrew_asr.py takes them; none: no gate."""
     max_wer_rise: Annotated[float, Range(0)] | None = 5.0
     """Points that it may rise; null: any."""
 
@@ -110,13 +129,16 @@ class DomainOptions:
 def recipe(argv: list[str]) -> tuple[TrainingConfig, list[str]]:
     """The settings, and the arguments of the evaluation after training but for the model."""
     mine, others = split_options(argv, DomainOptions)
-    given, is_demo = parse_config(mine, DomainOptions()), "--demo" in others
+    is_demo = "--demo" in others
+    gates = [json.dumps(gate) for gate in (DEMO_GATES if is_demo else GATES)]
+    given = parse_config(mine, DomainOptions(gates=gates))
     if {"--help", "-h"}.isdisjoint(argv) and not is_demo:
         if not (given.domain and given.domain_test):
             raise InputError("give --domain and --domain_test, or --demo")
         if not any(argument.split("=")[0] == "--model_name_or_path" for argument in others):
             raise InputError("give --model_name_or_path, the checkpoint that is adapted")
-    defaults = domain(given.domain or Source("-"), given.domain_test or Source("-"), given.nonspeech)
+    mix = mixed(given.domain or Source("-"), given.general, given.english, given.nonspeech)
+    defaults = domain(mix, given.domain_test or Source("-"))
     about = f"{__doc__}\n{help_of(DomainOptions())}\n\nThe others are those of train_round2_gradual.py."
     config = parse_config(others, defaults, demo, about)
     if config.output_dir is None:
@@ -126,10 +148,9 @@ def recipe(argv: list[str]) -> tuple[TrainingConfig, list[str]]:
         | {"revision": source.revision, "text_column": source.text_column, "language": source.language}
         for number, source in enumerate(config.eval_sources, start=1)
     ]
-    gates = given.gates or [json.dumps(gate) for gate in (DEMO_GATES if is_demo else GATES)]
     sets = [json.dumps({name: value for name, value in one.items() if value is not None}) for one in tested]
     rise = "null" if given.max_wer_rise is None else str(given.max_wer_rise)
-    return config, ["--sets", *sets, *gates, "--max_wer_rise", rise]
+    return config, ["--sets", *sets, *given.gates, "--max_wer_rise", rise]
 
 
 def check_forgetting(config: TrainingConfig, arguments: list[str]) -> None:

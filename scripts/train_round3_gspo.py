@@ -8,6 +8,11 @@ than the mean of their group become likelier (hebrew_asr/rl/losses.py). Every fi
 command.
 """
 
+if __name__ == "__main__":  # the imports take seconds
+    from hebrew_asr.start import begin
+
+    begin()
+
 import dataclasses
 import functools
 import itertools

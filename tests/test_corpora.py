@@ -10,9 +10,10 @@ import pyarrow.parquet
 import pytest
 import soundfile
 import torch
-from conftest import first_rows
+from conftest import DEMO, first_rows
 
 from hebrew_asr.data import rows as hebrew_corpora
+from hebrew_asr.data import selection
 from hebrew_asr.data.audio import decode_audio
 from hebrew_asr.data.mixture import Mixture
 from hebrew_asr.data.rows import load_rows
@@ -138,14 +139,43 @@ def test_without_an_evaluation_set_whole_recordings_are_held_out(corpus, tmp_pat
     train, heldout = load_train_and_eval(config, seed=1)
     assert len(train) + len(heldout) == len(load_rows(config.train_sources, config, for_training=True))
     recordings = set(train.column("recording")) | set(heldout.column("recording"))
-    assert len(set(heldout.column("recording"))) == round(0.2 * len(recordings)) > 1
+    assert 1 < len(set(heldout.column("recording"))) < len(recordings)
+    assert 0.15 < heldout.hours / (train.hours + heldout.hours) < 0.3
     assert not set(train.column("recording")) & set(heldout.column("recording"))
+    assert not [note for note in train.notes if "held out" in note]
     config.max_eval_utterances = 5
     thinned = load_train_and_eval(config, seed=1)[1]
     assert len(thinned) == 5
     assert [(drop.reason, drop.utterances) for drop in thinned.dropped] == [
         ("more than max_eval_utterances (5)", len(heldout) - 5)
     ]
+
+
+def test_where_recordings_have_no_ids_whole_sessions_or_transcribers_are_held_out(tmp_path):
+    """The columns of crowd-transcribe-v5; the largest transcriber has half of the audio, and is not held out."""
+    rows = pyarrow.parquet.read_table(next((DEMO / "corpus").glob("*.parquet"))).slice(0, 120).to_pylist()
+    table = [
+        {"uuid": str(i), "audio": row["audio"], "sentence": row["transcript"], "is_retranscribe": False}
+        | {"transcriber": "most" if i % 2 else f"t{i % 20}", "extra_data": {"skipped": False, "noisy": False}}
+        for i, row in enumerate(rows)
+    ]
+
+    def halves(name: str, table: list[dict], fraction: float):
+        (tmp_path / name).mkdir()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / name / "train.parquet")
+        config = DataConfig([Source(str(tmp_path / name))], eval_fraction=fraction)
+        return selection.split(config, seed=1)
+
+    train, heldout = halves("transcribers", table, 0.1)
+    groups = set(heldout.column("group"))
+    assert groups and not groups & set(train.column("group")) and "transcriber most" not in groups
+    assert all(name.startswith("transcriber t") for name in groups)
+    assert 0.03 < heldout.hours / (train.hours + heldout.hours) < 0.16
+    (note, few) = [note for note in train.notes if "held out" in note]
+    assert "whole transcribers" in note and f"{len(heldout)} utterances are held out, so few" in few
+    train, heldout = halves("sessions", [row | {"session": f"s{i % 9}"} for i, row in enumerate(table)], 0.5)
+    assert {name.split()[0] for name in heldout.column("group")} == {"session"} and len(heldout) >= 30
+    assert [note for note in train.notes if "whole sessions" in note] and "so few" not in " ".join(train.notes)
 
 
 def test_a_recording_that_does_not_decode_is_left_out_of_its_step_and_listed(config, tmp_path):

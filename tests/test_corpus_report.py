@@ -12,7 +12,7 @@ import soundfile
 from chromium import look
 from conftest import first_rows
 
-from hebrew_asr.data.report import playable, summarize, table, write_page, write_report
+from hebrew_asr.data.report import dropped_samples, playable, summarize, table, write_page, write_report
 from hebrew_asr.data.selection import load_train_and_eval
 from hebrew_asr.data.sources import DataConfig, Source
 from hebrew_asr.text.html import bidi_parts, one_line
@@ -33,10 +33,10 @@ def report(tmp_path_factory):
     rows[3]["transcript"] = "hello there"
     rows[5]["transcript"] = "שלום " * 100
     rows[7]["audio"]["bytes"] = b"not audio"
-    for part, chosen in (("train", rows), ("heldout", rows[20:22])):
-        (folder / part).mkdir()
+    for part, chosen in (("שיחות/אימון", rows), ("heldout", rows[20:22])):
+        (folder / part).mkdir(parents=True)
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(chosen), folder / part / "train.parquet")
-    train, heldout = [Source(str(folder / "train"))], [Source(str(folder / "heldout"))]
+    train, heldout = [Source(str(folder / "שיחות" / "אימון"))], [Source(str(folder / "heldout"))]
     config = DataConfig(train, heldout, leak_min_words=99, max_characters_per_second=110.0)  # the texts repeat
     train_rows, eval_rows = load_train_and_eval(config, seed=1)
     return folder, write_report(folder, train_rows, eval_rows, config), train_rows, config, rows
@@ -85,9 +85,28 @@ def test_what_is_empty_is_told(report, tmp_path):
 
 def test_the_lines_name_each_reason_and_cannot_steer_a_terminal(report):
     folder, lines, *_ = report
-    assert "\n".join(lines[:-2]) in (folder / "corpus.md").read_text()
+    assert "\n".join(lines[:-4]) in (folder / "corpus.md").read_text()
     assert all(said in "\n".join(lines) for said in ("no Hebrew in the text", "unreadable audio", "removed: 2 of"))
     assert one_line("a\nb\x1b[2J\u202e") == "a b[2J"
+
+
+def test_all_that_was_dropped_is_listed_and_a_few_of_each_reason_are_played(report):
+    folder, lines, train, config, _ = report
+    header, *listed = [line.split("\t") for line in (folder / "corpus-dropped.tsv").read_text().splitlines()]
+    found = [dict(zip(header, line, strict=True)) for line in listed]
+    assert {one["row"]: one["reason"] for one in found if one["set"] == "training"} == {
+        "3": "no Hebrew in the text",
+        "5": "not 1–110 characters a second",
+        "7": "unreadable audio",
+        "20": "audio of an evaluation set",
+        "21": "audio of an evaluation set",
+    }
+    assert found[0]["text"] == "hello there" and any("each of the 5 dropped: " in line for line in lines)
+    source = str(config.train_sources[0])
+    (broken,) = dropped_samples(train, source, "unreadable audio")
+    assert broken["problem"] == "unreadable audio" and not broken["audio"] and broken["row"] == 7
+    heard = dropped_samples(train, source, "audio of an evaluation set")
+    assert [one["row"] for one in heard] == [20, 21] and all(one["audio"] and one["whole"] for one in heard)
 
 
 def test_runs_from_left_to_right():
@@ -111,7 +130,9 @@ def test_the_page_holds_everything_and_runs_nothing(report):
 
 
 PROBE = """
-  const players = all("audio"), texts = all(".text"), mixed = texts.find(node => node.innerText.includes("iPhone"));
+  const place = node => [node.textContent, node.getBoundingClientRect().left];
+  const players = all(".kept audio"), texts = all(".kept .text");
+  const mixed = texts.find(node => node.innerText.includes("iPhone"));
   players[0].muted = true;
   await players[0].play();
   await new Promise(resolve => players[0].addEventListener("ended", resolve));
@@ -119,7 +140,9 @@ PROBE = """
   return {
     played: players[0].currentTime, durations: players.map(player => player.duration),
     texts: texts.map(node => node.textContent), directions: texts.map(node => getComputedStyle(node).direction),
-    runs: all("bdi", mixed).map(node => [node.textContent, node.getBoundingClientRect().left]),
+    runs: all("bdi", mixed).map(place),
+    lost: all(".lost audio").length, names: all(".names bdi[dir=ltr]").map(node => node.textContent),
+    path: all("bdi", document.querySelector("td.name a")).slice(1).map(place),
     overflow: document.documentElement.scrollWidth - innerWidth };"""
 
 
@@ -132,4 +155,7 @@ def test_a_browser_plays_the_audio_and_reads_hebrew_from_the_right(report, tmp_p
     assert set(seen["directions"]) == {"rtl"}
     (first, right), (second, left) = seen["runs"]
     assert (first, second) == ("iPhone 15 Pro", "C++") and left < right
+    names, lefts = zip(*seen["path"], strict=True)
+    assert names[-2:] == ("שיחות", "אימון") and list(lefts) == sorted(lefts), "a path reads from left to right"
+    assert seen["lost"] == 4 and "demo-0017" in seen["names"], "of five that were dropped one cannot be played"
     assert seen["overflow"] <= 0, "a phone scrolls only down"

@@ -32,6 +32,7 @@ PARSERS = {  # of each command, what reads its command line and starts nothing
     "scripts/convert_layout.py": "parse",
     "scripts/pseudo_label.py": "parse",
     "scripts/train_domain.py": "recipe",
+    "scripts/train_few_hours.py": "recipe",
     "scripts/train_round3_gspo.py": "recipe",
 }
 TOOLS = {"hf", "wandb", "trackio", "pytest", "ruff", "lint-imports", "ty"}  # of the locked packages

@@ -8,17 +8,18 @@ from conftest import DEMO, first_rows
 from forked import forked
 from test_languages import sentences
 
-from hebrew_asr.data.sources import Source
+from hebrew_asr.data.sources import DataConfig, Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation import measuring
 from hebrew_asr.evaluation import sets as sets_module
 from scripts import train_domain
-from scripts.train_domain import demo, domain, recipe
+from scripts.train_domain import ENGLISH, demo, domain, mixed, recipe
 from train_round2_gradual import round2
 
 
 def test_the_recipe_replays_the_general_mix_by_its_shares_at_low_rates():
-    config = domain(Source("calls"), Source("calls", split="test"), Source("noise"))
+    general, test = DataConfig().train_sources, Source("calls", split="test")
+    config = domain(mixed(Source("calls"), general, ENGLISH, Source("noise")), test)
     shares = [(source.path, source.language, source.probability) for source in config.train_sources]
     assert [share[:2] for share in shares] == [
         ("calls", None),
@@ -28,7 +29,7 @@ def test_the_recipe_replays_the_general_mix_by_its_shares_at_low_rates():
         ("noise", "None"),
     ]
     assert [share[2] for share in shares] == pytest.approx([0.25, 0.5 * 0.97, 0.5 * 0.03, 0.2, 0.05])
-    without = domain(Source("calls"), Source("calls", split="test"), None).train_sources
+    without = mixed(Source("calls"), general, ENGLISH, None)
     assert sum(source.probability for source in without) == pytest.approx(1) and without[0].probability > 0.26
     for stage in config.stages:
         for component, rate in stage.learning_rates.items():
@@ -53,6 +54,17 @@ def test_the_gates_are_the_general_set_english_and_silence():
         recipe(["--domain", "calls", "--domain_test", "calls"])
     with pytest.raises(InputError, match=r"--domain: Source (has no|needs)"):
         recipe(["--domain", '{"pth": "calls"}', "--domain_test", "x", "--model_name_or_path", "m"])
+
+
+def test_local_data_need_no_hub(tmp_path):
+    folders = {name: str(tmp_path / name) for name in ("calls", "test", "hebrew")}
+    options = ["--model_name_or_path", "m", "--domain", folders["calls"], "--domain_test", folders["test"]]
+    config, arguments = recipe([*options, "--general", folders["hebrew"], "--english", "none", "--gates", "none"])
+    shares = {source.path: source.probability for source in config.train_sources}
+    assert shares == pytest.approx({folders["calls"]: 1 / 3, folders["hebrew"]: 2 / 3})
+    (one,) = [json.loads(word) for word in arguments[1 : arguments.index("--max_wer_rise")]]
+    assert one["path"] == folders["test"] and config.target_wer is None
+    config.check(processes=1)
 
 
 def test_a_hebrew_set_is_a_gate_only_where_it_is_guarded():

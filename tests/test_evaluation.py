@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import huggingface_hub
 import jiwer
@@ -23,6 +25,7 @@ from test_corpora import parquet
 
 import evaluate_hebrew_asr as evaluation
 from evaluate_hebrew_asr import parse
+from hebrew_asr.command_line import as_written
 from hebrew_asr.data.audio import decode_audio
 from hebrew_asr.data.sources import Source
 from hebrew_asr.errors import InputError
@@ -39,6 +42,7 @@ from hebrew_asr.evaluation.transcription import (
     read_transcripts,
 )
 from hebrew_asr.text.scoring import leaderboard_normalize
+from train_round2_gradual import demo as demo_training
 
 BASE = str(DEMO / "base")
 
@@ -172,7 +176,7 @@ def test_what_cannot_be_measured_is_said_and_the_rest_measured(tmp_path, heldout
     assert "not measured: " in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_forgetting_makes_the_command_fail_and_silence_is_answered_with_silence(tmp_path, heldout, model, processor):
+def test_forgetting_is_a_finding_and_a_gate_where_one_is_asked_for(tmp_path, heldout, model, processor, capsys):
     """A checkpoint whose language model was shaken forgets; the base, on itself, does not."""
     shaken = tmp_path / "shaken"
     with torch.no_grad():
@@ -193,10 +197,31 @@ def test_forgetting_makes_the_command_fail_and_silence_is_answered_with_silence(
     assert found["comparisons"][0]["difference"]["value"] == 0 and not found["comparisons"][0]["more_than_noise"]
     config = settings(tmp_path / "b", heldout, "--compare", BASE, sets=sets)
     config.models[0] = str(shaken)
-    with pytest.raises(InputError, match=r"forgotten: english: WER"):
+    evaluation.main(config)  # a finding
+    said = capsys.readouterr().out
+    assert "forgotten: english: WER" in said and "--max_wer_rise 5" in said
+    config.max_wer_rise = 5.0
+    with pytest.raises(InputError, match=r"forgotten: english: WER"):  # a gate
         evaluation.main(config)
-    config.max_wer_rise = None
-    evaluation.main(config)
+
+
+def test_the_demo_measures_what_the_first_command_trained(tmp_path):
+    def run(name: str, at: int, state: str, **other) -> Path:
+        (tmp_path / name).mkdir()
+        settings = as_written(demo_training()) | other
+        (tmp_path / name / "config.yaml").write_text(json.dumps(settings))
+        (tmp_path / name / "status.json").write_text(json.dumps({"state": state}))
+        os.utime(tmp_path / name / "status.json", (at, at))
+        return tmp_path / name / "final_model"
+
+    run("real", 9, "finished", model_name_or_path="Qwen/Qwen3-ASR-1.7B-hf")
+    run("interrupted", 8, "preempted")
+    assert evaluation.demo_model(tmp_path) == str(DEMO / "tuned")
+    run("older", 1, "finished")
+    newer = run("newer", 2, "finished", num_epochs=1)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "status.json").write_text("[]")
+    assert evaluation.demo_model(tmp_path) == str(newer)
 
 
 def test_long_recordings_are_cut_at_pauses_and_scored_whole(tmp_path, heldout):
@@ -406,6 +431,25 @@ def test_audio_that_changed_is_transcribed_again(tmp_path, heldout):
         evaluation.main(settings(tmp_path, folder))
         written += hypotheses_of(tmp_path / "out")
     assert written[0] != written[1] and written == transcribe_alone(rows[:2])
+
+
+def test_an_evaluation_takes_the_limits_of_training(tmp_path):
+    folder, clip = tmp_path / "set", np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)
+    folder.mkdir()
+    for name, sound in {"short": clip[:3000], "long": np.tile(clip, 40), "silent": 0 * clip, "right": clip}.items():
+        soundfile.write(folder / f"{name}.wav", sound, 16_000)
+    (folder / "metadata.csv").write_text("file_name,text\n" + "".join(f"{p.name},שלום\n" for p in folder.glob("*.wav")))
+    one = json.dumps({"name": "few", "path": str(folder)})
+    options = ["--model", "x", "--sets", one, "--num_workers", "0"]
+    assert len(sets_module.load_set(parse(options).sets[0], parse(options))) == 4
+    options += ["--min_audio_length_seconds", "0.3", "--max_audio_length_seconds", "30", "--drop_silent"]
+    rows = sets_module.load_set(parse(options).sets[0], parse(options))
+    assert [name.rsplit("/")[-1] for name in rows.column("recording")] == ["right.wav"]
+    reasons = {drop.reason: drop.utterances for drop in rows.dropped}
+    assert reasons == {"shorter than 0.3 s": 1, "longer than 30 s": 1, "silent": 1}
+    config = parse([*options, "--min_audio_length_seconds", "99"])
+    with pytest.raises(InputError, match=r"nothing is left within the limits: .'shorter than 99 s': 4."):
+        sets_module.load_set(config.sets[0], config)
 
 
 def test_pieces_that_are_lost_are_missed(tmp_path):

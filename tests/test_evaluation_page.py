@@ -83,7 +83,7 @@ def results_of(**changed) -> dict:
     silence = {"none_accuracy": 97.04, "language_accuracy": None}
     return {
         "created": "2026-11-22",
-        "settings": {"seed": 1},
+        "settings": {"seed": 1, "max_wer_rise": 5.0},
         "versions": {"torch": "2.14.1"},
         "sets": [part("heldout"), part("english", language="English"), part("silence", kind="non-speech")],
         "models": models,
@@ -178,6 +178,9 @@ def test_the_verdict_comes_first_and_what_is_quoted_stays_apart(tmp_path):
     order += ("−50.50 points of WER (−52.25 to −48.75)", "> 99.9 %", "60.25", "Round 1", "Where the errors are")
     places = [said.index(part) for part in order]
     assert places == sorted(places)
+    found = page_of(tmp_path, results_of(settings={"max_wer_rise": None}))
+    text = html.unescape(" ".join(re.sub("<[^>]+>", "", found).split()))
+    assert "1 of 2 figures beside the task forgotten" in text and "✗ forgotten · forgetting: English" in text
     assert [row[:3] for row in page.tables["quoted"][1:]] == [["Round 1", "12.50", "its README"]]
     assert not any("12.50" in cell for name in ("verdict", "rates") for row in page.tables[name] for cell in row)
     assert "| Round 1 | 12.50 | its README |" in markdown_table(results_of())

@@ -255,7 +255,13 @@ def test_inspecting_the_data_writes_its_report_and_trains_nothing(tmp_path, corp
         "train_round2_gradual.py", "--demo", *options, env={"HF_REPO_ID": "no/check", "CUDA_VISIBLE_DEVICES": ""}
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {f.name for f in (tmp_path / "run").iterdir()} == {"config.yaml", "corpus.json", "corpus.md", "corpus.html"}
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {
+        "config.yaml",
+        "corpus.json",
+        "corpus.md",
+        "corpus.html",
+        "corpus-dropped.tsv",
+    }
     assert "41" in done.stdout and "step 0" not in done.stdout
 
 

@@ -24,6 +24,7 @@ def place(tmp_path_factory):
     model = place / "final_model"
     shutil.copytree(DEMO / "tuned", model)
     final = {f"final/{name}": 12.0 for name in ("wer", "cer", "wer_raw", "utterances")}
+    final |= {"final/wer_low": 9.5, "final/wer_high": 15.25}
     corpus, heldout = str(DEMO / "corpus"), str(DEMO / "heldout")
     settings = {"eval_prefill_language": False, "model_name_or_path": str(DEMO / "base"), "language": "Hebrew"}
     settings |= {"train_sources": [{"path": corpus}], "hf_repo_id": "a/b", "text_rules": {"quote_style": "/"}}
@@ -79,7 +80,7 @@ def test_the_card_shows_no_folder_of_this_machine(place):
     assert str(DEMO) not in card and str(place) not in card and "a/b" not in card
     assert (
         "local: base` fine-tuned" in card
-        and "| local: heldout | 12.0 | 12.00" in card
+        and "| local: heldout | 12.0 | 12.00 (9.50–15.25) |" in card
         and 'model_id, file, longest = "final_model"' in card
     )
     assert "transcribe_hebrew_asr.py FILE_OR_FOLDER --model final_model" in card

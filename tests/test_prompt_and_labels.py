@@ -1,12 +1,20 @@
 """The tokens a model is trained on are the base model's prompt and the transcript, and nothing else is supervised."""
 
+import re
+import shutil
+import time
+
 import numpy as np
 import pytest
 import torch
+from conftest import DEMO
 
 from hebrew_asr.data.audio import SAMPLE_RATE, decode_audio
 from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.errors import InputError
+from hebrew_asr.model.loading import load_processor
 from hebrew_asr.model.packing import audio_token_count
+from hebrew_asr.model.prompts import Prompts
 from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding
 
 
@@ -144,3 +152,37 @@ class TestSpecAugment:
         assert not torch.equal(plain, collator(utterances, training=True)["input_features"])
         collator.config.use_specaugment = False
         assert torch.equal(plain, collator(utterances, training=True)["input_features"])
+
+
+LOOPS = "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4
+HOSTILE = {
+    "loops": (LOOPS, "does not end within 5 s"),
+    "memory": ("{{ 'a' * 99999999999 }}", "MemoryError"),
+    "length": ("{{ '<|audio_pad|>' * 99999 }}", "<|audio_pad|> once"),
+    "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    "syntax": ("{% for %}", "TemplateSyntaxError"),
+    "no audio": ("hello", "does not write <|audio_pad|> once"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_chat_template_is_refused_within_bounds(kind, tmp_path):
+    template, said = HOSTILE[kind]
+    shutil.copytree(DEMO / "tuned", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    processor, started = load_processor(str(tmp_path / "model")), time.monotonic()
+    with pytest.raises(InputError, match=re.escape(str(tmp_path / "model"))) as problem:
+        Prompts(processor)
+    assert said in str(problem.value) and time.monotonic() - started < 30
+
+
+def test_a_context_stands_where_the_template_puts_it(processor):
+    """As the template itself writes it, also with what a pattern or a template would act on."""
+    prompts = Prompts(processor)
+    for context in ("שלום עולם", r"\1 {{ x }} $0 ", "a"):
+        system = {"role": "system", "content": [{"type": "text", "text": context}]}
+        user = {"role": "user", "content": [{"type": "audio", "audio": ""}]}
+        text = processor.apply_chat_template([system, user], add_generation_prompt=True, tokenize=False)
+        before, after = (processor.tokenizer(part, add_special_tokens=False)["input_ids"]
+                         for part in text.split("<|audio_pad|>"))  # fmt: skip
+        assert prompts.around_audio(context) == (before, after)

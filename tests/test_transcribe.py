@@ -447,7 +447,7 @@ def test_settings_that_cannot_mean_anything_are_refused(argv, message):
 def test_no_model_is_one_message(tmp_path, spoken, monkeypatch):
     monkeypatch.setattr(recordings, "load_speech_model", load_speech_model)
     (clip,) = save(tmp_path, spoken, 1)
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match="no such folder or file"):
         transcribe(clip, str(tmp_path / "nowhere"))
 
 

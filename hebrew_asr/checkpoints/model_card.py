@@ -96,7 +96,8 @@ def write_model_card(
     Args:
         model_id: what the snippet loads: the repository on the Hub, or the folder, of which only the name is shown.
         eval_names: datasets and folders that the metrics are of.
-        final: the metrics of the checkpoint as it is stored, `final/wer`, `final/cer`, `final/wer_raw`, ….
+        final: the metrics of the checkpoint as it is stored, `final/wer`, `final/cer`, `final/wer_raw`, …;
+            `final/wer_low` and `final/wer_high` where there is an interval.
         origin: a sentence that says which weights these are.
         settings: the run's, without secrets; names of folders and projects are left out.
     """
@@ -125,13 +126,15 @@ def write_model_card(
     )
     private = ("hf_repo_id", "output_dir", "wandb_project", "wandb_run_name")
     settings = {name: public(value, name) for name, value in settings.items() if name not in private}
+    is_known = "final/wer_low" in final
+    interval = f" ({final['final/wer_low']:.2f}–{final['final/wer_high']:.2f})" if is_known else ""
     language = "given" if settings["eval_prefill_language"] else "left to the model"
     folder.joinpath("README.md").write_text(
         f"---\n{data.to_yaml()}\n---\n\n"
         f"# {model_id.split('/')[-1]}\n\n"
         f"`{base_model}` fine-tuned to Hebrew speech recognition.\n\n"
-        "| set | utterances | WER % | CER % | WER % on raw text |\n|---|---|---|---|---|\n"
-        f"| {eval_name} | {final['final/utterances']} | {final['final/wer']:.2f} | {final['final/cer']:.2f} |"
+        "| set | utterances | WER % (95 % interval) | CER % | WER % on raw text |\n|---|---|---|---|---|\n"
+        f"| {eval_name} | {final['final/utterances']} | {final['final/wer']:.2f}{interval} | {final['final/cer']:.2f} |"
         f" {final['final/wer_raw']:.2f} |\n\n"
         f"Measured on this checkpoint as it is stored here, greedy decoding, the language {language}, text normalised"
         " as the ivrit.ai leaderboard does.\n\n"

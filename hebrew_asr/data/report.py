@@ -1,6 +1,7 @@
 """The report on the corpora of a run: what was kept, what was dropped and why, and how it reads and sounds.
 
-corpus.md and the console have the tables, corpus.json every number, corpus.html also histograms and samples to hear.
+corpus.md and the console have the tables, corpus.json every number, corpus.html also histograms and samples to hear, of
+what was dropped too, and corpus-dropped.tsv all that was.
 Imports nothing of the training scripts.
 """
 
@@ -24,6 +25,8 @@ SECONDS_BINS, RATE_BINS = 30, 40  # bins of 1 s and of 1 character a second; one
 SCRIPT_SAMPLE = 20_000  # texts whose scripts are counted; Python reads them letter by letter
 BATCH = 100_000  # texts split into words at once
 SAMPLES = 10  # utterances of each source on the page
+DROPPED_SAMPLES, DROPPED_SECONDS = 3, 15  # of each reason; of each of them no more is embedded
+LISTED = ("recording", "row", "start", "seconds", "text")  # columns of the index in the list of what was dropped
 LEAK = "of an evaluation set"  # how the reasons of leaks end
 # A summary is a dict that JSON can hold; its keys are those of `summarize_source`.
 Summary = dict[str, Any]
@@ -99,7 +102,7 @@ def dropped_of(rows: SpeechRows, sources: list[Source], number: int) -> list[dic
     if name in map(str, sources[:number]):
         return []
     for drop in (drop for drop in rows.dropped if drop.source == name):
-        nothing = {"reason": drop.reason, "utterances": 0, "hours": 0.0, "examples": []}
+        nothing = {"source": name, "reason": drop.reason, "utterances": 0, "hours": 0.0, "examples": []}
         entry = by_reason.setdefault(drop.reason, nothing)
         entry["utterances"] += drop.utterances
         entry["hours"] += drop.hours
@@ -115,8 +118,7 @@ def samples(rows: SpeechRows, mine: np.ndarray) -> list[dict[str, Any]]:
     """One utterance from each tenth of a source, always the same; `number` is its place in `rows`."""
     random, edges = np.random.default_rng(0), np.linspace(0, len(mine), min(SAMPLES, len(mine)) + 1).astype(int)
     numbers = [int(mine[random.integers(*tenth)]) for tenth in itertools.pairwise(edges)]
-    columns = ("text", "previous", "recording", "row", "start", "seconds")
-    return [{"number": n} | {name: rows.index[name][int(rows.used[n])].as_py() for name in columns} for n in numbers]
+    return [described(rows, n) for n in numbers]
 
 
 # ------------------------------------------------------------------------------------------------------------ As lines
@@ -155,18 +157,47 @@ def aligned(cells: list[list[str]], left: int) -> list[str]:
     return ["  ".join(f"{c:{s}{w}}" for c, (s, w) in zip(row, formats, strict=True)).rstrip() for row in cells]
 
 
-def playable(sample: dict[str, Any], rows: SpeechRows) -> dict[str, Any]:
-    """A sample with its piece of audio as base64 of Ogg, its size, and what is wrong with it."""
+def playable(sample: dict[str, Any], rows: SpeechRows, longest: float = SAMPLE_SECONDS) -> dict[str, Any]:
+    """A sample with its piece of audio, at most `longest` s, as base64 of Ogg, its size, and what is wrong with it."""
     piece = rows[sample["number"]]
-    whole = piece["seconds"] <= SAMPLE_SECONDS
-    end = piece["end"] if whole else piece["start"] + SAMPLE_SECONDS
+    whole = 0 < piece["seconds"] <= longest
+    end = piece["end"] if whole else piece["start"] + longest
     try:
         waveform = decode_audio(piece["audio"], piece["start"], end)
     except AudioError as error:
         return sample | {"problem": str(error), "audio": ""}
-    problem = why_unheard(waveform, min(piece["seconds"], SAMPLE_SECONDS), piece["language"])
+    problem = why_unheard(waveform, min(piece["seconds"], longest), piece["language"])
     audio = encode_audio(waveform)
     return sample | {"problem": problem, "audio": audio, "kilobytes": len(audio) / 1e3, "whole": whole}
+
+
+def dropped_samples(rows: SpeechRows, source: str, reason: str) -> list[dict[str, Any]]:
+    """A few pieces of a source that were dropped for a reason, from its beginning, middle and end, to hear."""
+    places = np.concatenate([drop.places for drop in rows.dropped if (drop.source, drop.reason) == (source, reason)])
+    chosen = places[np.linspace(0, len(places) - 1, min(DROPPED_SAMPLES, len(places))).astype(int)]
+    lost = SpeechRows(rows.sources, rows.index, chosen, [])
+    return [playable(described(lost, number), lost, DROPPED_SECONDS) for number in range(len(lost))]
+
+
+def described(rows: SpeechRows, number: int) -> dict[str, Any]:
+    """What the page says of the utterance `number` of `rows`."""
+    columns = ("text", "previous", "recording", "row", "start", "seconds")
+    return {"number": number} | {name: rows.index[name][int(rows.used[number])].as_py() for name in columns}
+
+
+def write_dropped(file: Path, rows: dict[str, SpeechRows]) -> int:
+    """Writes a line for each piece that was dropped, of each set, as TSV; returns how many there are."""
+    count = 0
+    with open(file, "w", encoding="utf-8") as written:
+        print("set", "source", "reason", *LISTED, sep="\t", file=written)
+        for name, each in rows.items():
+            for drop in each.dropped:
+                pieces = each.index.select(LISTED).take(pyarrow.array(drop.places))
+                for piece in itertools.chain.from_iterable(batch.to_pylist() for batch in pieces.to_batches(BATCH)):
+                    cells = [one_line(str("" if piece[column] is None else piece[column])) for column in LISTED]
+                    print(name, one_line(drop.source), one_line(drop.reason), *cells, sep="\t", file=written)
+                count += len(drop.places)
+    return count
 
 
 def write_page(summaries: list[Summary], rows: dict[str, SpeechRows], file: Path) -> None:
@@ -176,7 +207,14 @@ def write_page(summaries: list[Summary], rows: dict[str, SpeechRows], file: Path
     neither run scripts nor fetch anything.
     """
     shown = [
-        summary | {"samples": [playable(sample, rows[summary["set"]]) for sample in summary["samples"]]}
+        summary
+        | {"samples": [playable(sample, rows[summary["set"]]) for sample in summary["samples"]]}
+        | {
+            "lost": [
+                dropped_samples(rows[summary["set"]], one["source"], one["reason"])
+                for one in summary["dropped_by_reason"]
+            ]
+        }
         for summary in summaries
     ]
     page = render_page("data/report.html.jinja", summaries=shown, percentiles=PERCENTILES)
@@ -195,7 +233,10 @@ def write_report(folder: Path, train_rows: SpeechRows | None, eval_rows: SpeechR
     (folder / "corpus.json").write_text(content + "\n", encoding="utf-8")
     lines = table(summaries)
     (folder / "corpus.md").write_text("\n".join(["# Corpora", "", "```text", *lines, "```", ""]), encoding="utf-8")
-    page = folder / "corpus.html"
-    write_page(summaries, {name: each for name, each in rows.items() if each is not None}, page)
+    there = {name: each for name, each in rows.items() if each is not None}
+    dropped, page = folder / "corpus-dropped.tsv", folder / "corpus.html"
+    count = write_dropped(dropped, there)
+    write_page(summaries, there, page)
     lines += ["", *train_rows.notes] if train_rows and train_rows.notes else []
+    lines += ["", f"each of the {count:,} dropped: {dropped}"] if count else []
     return [*lines, "", f"histograms and samples to hear: {page} ({page.stat().st_size / 1e6:.1f} MB)"]

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +48,8 @@ INDEX = datasets.Features(
         "text": datasets.Value("string"),  # the target
         "reference": datasets.Value("string"),  # the transcript as it stands, without timestamps: for scoring
         "previous": datasets.Value("string"),  # the text before it, written like a target
-        "recording": datasets.Value("string"),  # what a split must not divide
+        "recording": datasets.Value("string"),
+        "group": datasets.Value("string"),  # what a split must not divide: the recording, or the best that is known
         "digest": datasets.Value("string"),  # of the audio's bytes, or its path, and where in it the piece begins
         "words": datasets.Value("string"),  # digest of the words alone, to find the same sentence elsewhere
         "word_count": datasets.Value("int32"),
@@ -57,7 +58,8 @@ INDEX = datasets.Features(
         "dropped": datasets.Value("string"),  # why it cannot be used, or ""
     }
 )
-KEPT_COLUMNS = ("metadata", "extra_data", "prev_transcript", "segment_start", "segment_end", "segment_channel")
+GROUPS = ("session", "session_id", "transcriber", "transcriber_id")  # where there is no id of the recording; best first
+KEPT_COLUMNS = (*GROUPS, "metadata", "extra_data", "prev_transcript", "segment_start", "segment_end", "segment_channel")
 PAST_THE_END = "segment past the end of the audio"
 BROKEN = BROKEN_AUDIO | {  # reasons that count for max_broken_share
     "timestamps go backwards",
@@ -129,6 +131,7 @@ def describe_row(row: dict[str, Any], settings: RowSettings) -> list[dict[str, A
     transcript = "" if settings.column is None else row[settings.column]
     metadata = read_metadata(row.get("metadata"))
     known["recording"] = str(metadata.get("entry_id") or audio["path"] or "")
+    known["group"] = group_of(row, metadata) or known["recording"]
     try:
         sound = inspect_audio(audio)
         begin, end = segment_of(row, sound.seconds)
@@ -153,6 +156,14 @@ def describe_row(row: dict[str, Any], settings: RowSettings) -> list[dict[str, A
         except ValueError as error:
             pieces.append(place | {"dropped": str(error)})
     return pieces
+
+
+def group_of(row: dict[str, Any], metadata: dict[str, Any]) -> str:
+    """The session or transcriber of a row whose recording has no id: `transcriber 12`; "" where neither is known."""
+    if metadata.get("entry_id"):
+        return ""
+    known = {name: row.get(name) or metadata.get(name) for name in GROUPS}
+    return next((f"{name.removesuffix('_id')} {value}" for name, value in known.items() if value), "")
 
 
 def segment_of(row: dict[str, Any], seconds: float) -> tuple[float, float]:
@@ -277,6 +288,7 @@ class Dropped:
     utterances: int
     hours: float
     examples: list[str]  # recordings of the first few; of what leaks, of all
+    places: np.ndarray = field(default_factory=lambda: np.zeros(0, int))  # of the pieces in the rows' index
 
 
 class SpeechRows:
@@ -336,7 +348,7 @@ def load_rows(sources: list[Source], config: DataConfig, for_training: bool) -> 
         wanted = {"audio", settings.column, *KEPT_COLUMNS}
         rows = rows.select_columns([name for name in rows.column_names if name in wanted])
         table = described(rows, source, settings, config.preprocessing_num_workers).with_format("arrow")[:]
-        found = list(tally(table, str(source)).values())
+        found = list(tally(table, str(source), sum(map(len, described_rows))).values())
         if sum(drop.utterances for drop in found) == len(table):
             raise InputError(f"{source}: none of its {len(rows)} rows can be used: {counts(found)}{remedy(found)}")
         check_broken(source, found, len(rows), config.max_broken_share)
@@ -407,16 +419,16 @@ def check_lost(source: Source, dropped: list[Dropped], hours: float, share: floa
         )
 
 
-def tally(table: pyarrow.Table, source: str) -> dict[str, Dropped]:
-    """The dropped pieces of a described source, by reason."""
-    found: dict[str, Dropped] = {}
-    lost = table.filter(pyarrow.compute.not_equal(table["dropped"], "")).select(["dropped", "seconds", "recording"])
-    for piece in lost.to_pylist():
-        drop = found.setdefault(piece["dropped"], Dropped(source, piece["dropped"], 0, 0.0, []))
-        drop.utterances += 1
-        drop.hours += piece["seconds"] / 3600
-        if len(drop.examples) < 5:
-            drop.examples.append(piece["recording"])
+def tally(table: pyarrow.Table, source: str, first: int = 0) -> dict[str, Dropped]:
+    """The dropped pieces of a described source, by reason; it begins at the place `first` of the rows' index."""
+    lost = np.flatnonzero(pyarrow.compute.not_equal(table["dropped"], "").to_numpy())
+    reasons = table["dropped"].take(pyarrow.array(lost)).combine_chunks().dictionary_encode()
+    numbers, found = reasons.indices.to_numpy(), {}
+    for number, reason in enumerate(reasons.dictionary.to_pylist()):
+        mine = lost[numbers == number]
+        hours = pyarrow.compute.sum(table["seconds"].take(pyarrow.array(mine))).as_py() / 3600
+        names = table["recording"].take(pyarrow.array(mine[:5])).to_pylist()
+        found[reason] = Dropped(source, reason, len(mine), hours, names, first + mine)
     return found
 
 
@@ -429,7 +441,7 @@ def drop(
         if mine.any():
             lost = rows.keep(mine)
             names = SpeechRows(rows.sources, rows.index, lost.used[:named], []).column("recording")
-            rows.dropped.append(Dropped(str(source), reason, len(lost), lost.hours, names))
+            rows.dropped.append(Dropped(str(source), reason, len(lost), lost.hours, names, lost.used))
     return rows.keep(~is_dropped) if is_dropped.any() else rows
 
 

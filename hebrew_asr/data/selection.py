@@ -118,6 +118,7 @@ def check_all_lost(train: SpeechRows, config: DataConfig) -> None:
         check_lost(source, mine, hours + sum(one.hours for one in mine), config.max_dropped_share)
 
 
+FEW_UTTERANCES = 30  # of an evaluation set; below it an error rate says nothing
 SAMPLE = 32  # utterances of a source that are listened to before a run
 
 
@@ -207,19 +208,53 @@ def split(config: DataConfig, seed: int) -> tuple[SpeechRows, SpeechRows]:
         heldout = load_rows(config.eval_sources, config, for_training=False)
     else:
         is_own = pyarrow.compute.is_null(train.arrow("language"))  # an error rate is of one language
-        recordings = sorted(train.arrow("recording").filter(is_own).unique().to_pylist())
-        if len(recordings) < 2:
-            raise InputError(
-                f"eval_sources is empty, and the training data in the run's language has {len(recordings)} recordings:"
-                " name an evaluation set"
-            )
-        count = max(1, round(config.eval_fraction * len(recordings)))
-        chosen = set(np.random.default_rng(seed).choice(recordings, count, replace=False).tolist())
-        is_heldout = pyarrow.compute.is_in(train.arrow("recording"), pyarrow.array(sorted(chosen)))
-        is_heldout = pyarrow.compute.and_(is_heldout, is_own).to_numpy()
+        groups, own = train.arrow("group"), is_own.to_numpy()
+        chosen = held_out_groups(groups.filter(is_own), train.seconds[own], config.eval_fraction, seed)
+        is_heldout = pyarrow.compute.is_in(groups, pyarrow.array(chosen)).to_numpy() & own
         heldout = SpeechRows(train.sources, train.index, train.used[is_heldout], [])
         train = drop(train, config.train_sources, is_heldout, "held out for evaluation")
+        train.notes += notes_of_held_out(heldout)
     return train, heldout
+
+
+def held_out_groups(groups: pyarrow.ChunkedArray, seconds: np.ndarray, share: float, seed: int) -> list[str]:
+    """Whole recordings (or sessions, transcribers) that together have about `share` of the time, at least one.
+
+    Drawn without regard to their size; one that would take more than half as much again as is wanted is left. Raises
+    InputError where there are fewer than two.
+    """
+    encoded = groups.combine_chunks().dictionary_encode()
+    lengths = np.bincount(encoded.indices.to_numpy(), seconds, len(encoded.dictionary))
+    by_name = sorted(zip(encoded.dictionary.to_pylist(), lengths.tolist(), strict=True))
+    if len(by_name) < 2:
+        raise InputError(
+            f"eval_sources is empty, and the training data in the run's language has {len(by_name)} recordings (or"
+            " sessions, or transcribers, where it has no `metadata.entry_id`): name an evaluation set"
+        )
+    wanted, chosen, taken = share * float(lengths.sum()), [], 0.0
+    for number in np.random.default_rng(seed).permutation(len(by_name)).tolist():
+        name, length = by_name[number]
+        if taken < wanted and taken + length <= 1.5 * wanted and len(chosen) < len(by_name) - 1:
+            chosen.append(name)
+            taken += length
+    return sorted(chosen) or [min(by_name, key=lambda one: one[1])[0]]
+
+
+def notes_of_held_out(heldout: SpeechRows) -> list[str]:
+    """What the reader of an error rate must know: how the set was divided, and whether it is large enough."""
+    kinds = sorted({f"{name.split()[0]}s" for name in set(heldout.column("group")) - set(heldout.column("recording"))})
+    notes = []
+    if kinds:
+        notes.append(
+            f"held out: whole {' and '.join(kinds)}, since there are no ids of recordings (`metadata.entry_id`):"
+            " parts of one recording may be on both sides, which makes the error rate too good"
+        )
+    if len(heldout) < FEW_UTTERANCES:
+        notes.append(
+            f"warning: {len(heldout)} utterances are held out, so few that the error rate says nothing: name an"
+            " evaluation set (eval_sources), or hold out more (eval_fraction): hundreds are better"
+        )
+    return notes
 
 
 def load_train_and_eval(config: DataConfig, seed: int) -> tuple[SpeechRows, SpeechRows]:

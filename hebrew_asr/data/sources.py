@@ -1,7 +1,6 @@
 """Where rows come from: folders, manifests, the Hub; and the settings of the data."""
 
 import contextlib
-import difflib
 import hashlib
 import os
 import re
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import datasets
-import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 
@@ -20,6 +18,7 @@ from hebrew_asr.data import tables
 from hebrew_asr.data.decoding import AUDIO_SUFFIXES
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import DIGEST, digest
+from hebrew_asr.names import check_name
 from hebrew_asr.text.targets import TextRules
 
 
@@ -90,9 +89,10 @@ class DataConfig:
         ]
     )
     eval_sources: list[Source] = field(default_factory=list)
-    """Evaluated while training and at the end; empty: whole recordings are held out of the training sources."""
+    """Evaluated while training and at the end; empty: whole recordings are held out of the training sources, or,
+    where a corpus has no ids of them, sessions or transcribers."""
     eval_fraction: Annotated[float, Range(0, 1)] = 0.02
-    """Share of recordings held out when there is no evaluation source."""
+    """Share of the hours held out when there is no evaluation source."""
     max_eval_utterances: int | None = 2000
     """At most so many utterances are evaluated, taken evenly over the set; None: all."""
     text_rules: TextRules = field(default_factory=TextRules)
@@ -179,7 +179,6 @@ class DataConfig:
 
 
 STREAM_SHARDS = 64  # of a local dataset that is not in parquet files, when it is streamed
-HUB_SECONDS = 20  # to say whether it has a dataset
 
 
 def load_source(source: Source, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
@@ -197,7 +196,9 @@ def load_source(source: Source, streaming: bool = False) -> datasets.Dataset | d
             files = given.get(source.split.partition("[")[0], [])
             rows = datasets.load_dataset(source.path, source.config_name, **how, **parquet_form(files))
         else:
-            check_hub_id(source.path)
+            cached = Path(datasets.config.HF_DATASETS_CACHE) / source.path.replace("/", "___")
+            if not cached.exists():
+                check_name(source.path, "dataset", (*tables.TABLE_SUFFIXES, *AUDIO_SUFFIXES))
             rows = datasets.load_dataset(**hub_arguments(source), **how)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise InputError(
@@ -280,31 +281,6 @@ def saved_rows(source: Source) -> datasets.Dataset:
     if source.split not in ("train", str(saved.split)):
         raise InputError(f"{source.path} is one saved split: leave `split` out, got {source.split!r}")
     return saved
-
-
-def check_hub_id(path: str) -> None:
-    """Raises InputError for a path that is plainly no Hub id, or one that nothing is known of while offline."""
-    if Path(path).exists():
-        return  # what is wrong with it is said by what loads it
-    is_local = path.startswith((".", "/", "~", "\\")) or path.count("/") > 1
-    is_local |= "/" in path and Path(path.split("/")[0]).is_dir()
-    if is_local or Path(path).suffix.lower() in (*tables.TABLE_SUFFIXES, *AUDIO_SUFFIXES):
-        parent = Path(path).parent
-        names = [str(one) for one in parent.iterdir()] if parent.is_dir() else []
-        near = difflib.get_close_matches(str(Path(path)), names, 1)
-        raise InputError(f"{path}: no such folder or file{f'; did you mean {near[0]}?' if near else ''}")
-    cached = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}"
-    if cached.exists() or (Path(datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___")).exists():
-        return
-    try:
-        huggingface_hub.HfApi().dataset_info(path, timeout=HUB_SECONDS)
-    except huggingface_hub.errors.HfHubHTTPError:
-        pass  # not found, or gated: said by what loads it
-    except Exception as error:  # the HTTP client's own, by the phase that it is in
-        raise InputError(
-            f"{path}: no such folder, no such dataset in the cache ({cached.parent}), and the Hub cannot be reached:"
-            f" {error}"
-        ) from error
 
 
 def table_rows(source: Source) -> datasets.Dataset:

@@ -3,14 +3,20 @@
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from hebrew_asr.data.rows import SpeechRows, load_rows
+import numpy as np
+
+from hebrew_asr.command_line import meant
+from hebrew_asr.data.audio import audio_blocks, check_blocks
+from hebrew_asr.data.rows import SpeechRows, counts, drop, load_rows
 from hebrew_asr.data.selection import without_too_many
 from hebrew_asr.data.sources import DataConfig, Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation.transcription import Decoding
 from hebrew_asr.files import DEMO, digest
+from hebrew_asr.text.targets import PAST_THE_END
 
 PARQUET_COPY = "refs/convert/parquet"  # of the datasets that are scripts
 
@@ -83,10 +89,15 @@ class EvaluationConfig:
     """Of each set, spread evenly over it; None: all."""
     max_broken_share: float = 0.05
     """More unreadable rows than this share of a set end the evaluation before it starts."""
-    max_wer_rise: float | None = 5.0
+    min_audio_length_seconds: float | None = None
+    max_audio_length_seconds: float | None = None
+    """Utterances out of these lengths are left out of every set; None: none are."""
+    drop_silent: bool = False
+    """Leave silent recordings out of sets with speech, as training does."""
+    max_wer_rise: float | None = None
     """Points of WER that the model in question may be worse than the first it is compared with, on sets in other
     languages and guarded ones, and points of share that it may name the language, or answer silence with silence,
-    less often."""
+    less often. None: no gate; what was forgotten is reported."""
     quoted: list[dict[str, Any]] = field(default_factory=lambda: list(QUOTED))
     output_dir: str = "evaluation"
     num_workers: int = 4
@@ -99,13 +110,21 @@ def read_set(text: str, known: dict[str, EvaluationSet]) -> EvaluationSet:
     if not text.startswith("{"):
         name, is_local, folder = text.partition("=")
         if name not in known:
-            raise InputError(f"no set {name!r}: there are {', '.join(known)}, or one of your own as JSON")
+            own = f'{{"name": "{Path(name).name}", "path": "{name}"}}'
+            hint = meant(name, list(known)) or f", or one of your own as JSON: {own}"
+            raise InputError(f"no set {name!r}: there are {', '.join(known)}{hint}")
         if not is_local:
             return known[name]
         source = dataclasses.replace(known[name].source, path=folder, config_name=None, revision=None)
         return dataclasses.replace(known[name], source=source, where="")
     try:
         given = json.loads(text)
+        names = ["name", *(part.name for part in dataclasses.fields(Source)), "guarded"]
+        if unknown := [key for key in given if key not in names]:
+            near = meant(unknown[0], names)
+            raise InputError(f"{text} is no set: there is no {unknown[0]!r}{near}; it has {', '.join(names)}")
+        if lost := [key for key in ("name", "path") if key not in given]:
+            raise InputError(f"{text} is no set: it needs {' and '.join(lost)}")
         language = str(given.pop("language", "Hebrew")).capitalize()  # as Qwen3-ASR writes them, null too
         guarded = bool(given.pop("guarded", False))
         one = EvaluationSet(given.pop("name"), Source(**given), language, guarded)
@@ -113,7 +132,7 @@ def read_set(text: str, known: dict[str, EvaluationSet]) -> EvaluationSet:
             raise TypeError("name and path must be texts")
         return one
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{text} is no set: {error!r}") from error
+        raise InputError(f"{text} is no set: {error}") from error
 
 
 def load_set(one: EvaluationSet, config: EvaluationConfig) -> SpeechRows:
@@ -127,7 +146,22 @@ def load_set(one: EvaluationSet, config: EvaluationConfig) -> SpeechRows:
         rows = load_rows([dataclasses.replace(one.source, language=one.language)], settings, for_training=False)
     except InputError as error:
         raise InputError(f"{error}. {one.where}" if one.where else str(error)) from error
-    return without_too_many(rows, settings)
+    return without_too_many(within_limits(rows, one, config), settings)
+
+
+def within_limits(rows: SpeechRows, one: EvaluationSet, config: EvaluationConfig) -> SpeechRows:
+    """Leaves out, counted by reason, what the limits do not allow; raises InputError where nothing is left."""
+    shortest, longest = config.min_audio_length_seconds, config.max_audio_length_seconds
+    if shortest is not None:
+        rows = drop(rows, [one.source], rows.seconds < shortest, f"shorter than {shortest:g} s")
+    if longest is not None:
+        rows = drop(rows, [one.source], rows.seconds > longest + PAST_THE_END, f"longer than {longest:g} s")
+    if config.drop_silent and one.has_speech:
+        heard = (check_blocks(audio_blocks(row["audio"], row["start"], row["end"]), row["seconds"]) for row in rows)
+        rows = drop(rows, [one.source], np.array([problem == "silent" for problem in heard], bool), "silent")
+    if not len(rows):
+        raise InputError(f"{one.source}: nothing is left within the limits: {counts(rows.dropped)}")
+    return rows
 
 
 def describe_set(one: EvaluationSet, rows: SpeechRows | None) -> dict[str, Any]:

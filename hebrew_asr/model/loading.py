@@ -16,6 +16,7 @@ from hebrew_asr.model.fused import fuse_where_it_runs
 from hebrew_asr.model.layouts import in_transformers_layout
 from hebrew_asr.model.loss import SpeechModel
 from hebrew_asr.model.stages import Stage, check_stages, ever_trained
+from hebrew_asr.names import check_name
 
 
 def load_processor(name: str) -> Qwen3ASRProcessor:
@@ -109,6 +110,7 @@ def checkpoint_problems(name: str):
     """Turns what transformers raises for a checkpoint that is not there or not whole into one message."""
     if (Path(name) / "final_model").is_dir() and not (Path(name) / "config.json").exists():
         raise InputError(f"{name} is the folder of a run: name its model, {Path(name) / 'final_model'}")
+    check_name(name, "model")
     try:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:

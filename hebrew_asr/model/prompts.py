@@ -10,9 +10,11 @@ import torch
 from transformers import Qwen3ASRProcessor
 
 from hebrew_asr.model.packing import FRAMES_PER_CHUNK, audio_token_count
+from hebrew_asr.model.templates import rendered
 
 MEL_BINS = 128
 AUDIO_TOKEN = "<|audio_pad|>"
+CONTEXT = "CONTEXT OF AN UTTERANCE"  # stands for it while the template is rendered
 END_OF_TURN = "<|im_end|>"
 END_OF_LANGUAGE = "<asr_text>"
 EMPTY_SYSTEM_TURN = f"<|im_start|>system\n{END_OF_TURN}\n"
@@ -49,6 +51,19 @@ class Prompts:
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.audio_token_id: int = self.tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
         self.end_of_turn_id: int = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        self.with_context, self.without = rendered(self.template, self.tokenizer.name_or_path)
+
+    def template(self) -> list[str]:
+        """The chat template around one recording, with CONTEXT in the system turn and without."""
+        turns = [{"role": "user", "content": [{"type": "audio", "audio": ""}]}]
+        system = {"role": "system", "content": [{"type": "text", "text": CONTEXT}]}
+        texts = [
+            self.processor.apply_chat_template(one, add_generation_prompt=True, tokenize=False)
+            for one in ([system, *turns], turns)
+        ]
+        if any(text.count(AUDIO_TOKEN) != 1 for text in texts):
+            raise ValueError(f"it does not write {AUDIO_TOKEN} once for a recording")
+        return texts
 
     def tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -60,11 +75,8 @@ class Prompts:
     @functools.lru_cache(maxsize=64)  # noqa: B019
     def around_audio(self, context: str | None) -> tuple[list[int], list[int]]:
         """The chat template before and after the audio; `context` fills the system turn, None leaves it out."""
-        turns = [{"role": "user", "content": [{"type": "audio", "audio": ""}]}]
-        if context:
-            turns.insert(0, {"role": "system", "content": [{"type": "text", "text": context}]})
-        text = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        before, after = text.split(AUDIO_TOKEN)
+        text = self.with_context if context else self.without
+        before, after = (part.replace(CONTEXT, context or "") for part in text.split(AUDIO_TOKEN))
         if context is None:  # the template cannot leave it out
             before = before.removeprefix(EMPTY_SYSTEM_TURN)
         return self.tokens(before), self.tokens(after)

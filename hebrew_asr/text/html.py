@@ -28,6 +28,11 @@ def bidi_parts(text: str) -> list[str]:
     return LEFT_TO_RIGHT.split(text) if has_hebrew(text) else [text]
 
 
+def path_parts(path: str) -> list[str]:
+    """Splits a path at its separators, which are every second part: each name in it reads in its own direction."""
+    return re.split(r"([/\\.]| \()", path)
+
+
 def visible(value: Any) -> Any:
     """A text with invisible characters written as ⟨U+202E⟩, so that none can turn or hide what stands around it."""
     if not isinstance(value, str) or isinstance(value, Markup):
@@ -41,5 +46,7 @@ def render_page(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=visible
     )
-    cast(dict[str, Any], environment.globals).update(bidi_parts=bidi_parts, has_hebrew=has_hebrew)
+    cast(dict[str, Any], environment.globals).update(
+        bidi_parts=bidi_parts, path_parts=path_parts, has_hebrew=has_hebrew
+    )
     return environment.get_template(template).render(values)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,7 @@ def open_run_folder(config: Settings, state: accelerate.PartialState) -> tuple[P
         if state.is_main_process:
             try:
                 check_same_run(config, folder)
+                note_others(folder)
                 folder.mkdir(parents=True, exist_ok=True)
                 if not config.inspect_data and (lock := take_lock(folder)) is None:
                     raise InputError(f"another process trains in {folder}: wait for it, or choose another --output_dir")
@@ -79,8 +81,7 @@ def check_same_run(config: Settings, folder: Path) -> None:
     try:
         old = json.loads((folder / "config.yaml").read_text())
         differing = changes(old, config)
-        newest = store.newest_name(folder / "checkpoints")
-        if newest is None or "data" in store.read_manifest(folder / "checkpoints" / newest)["run"]:
+        if knows_its_data(folder / "checkpoints"):
             differing = [line for line in differing if not PATH.match(line)]  # the data themselves are compared later
     except (ValueError, AttributeError, KeyError, FileNotFoundError) as error:
         raise InputError(f"{folder}/config.yaml cannot be read ({error}): choose another --output_dir") from error
@@ -90,6 +91,23 @@ def check_same_run(config: Settings, folder: Path) -> None:
             + "\n  ".join(differing)
             + "\nGive those to go on with it, or choose another --output_dir for a new run"
         )
+
+
+def knows_its_data(place: Path) -> bool:
+    """Whether the newest checkpoint that has a manifest says which data it was trained with."""
+    for checkpoint in store.names(place):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one is not used later either
+            return "data" in store.read_manifest(checkpoint)["run"]
+    return True
+
+
+def note_others(folder: Path) -> None:
+    """Says that a folder which holds no run holds other files; a job's own log there is no mistake."""
+    others = [] if not folder.is_dir() or (folder / "config.yaml").exists() else sorted(folder.iterdir())
+    if names := [path.name for path in others if not path.name.startswith(".")]:
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        line = f"note: {folder} holds other files already ({shown}); to keep the run apart, choose a new --output_dir"
+        print(line, file=sys.stderr, flush=True)
 
 
 def changes(old: dict[str, Any], config: Settings) -> list[str]:
@@ -140,9 +158,19 @@ def checkpoint_to_resume(config: Settings, folder: Path, run_log: RunLog) -> Che
             try:
                 found = store.verify(Path(config.resume))
             except store.InvalidCheckpoint as problem:
-                raise InputError(f"--resume {config.resume} is no valid checkpoint: {problem}") from problem
+                hint = what_resume_takes(Path(config.resume))
+                raise InputError(f"--resume {config.resume} is no valid checkpoint: {problem}{hint}") from problem
     (found,) = broadcast_object_list([found])
     return found
+
+
+def what_resume_takes(given: Path) -> str:
+    """What `resume` may have meant where it names no checkpoint."""
+    takes = "; it takes auto, never, hub, or a checkpoint: runs/NAME/checkpoints/step-00000500"
+    if not given.exists():
+        return f", there is no such folder{takes}"
+    newest = store.newest_name(given / "checkpoints")
+    return f"; it is the folder of a run, whose newest is {given / 'checkpoints' / newest}" if newest else takes
 
 
 def first_line(error: BaseException | str) -> str:

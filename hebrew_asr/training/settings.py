@@ -63,8 +63,8 @@ class Settings(PlanSettings, DataConfig):
     eval_prefill_language: bool
     num_logged_predictions: int
     logging_steps: int
-    target_loss: float
-    target_wer: float
+    target_loss: float | None
+    target_wer: float | None
 
     # Checkpoints
     resume: str
