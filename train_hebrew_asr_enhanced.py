@@ -64,6 +64,7 @@ from hebrew_asr.processes import has_gpu, launch, leave_process_group, quiet_lib
 from hebrew_asr.training.batches import Collator, check_batch, collate_evaluation, evaluation_batches
 from hebrew_asr.training.feed import TrainingData, load_data, open_feed, speech_loader
 from hebrew_asr.training.final_model import evaluate_final, is_whole, write_final_model
+from hebrew_asr.training.machine import check_machine
 from hebrew_asr.training.measuring import Output, pool, transcribe_batches
 from hebrew_asr.training.moving_average import MovingAverage
 from hebrew_asr.training.plan import lines_of, make_plan
@@ -315,7 +316,7 @@ MAY_CHANGE = {  # settings that a resumed run may have otherwise than before
     *("max_bad_steps", "check_ranks_steps", "inspect_data", "output_dir", "process_timeout_minutes"),
     *("tokens_per_micro_batch", "gradient_checkpointing", "fsdp", "bf16_exchange", "prepare", "prepared_dir"),
     *("plan", "plan_device", "plan_devices", "plan_hours_of_audio", "plan_mean_seconds", "plan_price_per_hour"),
-    "find_token_budget",
+    *("find_token_budget", "check_machine"),
 }
 
 
@@ -750,6 +751,9 @@ def main(
     use_bf16 = config.bf16 if config.bf16 is not None else not cpu and torch.cuda.is_bf16_supported(False)
     quiet_libraries(state.is_main_process)
     transformers.set_seed(config.seed)
+    if config.check_machine:
+        check_machine(config, state, use_bf16)
+        return leave_process_group()
     if config.find_token_budget:
         if cpu:
             raise InputError(
