@@ -46,7 +46,7 @@ from hebrew_asr.model.costs import work_of
 from hebrew_asr.model.generation import generate, new_token_limit
 from hebrew_asr.model.loading import load_processor, load_to_train
 from hebrew_asr.model.loss import IGNORED_LABEL, SpeechModel, label_nats
-from hebrew_asr.model.packing import FRAMES_PER_CHUNK, pack
+from hebrew_asr.model.packing import FRAMES_PER_CHUNK, pack, places_of
 from hebrew_asr.model.prompts import MEL_BINS, pad, padded
 from hebrew_asr.model.sharding import is_sharded, shard, whole_model
 from hebrew_asr.model.stages import (
@@ -370,7 +370,7 @@ class DataCollatorSpeechSeq2SeqWithPadding(Collator):
             for utterance, place in zip(utterances, places, strict=False):
                 clip, draw = batch["input_features"][:, :, place], (utterance["epoch"], utterance["index"])
                 clip[:] = self.apply_specaugment(clip, [clip.shape[2]], [draw])
-        return batch
+        return batch | places_of(batch, self.audio_token_id)
 
     def apply_specaugment(
         self, features: torch.Tensor, frames: list[int], draws: list[tuple[int, int]]

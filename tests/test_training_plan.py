@@ -19,7 +19,7 @@ from hebrew_asr.data.rows import load_rows
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.costs import PEAK_FLOPS, flops, work_of
 from hebrew_asr.model.loss import SpeechModel, label_nats
-from hebrew_asr.model.packing import audio_token_count, pack
+from hebrew_asr.model.packing import audio_token_count, pack, places_of
 from hebrew_asr.model.roofline import trace
 from hebrew_asr.model.stages import Stage, freeze_for, trains_in
 from hebrew_asr.training import plan as training_plan
@@ -61,7 +61,8 @@ def small_model(size: str, vocabulary: int = 168) -> SpeechModel:
 def packed(config, seconds=(2.3, 4.1, 9.5, 3.0, 6.2)) -> dict[str, torch.Tensor]:
     clips = [np.ones((128, int(100 * length)), np.float32) for length in seconds]
     prompts = [[7] * 9 + [config.audio_token_id] * audio_token_count(clip.shape[1]) + [8] * 6 for clip in clips]
-    return pack(clips, prompts, [[9] * int(5 * length) for length in seconds], 2)[0]
+    batch, _ = pack(clips, prompts, [[9] * int(5 * length) for length in seconds], 2)
+    return batch | places_of(batch, config.audio_token_id)
 
 
 def checkpoint(model):

@@ -125,7 +125,11 @@ class StepTrainer(ResumableTrainer):
     def scaled_loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
         """Summed nats of the supervised tokens of one micro-batch, times `scale`; the backward pass begins there."""
         with self.autocast():
-            return model(**self._prepare_inputs(batch), root_scale=scale).loss
+            return model(**self.on_device(batch), root_scale=scale).loss
+
+    def on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A micro-batch where it is computed; of the loader's pinned tensors without waiting for the copies."""
+        return {name: tensor.to(self.args.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
         """Has the fused optimizer scale the gradients as it reads them, which saves a pass over all of them."""

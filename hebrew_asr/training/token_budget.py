@@ -16,7 +16,7 @@ from accelerate.utils import find_executable_batch_size, gather_object
 
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.loss import SpeechModel
-from hebrew_asr.model.packing import FRAMES_PER_CHUNK, SHORTEST_CLIP, TOKENS_PER_CHUNK, pack
+from hebrew_asr.model.packing import FRAMES_PER_CHUNK, SHORTEST_CLIP, TOKENS_PER_CHUNK, pack, places_of
 from hebrew_asr.model.stages import freeze_for
 from hebrew_asr.processes import together
 from hebrew_asr.training.plan import TEXT_TOKENS_PER_SECOND, USABLE
@@ -82,7 +82,7 @@ class Utterances:
         batch, _ = pack(
             list(clips), list(prompts), list(targets), self.collator.end_of_turn_id, self.collator.in_one_row
         )
-        return batch
+        return batch | places_of(batch, self.collator.audio_token_id)
 
 
 def run_micro_batches(
