@@ -181,8 +181,8 @@ class TrainingConfig(Settings):
     # Evaluation
     eval_steps: Annotated[int, Range(1)] = 500
     """Also before the first step, at the end of each stage, and at the end."""
-    eval_batch_size: Annotated[int, Range(1)] = 8
-    """Utterances as long as max_audio_length_seconds; of longer ones fewer are taken at once, of shorter ones more."""
+    eval_batch_size: Annotated[int, Range(1)] | None = None
+    """Utterances as long as max_audio_length_seconds at once, more of shorter ones; None: as memory allows, 8–64."""
     eval_prefill_language: bool = False
     """Give the model `language Hebrew<asr_text>` instead of letting it name the language itself."""
     generation_max_new_tokens: Annotated[int, Range(1)] | None = None
@@ -469,9 +469,9 @@ class GradualUnfreezeTrainer(StepTrainer):
     def get_eval_dataloader(self, eval_dataset: SpeechDataset | None = None) -> torch.utils.data.DataLoader:
         """This process's batches of the evaluation set; the batches are the same for any number of processes."""
         config, dataset = self.config, eval_dataset or self.eval_dataset
-        batches = evaluation_batches(dataset.rows.seconds, config.max_audio_length_seconds, config.eval_batch_size)
+        batches = evaluation_batches(dataset.rows.seconds, config.max_audio_length_seconds, self.eval_batch_size)
         mine = [[batch] for batch in batches[self.args.process_index :: self.args.world_size]]
-        seconds = min(config.eval_batch_size * config.max_audio_length_seconds, float(dataset.rows.seconds.sum()))
+        seconds = min(self.eval_batch_size * config.max_audio_length_seconds, float(dataset.rows.seconds.sum()))
         return speech_loader(dataset, mine, functools.partial(collate_evaluation, self.collator), config, seconds)
 
     # Stages

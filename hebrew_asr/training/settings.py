@@ -64,6 +64,8 @@ class Settings(PlanSettings, DataConfig):
 
     # Evaluation and log
     eval_steps: int
+    eval_batch_size: int | None
+    generation_max_new_tokens: int | None
     eval_prefill_language: bool
     num_logged_predictions: int
     logging_steps: int
