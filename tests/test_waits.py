@@ -1,4 +1,4 @@
-"""A micro-batch never has the host wait for the device: what depends on numbers was found while it was collated."""
+"""A micro-batch never has the host wait for the device, and decoding casts no weight at a token."""
 
 from collections import Counter
 
@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hebrew_asr.data.utterances import SpeechDataset
 from hebrew_asr.model import attention, fused
+from hebrew_asr.model.generation import generate
 from hebrew_asr.model.loading import load_model
-from hebrew_asr.model.packing import halves, places_of
+from hebrew_asr.model.packing import audio_token_count, halves, places_of
 from hebrew_asr.model.roofline import WAITING, as_on_cuda
 from hebrew_asr.model.stages import freeze_for
 from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding
@@ -32,6 +33,18 @@ class Waits(TorchDispatchMode):
         )
         if name in WAITING or masks:
             self.found[f"{name} by a mask" if masks else name] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of a model's weights."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.weights, self.found = {id(parameter) for parameter in model.parameters()}, 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.found += operator._schema.name == "aten::_to_copy" and id(args[0]) in self.weights
         return operator(*args, **(kwargs or {}))
 
 
@@ -74,6 +87,23 @@ def test_no_wait_is_left_in_a_micro_batch_and_nothing_is_computed_otherwise(conf
     assert others == {"nonzero": 3}, "of the encoder, the placeholders and the labels"
     assert torch.equal(loss, same_loss) and gradients.keys() == same_gradients.keys()
     assert all(torch.equal(gradient, same_gradients[name]) for name, gradient in gradients.items())
+
+
+def test_no_weight_is_cast_at_a_token(config):
+    """Autocast keeps a weight's bf16 copy while a batch is decoded; a copy of the model saves no such cast."""
+    model = load_model(config.model_name_or_path, use_bf16=True, stages=config.stages).eval()
+    freeze_for(model, config.stages[0])
+    model.generation_config.eos_token_id = None
+    tokens = audio_token_count(200)
+    prompts = torch.tensor([[7] * 9 + [model.config.audio_token_id] * tokens + [8] * 6])
+    batch = {"prompt_input_ids": prompts, "prompt_attention_mask": torch.ones_like(prompts)}
+    batch |= {"input_features": torch.ones(1, 128, 200), "input_features_mask": torch.ones(1, 200, dtype=torch.long)}
+    casts = []
+    for count in (2, 6):
+        with Casts(model) as mode:
+            generate(model, batch, [count])
+        casts.append(mode.found)
+    assert casts[0] == casts[1] > 0
 
 
 def test_a_micro_batch_in_two_has_the_places_of_its_halves(batch, processor):
