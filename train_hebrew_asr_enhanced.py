@@ -50,7 +50,7 @@ from hebrew_asr.model.costs import work_of
 from hebrew_asr.model.generation import generate, new_token_limit
 from hebrew_asr.model.loading import load_processor, load_to_train
 from hebrew_asr.model.loss import IGNORED_LABEL, SpeechModel, label_nats
-from hebrew_asr.model.packing import FRAMES_PER_CHUNK, pack
+from hebrew_asr.model.packing import FRAMES_PER_CHUNK, pack, places_of
 from hebrew_asr.model.precision import mixed_precision, runs_bf16, to_encoder
 from hebrew_asr.model.prompts import MEL_BINS, pad, padded
 from hebrew_asr.model.sharding import is_sharded, shard, whole_model
@@ -69,6 +69,7 @@ from hebrew_asr.processes import fail_together, join_processes, launch, leave_pr
 from hebrew_asr.training.batches import Collator, check_batch, collate_evaluation, evaluation_batches
 from hebrew_asr.training.feed import TrainingData, load_data, open_feed, speech_loader
 from hebrew_asr.training.final_model import evaluate_final, is_whole, write_final_model
+from hebrew_asr.training.machine import check_machine
 from hebrew_asr.training.measuring import Output, pool, transcribe_batches
 from hebrew_asr.training.moving_average import MovingAverage
 from hebrew_asr.training.plan import lines_of, make_plan
@@ -185,8 +186,8 @@ class TrainingConfig(Settings):
     # Evaluation
     eval_steps: Annotated[int, Range(1)] = 500
     """Also before the first step, at the end of each stage, and at the end."""
-    eval_batch_size: Annotated[int, Range(1)] = 8
-    """Utterances as long as max_audio_length_seconds; of longer ones fewer are taken at once, of shorter ones more."""
+    eval_batch_size: Annotated[int, Range(1)] | None = None
+    """Utterances as long as max_audio_length_seconds at once, more of shorter ones; None: as memory allows, 8–64."""
     eval_prefill_language: bool = False
     """Give the model `language Hebrew<asr_text>` instead of letting it name the language itself."""
     generation_max_new_tokens: Annotated[int, Range(1)] | None = None
@@ -320,7 +321,7 @@ MAY_CHANGE = {  # settings that a resumed run may have otherwise than before
     *("max_bad_steps", "check_ranks_steps", "inspect_data", "output_dir", "process_timeout_minutes"),
     *("tokens_per_micro_batch", "gradient_checkpointing", "fsdp", "bf16_exchange", "prepare", "prepared_dir"),
     *("plan", "plan_device", "plan_devices", "plan_hours_of_audio", "plan_mean_seconds", "plan_price_per_hour"),
-    "find_token_budget",
+    *("find_token_budget", "check_machine"),
 }
 
 
@@ -374,7 +375,7 @@ class DataCollatorSpeechSeq2SeqWithPadding(Collator):
             for utterance, place in zip(utterances, places, strict=False):
                 clip, draw = batch["input_features"][:, :, place], (utterance["epoch"], utterance["index"])
                 clip[:] = self.apply_specaugment(clip, [clip.shape[2]], [draw])
-        return batch
+        return batch | places_of(batch, self.audio_token_id)
 
     def apply_specaugment(
         self, features: torch.Tensor, frames: list[int], draws: list[tuple[int, int]]
@@ -473,9 +474,9 @@ class GradualUnfreezeTrainer(StepTrainer):
     def get_eval_dataloader(self, eval_dataset: SpeechDataset | None = None) -> torch.utils.data.DataLoader:
         """This process's batches of the evaluation set; the batches are the same for any number of processes."""
         config, dataset = self.config, eval_dataset or self.eval_dataset
-        batches = evaluation_batches(dataset.rows.seconds, config.max_audio_length_seconds, config.eval_batch_size)
+        batches = evaluation_batches(dataset.rows.seconds, config.max_audio_length_seconds, self.eval_batch_size)
         mine = [[batch] for batch in batches[self.args.process_index :: self.args.world_size]]
-        seconds = min(config.eval_batch_size * config.max_audio_length_seconds, float(dataset.rows.seconds.sum()))
+        seconds = min(self.eval_batch_size * config.max_audio_length_seconds, float(dataset.rows.seconds.sum()))
         return speech_loader(dataset, mine, functools.partial(collate_evaluation, self.collator), config, seconds)
 
     # Stages
@@ -752,6 +753,9 @@ def main(
     config.check(state.num_processes)
     use_bf16 = config.bf16 if config.bf16 is not None else runs_bf16(state.device)
     transformers.set_seed(config.seed)
+    if config.check_machine:
+        check_machine(config, state, use_bf16)
+        return leave_process_group()
     if config.find_token_budget:
         if state.device.type == "cpu":
             raise InputError(
@@ -765,8 +769,7 @@ def main(
         lines = find_token_budget(config, state, model, collator, use_bf16)
         if state.is_main_process:
             print(*lines, sep="\n")
-        leave_process_group()
-        return
+        return leave_process_group()
     folder, _lock = open_run_folder(config, state)  # the lock holds as long as this function runs
     run_log = RunLog(folder, state.process_index)
     if config.prepare:
@@ -778,8 +781,7 @@ def main(
     if config.inspect_data or config.prepare:
         train_rows, eval_rows = trainer_class.load_data(config, state)
         report_data(folder, train_rows, eval_rows, config, run_log)
-        leave_process_group()
-        return
+        return leave_process_group()
     (status,) = broadcast_object_list([store.read_status(folder)])
     if status["state"] == "finished" and is_whole(folder, state, run_log):
         never = "" if config.output_dir else ", or --resume never"

@@ -368,7 +368,7 @@ def evaluation(folder: Path, is_sorted: bool) -> dict[str, float]:
     dataset = trainer.eval_dataset
     loader: Iterator = iter(trainer.get_eval_dataloader(dataset))
     if not is_sorted:
-        order = np.random.default_rng(0).permutation(len(dataset)).reshape(-1, config.eval_batch_size)
+        order = np.random.default_rng(0).permutation(len(dataset)).reshape(-1, 8)
         loaded = ([[dataset[(0, int(number))] for number in batch]] for batch in order)
         loader = (collate_evaluation(trainer.collator, batch) for batch in loaded)
     began, steps = time.process_time(), 0

@@ -100,7 +100,7 @@ def dataset_of(trainer: GradualUnfreezeTrainer) -> SpeechDataset:
 
 def score(trainer: GradualUnfreezeTrainer, batches: list[list[tuple[int, int]]]) -> Iterator[list[dict]]:
     """Yields the rows of PART of each batch of (epoch, number)."""
-    most = trainer.config.eval_batch_size * trainer.config.max_audio_length_seconds
+    most = trainer.eval_batch_size * trainer.config.max_audio_length_seconds
     dealt = [[batch] for batch in batches]
     loader = speech_loader(dataset_of(trainer), dealt, lambda loaded: loaded[0], trainer.config, most)
     for batch, utterances in zip(batches, loader, strict=True):
@@ -145,7 +145,7 @@ def score_what_is_left(trainer: GradualUnfreezeTrainer, folder: Path) -> int:
     trainer.accelerator.wait_for_everyone()  # every process has read the same parts before one writes another
     config, args = trainer.config, trainer.args
     batches = evaluation_batches(
-        dataset_of(trainer).rows.seconds, config.max_audio_length_seconds, config.eval_batch_size
+        dataset_of(trainer).rows.seconds, config.max_audio_length_seconds, trainer.eval_batch_size
     )
     mine = batches[args.process_index :: args.world_size]
     left = [batch for batch in mine if batch[0][1] not in done]

@@ -170,6 +170,7 @@ class GspoConfig(TrainingConfig):
             "eval_prefill_language": "the language is part of what is sampled",
             "plan": "the plan is of training by cross-entropy",
             "find_token_budget": "what it tries is training by cross-entropy",
+            "check_machine": "what it plans is training by cross-entropy",
             "torch_compile": "sampling a token at a time would compile the layers again and again",
             "fsdp": "each process samples by itself, with whole weights",
         }

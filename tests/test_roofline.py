@@ -37,7 +37,7 @@ def test_what_runs_on_fakes_is_what_runs(config, mixed, monkeypatch, number):
     stages = config.stages
     freeze_for(mixed, stages[number])
     batch = batch_for(mixed.config)
-    with as_on_cuda(), Recorder(mixed, batch, on_fakes=False) as recorder:
+    with as_on_cuda(), Recorder(mixed, batch) as recorder:
         with torch.autocast("cpu", torch.bfloat16):
             loss = mixed(**batch, root_scale=1.0).loss
         loss.backward()

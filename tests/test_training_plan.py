@@ -17,13 +17,14 @@ from torch.utils._pytree import tree_leaves
 from hebrew_asr.command_line import parse_config
 from hebrew_asr.data.rows import load_rows
 from hebrew_asr.errors import InputError
-from hebrew_asr.model.costs import PEAK_FLOPS, flops, work_of
+from hebrew_asr.model.costs import PEAK_FLOPS, flops, real_config, work_of
+from hebrew_asr.model.generation import generate, new_token_limit
 from hebrew_asr.model.loss import SpeechModel, label_nats
-from hebrew_asr.model.packing import audio_token_count, pack
+from hebrew_asr.model.packing import audio_token_count, pack, places_of
 from hebrew_asr.model.roofline import trace
 from hebrew_asr.model.stages import Stage, freeze_for, trains_in
 from hebrew_asr.training import plan as training_plan
-from hebrew_asr.training.plan import Weights, activations, make_plan, passing, standing
+from hebrew_asr.training.plan import Weights, activations, decoding_bytes, make_plan, passing, rows_at_once, standing
 from train_hebrew_asr_enhanced import main
 from train_round2_gradual import round2
 
@@ -61,7 +62,8 @@ def small_model(size: str, vocabulary: int = 168) -> SpeechModel:
 def packed(config, seconds=(2.3, 4.1, 9.5, 3.0, 6.2)) -> dict[str, torch.Tensor]:
     clips = [np.ones((128, int(100 * length)), np.float32) for length in seconds]
     prompts = [[7] * 9 + [config.audio_token_id] * audio_token_count(clip.shape[1]) + [8] * 6 for clip in clips]
-    return pack(clips, prompts, [[9] * int(5 * length) for length in seconds], 2)[0]
+    batch, _ = pack(clips, prompts, [[9] * int(5 * length) for length in seconds], 2)
+    return batch | places_of(batch, config.audio_token_id)
 
 
 def checkpoint(model):
@@ -138,6 +140,34 @@ class Peak(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 self.add(leaf)
         return result
+
+
+@pytest.mark.parametrize("channels", [8, 64])
+def test_an_evaluation_needs_no_more_than_the_plan_says_for_each_utterance(channels):
+    """With narrow convolutions decoding has the peak, with wide ones they have it."""
+    config = small_model("wide").config
+    config.audio_config.downsample_hidden_size = channels
+    model = SpeechModel(config).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    limit, tokens = 40, audio_token_count(400)
+
+    def peak(rows: int) -> int:
+        prompts = torch.tensor([[7] * 9 + [config.audio_token_id] * tokens + [8] * 6] * rows)
+        batch = {"prompt_input_ids": prompts, "prompt_attention_mask": torch.ones_like(prompts)}
+        batch |= {"input_features": torch.ones(rows, 128, 400)}
+        batch |= {"input_features_mask": torch.ones(rows, 400, dtype=torch.long)}
+        with Peak(list(model.parameters())) as memory:
+            generate(model, batch, [limit] * rows)
+        return memory.most
+
+    each = (peak(6) - peak(2)) / 4
+    planned = decoding_bytes(config, 4.0, limit, 4)
+    assert 0.5 * planned < each <= 1.05 * planned, (each, planned)
+
+
+def test_an_evaluation_takes_as_many_at_once_as_memory_has_place_for():
+    each = decoding_bytes(real_config(), 30.0, new_token_limit(30.0), 2)
+    assert [rows_at_once(gigabytes * 1e9, each) for gigabytes in (0, 8, 55)] == [8, int(8e9 // each), 64]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

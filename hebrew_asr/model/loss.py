@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from transformers import Qwen3ASRForConditionalGeneration
-from transformers.models.qwen3_asr.modeling_qwen3_asr import Qwen3ASRCausalLMOutputWithPast
+from transformers import Qwen3ASRConfig, Qwen3ASRForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen3_asr.modeling_qwen3_asr import Qwen3ASRCausalLMOutputWithPast, Qwen3ASREncoder
 
 from hebrew_asr.model.attention import WINDOW_TOKENS, packed
 
@@ -158,6 +159,9 @@ def label_states(
     utterance_ends: torch.Tensor | None = None,
     window_ends: torch.Tensor | None = None,
     audio_order: torch.Tensor | None = None,
+    encoder_places: torch.Tensor | None = None,
+    audio_places: torch.Tensor | None = None,
+    label_places: torch.Tensor | None = None,
     tied: TiedGradient | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Last hidden states of the positions that predict a label, row by row, and these labels.
@@ -168,10 +172,18 @@ def label_states(
         utterance_ends: of them, where utterances begin and end, one row after the other; padding is one more.
         window_ends: for features of several clips in a row: where the encoder's windows begin and end, in audio tokens.
         audio_order: which audio token stands at each placeholder, where clips stand there more than once.
+        encoder_places, audio_places, label_places: as `packing.places_of` finds them; left out, they are found on the
+            device, for which the host waits.
         tied: where the head leaves its gradient for the embedding.
     """
     inner = model.model
-    windows = {} if window_ends is None else {"cu_seqlens": window_ends, "max_seqlen": WINDOW_TOKENS}
+    windows: dict[str, Any] = {} if encoder_places is None else {"places": encoder_places}
+    if window_ends is not None:
+        windows |= {"cu_seqlens": window_ends, "max_seqlen": WINDOW_TOKENS}
+    if audio_places is None:
+        audio_places = flat_audio_places(input_ids, labels, model.config.audio_token_id)
+    if label_places is None:
+        label_places = flat_label_places(labels)
     text = {"attention_mask": attention_mask, "position_ids": position_ids}
     if utterance_ends is not None:
         text |= packed(inner.language_model.config, utterance_ends, longest=input_ids.shape[1])
@@ -183,15 +195,49 @@ def label_states(
         embedded = embedding(input_ids)
     else:
         embedded = Embedding.apply(embedding.weight, input_ids, embedding.padding_idx, tied)
-    is_audio = (input_ids == model.config.audio_token_id) & (labels == IGNORED_LABEL)  # a sample may hold the token too
-    hidden = inner.language_model(
-        inputs_embeds=embedded.masked_scatter(is_audio.unsqueeze(-1), audio.to(embedded.dtype)),
-        use_cache=False,
-        **text,
-    ).last_hidden_state
-    next_labels = labels[:, 1:]
-    has_label = next_labels != IGNORED_LABEL
-    return hidden[:, :-1][has_label], next_labels[has_label]
+    heard = embedded.flatten(0, 1).index_copy(0, audio_places, audio.to(embedded.dtype)).view_as(embedded)
+    hidden = inner.language_model(inputs_embeds=heard, use_cache=False, **text).last_hidden_state
+    return hidden.flatten(0, 1).index_select(0, label_places), labels.flatten().index_select(0, label_places + 1)
+
+
+def flat_audio_places(input_ids: torch.Tensor, labels: torch.Tensor, audio_token: int) -> torch.Tensor:
+    """Placeholders, in the tokens of all rows one after the other; a sample that is learnt may hold the token too."""
+    return ((input_ids == audio_token) & (labels == IGNORED_LABEL)).flatten().nonzero()[:, 0]
+
+
+def flat_label_places(labels: torch.Tensor) -> torch.Tensor:
+    """Tokens that predict a label, in the tokens of all rows one after the other; the label is at the next place."""
+    predicts = torch.nn.functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1))
+    return predicts.flatten().nonzero()[:, 0]
+
+
+class Encoder(Qwen3ASREncoder):
+    """transformers' encoder which, given `places`, need not ask the device where the sound is."""
+
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        input_features_mask: torch.Tensor,
+        places: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Features (rows, mel, frames), frames in whole seconds.
+
+        Args:
+            places: of all tokens that the convolutions make of the seconds, those of sound, in the order of the rows.
+            kwargs: cu_seqlens and max_seqlen, where its windows end, and how long they are at most.
+        """
+        if places is None:
+            return super().forward(input_features, input_features_mask, **kwargs)
+        seconds = input_features.unflatten(2, (-1, 2 * self.n_window)).transpose(1, 2).flatten(0, 1).unsqueeze(1)
+        for convolution in (self.conv2d1, self.conv2d2, self.conv2d3):
+            seconds = torch.nn.functional.gelu(convolution(seconds))
+        tokens = self.conv_out(seconds.permute(0, 3, 1, 2).flatten(2))
+        tokens = tokens + self.positional_embedding.positional_embedding[: tokens.shape[1]].to(tokens.dtype)
+        hidden = tokens.flatten(0, 1).index_select(0, places)
+        for layer in self.layers:
+            hidden = layer(hidden, **kwargs)[0]
+        return BaseModelOutputWithPooling(last_hidden_state=self.ln_post(hidden))
 
 
 def label_nats(
@@ -254,6 +300,10 @@ class SpeechModel(Qwen3ASRForConditionalGeneration):
 
     Given `root_scale`, it returns the labels' summed nats times that, for a backward pass that begins there.
     """
+
+    def __init__(self, config: Qwen3ASRConfig):
+        super().__init__(config)
+        self.model.audio_tower.__class__ = Encoder
 
     @functools.wraps(Qwen3ASRForConditionalGeneration.forward)
     def forward(self, *args: Any, labels: torch.Tensor | None = None, **inputs: Any) -> Qwen3ASRCausalLMOutputWithPast:

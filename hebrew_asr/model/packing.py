@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from hebrew_asr.model.attention import WINDOW_TOKENS
-from hebrew_asr.model.loss import IGNORED_LABEL
+from hebrew_asr.model.loss import IGNORED_LABEL, flat_audio_places, flat_label_places
 
 FRAMES_PER_CHUNK = 100  # the encoder's convolutions see the mel axis in chunks of 1 s, padded to a whole number of them
 TOKENS_PER_CHUNK = 13
@@ -134,6 +134,22 @@ def pack_tokens(
     return {"input_ids": tokens, "position_ids": positions, "utterance_ends": utterance_ends, "labels": labels}
 
 
+def places_of(batch: dict[str, torch.Tensor], audio_token: int) -> dict[str, torch.Tensor]:
+    """What `label_states` would find on the device, where the host would wait for it: indices, found beforehand.
+
+    encoder_places of the tokens of sound among those of the encoder's seconds; audio_places of placeholders, and
+    label_places of what predicts a label, in the tokens of all rows one after the other.
+    """
+    frames = batch["input_features_mask"].view(-1, FRAMES_PER_CHUNK).sum(dim=1)
+    for _ in range(3):
+        frames = (frames + 1) // 2
+    return {
+        "encoder_places": (torch.arange(TOKENS_PER_CHUNK) < frames[:, None]).flatten().nonzero()[:, 0],
+        "audio_places": flat_audio_places(batch["input_ids"], batch["labels"], audio_token),
+        "label_places": flat_label_places(batch["labels"]),
+    }
+
+
 def all_rows(prompts: list[list[int]], targets: list[list[int]], in_one_row: bool) -> list[np.ndarray]:
     lengths = np.array([len(prompt + target) for prompt, target in zip(prompts, targets, strict=True)])
     return [np.arange(len(lengths))] if in_one_row else rows_of(lengths)
@@ -218,6 +234,7 @@ def halves(batch: dict[str, torch.Tensor], audio_token: int) -> list[dict[str, t
 
     def packed(part: np.ndarray) -> dict[str, torch.Tensor]:
         chosen = [clips[i] for i in part], [prompts[i] for i in part], [targets[i] for i in part]
-        return pack(*chosen, padding, in_one_row)[0]
+        batch = pack(*chosen, padding, in_one_row)[0]
+        return batch | places_of(batch, audio_token)
 
     return [packed(part) for part in balanced(sizes, 2)]

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from hebrew_asr.model import attention, fused, loss
 from hebrew_asr.model.costs import Work, work_of
 from hebrew_asr.model.loss import SpeechModel
-from hebrew_asr.model.packing import FRAMES_PER_CHUNK, audio_token_count, pack
+from hebrew_asr.model.packing import FRAMES_PER_CHUNK, audio_token_count, pack, places_of
 from hebrew_asr.model.stages import LAYER
 
 BF16, FP32 = 2, 4  # bytes
@@ -221,13 +221,12 @@ class Recorder(TorchDispatchMode):
     forward operator ran.
     """
 
-    def __init__(self, model: SpeechModel, batch: dict[str, torch.Tensor], on_fakes: bool):
-        """`batch` is real; where the tensors of the step are fake, sizes that depend on numbers are taken from it."""
+    def __init__(self, model: SpeechModel, batch: dict[str, torch.Tensor]):
+        """`batch` is real: how far its tokens attend is taken from it."""
         super().__init__()
-        self.model, self.on_fakes = model, on_fakes
+        self.model = model
         utterances, windows = (batch[f"{name}_ends"].diff().square().sum().item() for name in ("utterance", "window"))
         self.pairs = {True: utterances / 2, False: windows}  # of tokens that attend, by whether attention is causal
-        self.valid, self.labelled = int(batch["window_ends"][-1]), int((batch["labels"][:, 1:] >= 0).sum())
         self.notes: list[tuple[str, Kernel]] = []
         """Names of modules, and what ran in them."""
         self.waits: list[tuple[str, str]] = []
@@ -296,12 +295,7 @@ class Recorder(TorchDispatchMode):
         masks = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
         if name in WAITING or masks:
             self.waits.append((self._where(node), "index by a mask" if masks else name))
-        if name == "nonzero" and self.on_fakes:
-            out = args[0].new_empty((self.valid, args[0].dim()), dtype=torch.long)
-        elif masks and self.on_fakes:
-            out = args[0].new_empty((self.labelled, *args[0].shape[2:]))
-        else:
-            out = operator(*args, **(kwargs or {}))
+        out = operator(*args, **(kwargs or {}))
         if not (self.inside_one or operator.is_view or name in FREE):
             self.note(name, args, kwargs or {}, out, node)
         return out
@@ -454,7 +448,7 @@ def trace(
     attention.register()
     for tower in (config.text_config, config.audio_config):
         tower._attn_implementation_internal = attention.VARLEN
-    recorder = Recorder(shortened.model, batch, on_fakes=True)
+    recorder = Recorder(shortened.model, batch)
     with fake:
         inputs = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in batch.items()}
     fused.fuse(shortened.model)
@@ -481,7 +475,7 @@ def made_up_batch(seconds: np.ndarray, labels: np.ndarray, audio_token: int) -> 
     clips = [np.zeros((128, count), np.float32) for count in frames]
     prompts = [[audio_token] * audio_token_count(count) + [0] * PROMPT_AROUND for count in frames]
     batch, _ = pack(clips, prompts, [[0] * count for count in labels.tolist()], padding=0, in_one_row=True)
-    return batch
+    return batch | places_of(batch, audio_token)
 
 
 # --------------------------------------------------------------------------------------------------------- A whole step

@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers import Qwen3ASRForConditionalGeneration
 
-from hebrew_asr.model.packing import deal_step, pack_clips, pack_samples
+from hebrew_asr.model.packing import deal_step, pack_clips, pack_samples, places_of
 from hebrew_asr.model.prompts import read_output
 from hebrew_asr.rl.rewards import RewardWeights, reward_parts, total_reward
 from hebrew_asr.text.scoring import leaderboard_normalize
@@ -293,6 +293,7 @@ def pack_groups(
         collator.end_of_turn_id,
         collator.in_one_row,
     )
+    batch |= places_of(batch, collator.audio_token_id)
     return PackedGroups(groups, batch, [flat[i] for i in order])
 
 

@@ -26,7 +26,14 @@ from hebrew_asr.model.costs import Work, real_config, small_config
 from hebrew_asr.model.layouts import in_transformers_layout
 from hebrew_asr.model.loading import checkpoint_problems
 from hebrew_asr.model.loss import LOGITS_AT_ONCE
-from hebrew_asr.model.packing import SHORTEST_CLIP, TOKENS_PER_CHUNK, WINDOW_TOKENS, deal_step, rows_of
+from hebrew_asr.model.packing import (
+    FRAMES_PER_CHUNK,
+    SHORTEST_CLIP,
+    TOKENS_PER_CHUNK,
+    WINDOW_TOKENS,
+    deal_step,
+    rows_of,
+)
 from hebrew_asr.model.roofline import (
     DEVICES,
     OPTIMISTIC,
@@ -243,6 +250,32 @@ class Gathered:
             "weights gathered": FP32 * (self.rest + 2 * self.layer),
             "gradients to be exchanged": FP32 * (self.rest + exchanged),
         }
+
+
+# ---------------------------------------------------------------------------------------------------------- Evaluation
+FEWEST_AT_ONCE, MOST_AT_ONCE = 8, 64  # utterances of the greatest length; of shorter ones up to four times as many
+
+
+def decoding_bytes(config: transformers.Qwen3ASRConfig, seconds: float, new_tokens: int, element: int) -> int:
+    """Bytes that one utterance needs at the peak of an evaluation: in the convolutions, or while it is decoded.
+
+    Keys and values are counted in fp32, which norms with fp32 weights leave keys in; a layer's are written anew at each
+    token, so that one layer's are there twice.
+    """
+    audio, text = config.audio_config, config.text_config
+    chunks, mel = math.ceil(seconds), math.ceil(audio.num_mel_bins / 2)
+    features = 2 * FP32 * chunks * FRAMES_PER_CHUNK * audio.num_mel_bins  # in clips, and in seconds
+    convolution = 2 * chunks * audio.downsample_hidden_size * 50 * mel * element
+    tokens = TOKENS_AROUND + chunks * TOKENS_PER_CHUNK
+    kept = 2 * text.num_key_value_heads * text.head_dim * FP32 * (tokens + new_tokens)
+    hidden = tokens * (element * 3 * text.intermediate_size + 3 * FP32 * text.hidden_size)
+    logits = text.vocab_size * (FP32 + element)
+    return features + max(convolution, (text.num_hidden_layers + 1) * kept + max(hidden, logits))
+
+
+def rows_at_once(free: float, each: int) -> int:
+    """Utterances of the greatest length in a batch of the evaluation, for so many bytes."""
+    return int(min(MOST_AT_ONCE, max(FEWEST_AT_ONCE, free // each)))
 
 
 # --------------------------------------------------------------------------------------------------------------- Steps

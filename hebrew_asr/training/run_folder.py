@@ -32,16 +32,21 @@ PATH = re.compile(r"(train|eval)_sources\.\d+\.path: ")  # of `changes`: data th
 BEFORE = {"no_system_prob": 0.0}  # what runs did before there was the setting
 
 
+def folder_of(config: Settings) -> Path:
+    """Where a run of these settings is; with `resume` never another one each second."""
+    name = f"hebrew-asr-{store.fingerprint(config.identity())}"
+    if config.resume == "never":
+        name += time.strftime("-%Y%m%d-%H%M%S")
+    return Path(config.output_dir or f"runs/{name}")
+
+
 def open_run_folder(config: Settings, state: accelerate.PartialState) -> tuple[Path, Any]:
     """Creates the run's folder, or finds the run in it; returns it on all ranks, with the lock the first one holds.
 
     Raises InputError for a folder that holds another run, or that another process works in.
     """
-    name = f"hebrew-asr-{store.fingerprint(config.identity())}"
-    if config.resume == "never":
-        name += time.strftime("-%Y%m%d-%H%M%S")
-    (folder,) = broadcast_object_list([config.output_dir or f"runs/{name}"])
-    folder, lock = Path(folder), None
+    (folder,) = broadcast_object_list([folder_of(config)])
+    lock = None
     with fail_together():
         if state.is_main_process:
             try:
@@ -194,17 +199,25 @@ def note_failure(folder: Path, reason: str, state: str = "failed") -> None:
         store.update_status(folder, state=state, why=reason, checkpoint=last)
 
 
-def check_disk(folder: Path, model: torch.nn.Module, config: Settings) -> None:
-    """Raises InputError when the disk has no place for the checkpoints that are kept and the final model."""
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    copies = 2 if config.ema_decay is None else 3  # Adam's moments, and the moving average
+def checkpoint_bytes(model: torch.nn.Module, config: Settings) -> int:
+    """Of one checkpoint: the weights, Adam's moments of what trains, and the moving average."""
+    copies = 2 if config.ema_decay is None else 3
     trained = ever_trained(model, config.stages).values()
-    checkpoint = weights + copies * sum(parameter.nbytes for parameter in trained)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return weights + copies * sum(parameter.nbytes for parameter in trained)
+
+
+def check_disk(folder: Path, model: torch.nn.Module, config: Settings, disk: Path | None = None) -> None:
+    """Raises InputError when the disk has no place for the checkpoints that are kept and the final model.
+
+    `disk`: a folder that is on it, where the run's own is not there yet.
+    """
+    weights = sum(parameter.nbytes for parameter in model.parameters())
     there = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
     kept = config.save_total_limit + 2  # the best, and one in the making
     if config.uploads and config.hub_checkpoints:
         kept += 1  # one that is being uploaded
-    needed = kept * checkpoint + 2 * weights - there
-    free = shutil.disk_usage(folder).free
+    needed = kept * checkpoint_bytes(model, config) + 2 * weights - there
+    free = shutil.disk_usage(disk or folder).free
     if free < needed:
         raise InputError(f"{folder}: {free / 1e9:.1f} GB free on its disk, the run needs {needed / 1e9:.1f} GB")

@@ -93,6 +93,7 @@ def announce(trainer: ResumableTrainer, eval_rows: SpeechRows, processes: int) -
     if config.fsdp and processes == 1:
         say("note: fsdp is on and there is one process: nothing is sharded")
     audio, text = trainer.model.config.audio_config, trainer.model.config.text_config
+    say(f"evaluation: {trainer.eval_batch_size} utterances of {config.max_audio_length_seconds:g} s at once")
     say(f"attention: encoder {audio._attn_implementation}, language model {text._attn_implementation}")
     last_epoch = math.ceil(trainer.total_steps / len(trainer.feed))
     marked = sum(not {"״", "׳"}.isdisjoint(reference) for reference in eval_rows.column("reference"))

@@ -15,8 +15,11 @@ from hebrew_asr.model.stages import Stage
 
 @dataclass
 class PlanSettings:
-    """What --plan computes"""
+    """What --check_machine and --plan find before a run"""
 
+    check_machine: bool = False
+    """Only look, in a minute, whether this machine is fit for the run: a line each, `ok` or what to do
+    (docs/planning.md)."""
     plan: bool = False
     """Only print what the run will need: memory, hours, cost. Needs no GPU and downloads nothing."""
     plan_device: Literal["A100-40GB", "A100-80GB", "H100", "H200", "L40S", "4090"] = "A100-40GB"
@@ -54,12 +57,15 @@ class Settings(PlanSettings, DataConfig):
     target_effective_batch: int
     tokens_per_micro_batch: int | None
     batch_size: int
+    tracker: str
     dataloader_num_workers: int
     use_waveform_augmentation: bool
     waveform_augmentation: WaveformAugmentation
 
     # Evaluation and log
     eval_steps: int
+    eval_batch_size: int | None
+    generation_max_new_tokens: int | None
     eval_prefill_language: bool
     num_logged_predictions: int
     logging_steps: int

@@ -1,6 +1,7 @@
 """One optimizer step of one process: micro-batches, one loss, and less at once where memory does not hold them."""
 
 import contextlib
+import functools
 import math
 import sys
 import time
@@ -8,11 +9,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 from hebrew_asr.errors import InputError
+from hebrew_asr.model.generation import new_token_limit
 from hebrew_asr.model.loss import IGNORED_LABEL
 from hebrew_asr.model.packing import halves
 from hebrew_asr.model.sharding import is_sharded
+from hebrew_asr.model.stages import ever_trained
+from hebrew_asr.training.plan import BF16, FP32, USABLE, decoding_bytes, rows_at_once
 from hebrew_asr.training.resuming import ResumableTrainer
 from hebrew_asr.training.speed import StepClock
 
@@ -31,6 +36,28 @@ class StepTrainer(ResumableTrainer):
     """How often a micro-batch was done in two, since memory did not hold it."""
     too_many_tokens: float = math.inf
     """The fewest tokens that memory did not hold at once."""
+
+    @functools.cached_property
+    def eval_batch_size(self) -> int:
+        """Utterances of the greatest length that are transcribed at once, the same on all processes.
+
+        If the settings leave it open: as many as the memory has place for beside what stands in training, or the fewest
+        where there is no GPU to know it of.
+        """
+        if self.config.eval_batch_size is not None:
+            return self.config.eval_batch_size
+        free = 0.0
+        if self.args.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.args.device).total_memory
+            trained = ever_trained(self.model, self.config.stages).values()
+            copies = 3 if self.config.ema_decay is None else 4  # DDP's buckets, Adam's moments, the average
+            standing = sum(parameter.nbytes for parameter in self.model.parameters())
+            standing += copies * sum(parameter.nbytes for parameter in trained)
+            free = USABLE * total - standing
+        longest = self.config.max_audio_length_seconds
+        new_tokens = self.config.generation_max_new_tokens or new_token_limit(longest)
+        each = decoding_bytes(self.model.config, longest, new_tokens, BF16 if self.use_bf16 else FP32)
+        return min(gather_object([rows_at_once(free, each)]))
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any) -> tuple[list, torch.Tensor | int | None]:
         began = time.perf_counter()
@@ -125,7 +152,11 @@ class StepTrainer(ResumableTrainer):
     def scaled_loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
         """Summed nats of the supervised tokens of one micro-batch, times `scale`; the backward pass begins there."""
         with self.autocast():
-            return model(**self._prepare_inputs(batch), root_scale=scale).loss
+            return model(**self.on_device(batch), root_scale=scale).loss
+
+    def on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A micro-batch where it is computed; of the loader's pinned tensors without waiting for the copies."""
+        return {name: tensor.to(self.args.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
         """Has the fused optimizer scale the gradients as it reads them, which saves a pass over all of them."""

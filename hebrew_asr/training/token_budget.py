@@ -16,7 +16,7 @@ from accelerate.utils import find_executable_batch_size, gather_object
 
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.loss import SpeechModel
-from hebrew_asr.model.packing import FRAMES_PER_CHUNK, SHORTEST_CLIP, TOKENS_PER_CHUNK, pack
+from hebrew_asr.model.packing import FRAMES_PER_CHUNK, SHORTEST_CLIP, TOKENS_PER_CHUNK, pack, places_of
 from hebrew_asr.model.stages import freeze_for
 from hebrew_asr.processes import fail_together
 from hebrew_asr.training.plan import TEXT_TOKENS_PER_SECOND, USABLE
@@ -26,39 +26,63 @@ STEP = 0.05  # from one budget tried to the next
 
 
 class Utterances:
-    """Made-up utterances as long as training allows, which fill a budget; their features are zeros."""
+    """Made-up utterances as long as training allows, which fill a budget; their features are zeros.
+
+    Where training gives contexts, one is as long as the transcript of the longest utterance: it may be another's.
+    """
 
     def __init__(self, collator: Any, config: Settings):
         self.collator, self.longest = collator, config.max_audio_length_seconds
         self.language = config.language
+        self.has_context = config.prev_context_prob > 0
         augmented = config.use_waveform_augmentation
         self.stretch = 1 / min(1.0, *config.waveform_augmentation.speeds) if augmented else 1.0  # of audio, once dealt
 
-    def sequence(self, seconds: float, stretch: float = 1.0) -> tuple[np.ndarray, list[int], list[int]]:
+    def sequence(
+        self, seconds: float, stretch: float = 1.0, in_context: bool = False
+    ) -> tuple[np.ndarray, list[int], list[int]]:
         """Features, prompt and target of one."""
         frames = round(FRAMES_PER_CHUNK * seconds * stretch)
         collator, text = self.collator, [self.collator.end_of_turn_id] * round(TEXT_TOKENS_PER_SECOND * seconds)
         mel = collator.processor.feature_extractor.feature_size
         target = [*collator.language_prefix(self.language), *text, collator.end_of_turn_id]
-        return np.zeros((mel, frames), np.float32), collator.prompt(frames, ""), target
+        context = [collator.end_of_turn_id] * (round(TEXT_TOKENS_PER_SECOND * self.longest) if in_context else 0)
+        return np.zeros((mel, frames), np.float32), context + collator.prompt(frames, ""), target
 
-    def tokens(self, seconds: float) -> int:
-        _, prompt, target = self.sequence(seconds)
+    def tokens(self, seconds: float, in_context: bool = False) -> int:
+        _, prompt, target = self.sequence(seconds, in_context=in_context)
         return len(prompt + target)
 
-    def filling(self, budget: int) -> dict[str, torch.Tensor]:
-        """A training batch: as many of the longest as the budget holds, and a shorter one for the rest."""
-        whole, rest = divmod(budget, self.tokens(self.longest))
-        durations = [self.longest] * max(1, whole)
+    @property
+    def least(self) -> int:
+        """Tokens of the longest utterance there may be, which is alone where the budget is smaller."""
+        return self.tokens(self.longest, self.has_context)
+
+    def fillings(self, budget: int) -> list[dict[str, torch.Tensor]]:
+        """The training batches that may need most: without contexts most is heard and learnt, with them rows are wide.
+
+        All of them, or one, whose width the other rows are padded to.
+        """
+        return [self.filling(budget, count) for count in ((0, 1, budget) if self.has_context else (0,))]
+
+    def filling(self, budget: int, in_context: int = 0) -> dict[str, torch.Tensor]:
+        """A training batch: as many of the longest as the budget holds, and a shorter one for the rest.
+
+        `in_context`: so many of them have a context, if there are so many.
+        """
+        full, left = [], budget
+        while not full or left >= self.tokens(self.longest, len(full) < in_context):
+            left -= self.tokens(self.longest, len(full) < in_context)
+            full.append(self.sequence(self.longest, self.stretch, len(full) < in_context))
         shortest = self.tokens(SHORTEST_CLIP)
-        if whole and rest >= shortest:
-            more = (rest - shortest) / (TOKENS_PER_CHUNK + TEXT_TOKENS_PER_SECOND)
-            durations.append(SHORTEST_CLIP + more)
-        clips, prompts, targets = zip(*(self.sequence(each, self.stretch) for each in durations), strict=True)
+        if left >= shortest:
+            more = (left - shortest) / (TOKENS_PER_CHUNK + TEXT_TOKENS_PER_SECOND)
+            full.append(self.sequence(min(self.longest, SHORTEST_CLIP + more), self.stretch))
+        clips, prompts, targets = zip(*full, strict=True)
         batch, _ = pack(
             list(clips), list(prompts), list(targets), self.collator.end_of_turn_id, self.collator.in_one_row
         )
-        return batch
+        return batch | places_of(batch, self.collator.audio_token_id)
 
 
 def run_micro_batches(
@@ -124,7 +148,7 @@ def search(
     A stage is tried with the moments of the stages before it, from the budget down that those left.
     """
     utterances = Utterances(collator, config)
-    least = utterances.tokens(utterances.longest)
+    least = utterances.least
     budget = most = math.ceil(config.target_effective_batch / processes) * least
     moved: dict[str, torch.nn.Parameter] = {}
     averaged = [p for p in model.parameters() if p.dtype == torch.float32] if config.ema_decay is not None else []
@@ -136,7 +160,8 @@ def search(
         kept = [*moved.values(), *moved.values(), *averaged]  # Adam's two moments, and the moving average
 
         def attempt(tokens: int, kept: Sequence[torch.Tensor] = kept) -> None:
-            run_micro_batches(model, utterances.filling(tokens), kept, device, use_bf16, processes)
+            for batch in utterances.fillings(tokens):
+                run_micro_batches(model, batch, kept, device, use_bf16, processes)
 
         budget = largest_budget(attempt, least, budget)
     return budget, most
