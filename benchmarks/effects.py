@@ -69,6 +69,7 @@ from hebrew_asr.evaluation import results as results_module
 from hebrew_asr.evaluation import sets as sets_module
 from hebrew_asr.evaluation.sets import EvaluationConfig, EvaluationSet
 from hebrew_asr.model.loss import IGNORED_LABEL
+from hebrew_asr.model.packing import places_of
 from hebrew_asr.model.stages import COMPONENTS, Stage
 from hebrew_asr.training.run_log import curve
 from train_hebrew_asr_enhanced import TrainingConfig
@@ -253,6 +254,7 @@ def labels_on_prompt() -> Iterator[None]:
             tokens = batch["input_ids"]
             has_label = (batch["position_ids"] > 0) & (tokens != self.audio_token_id)
             batch["labels"] = torch.where(has_label, tokens, IGNORED_LABEL)
+            batch |= places_of(batch, self.audio_token_id)
         return batch
 
     with mock.patch.object(collator, "packed", packed):

@@ -208,6 +208,7 @@ def test_labels_on_the_prompt_are_all_tokens_but_the_audio(processor):
     expected = (tokens != collator.audio_token_id) & (begins == 0)
     assert ((labels != IGNORED_LABEL) == expected).all()
     assert (labels != IGNORED_LABEL).sum() > was.sum() + 2 * 10
+    assert len(batch["label_places"]) == (labels != IGNORED_LABEL).sum(), "they are what the loss is of"
 
 
 def test_bf16_weights_are_numbers_of_bf16_after_every_step(options):

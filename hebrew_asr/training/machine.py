@@ -47,7 +47,8 @@ EXCHANGED = {"cuda": 2**28, "cpu": 2**22}  # bytes
 WRITTEN = 2**29  # bytes at most, to know how fast a disk is
 WRITE_SECONDS = 10.0
 BLOCK = 2**24
-TENSORS = 7  # of a packed micro-batch; each is an open file while it is shared with a worker
+TENSORS = 10  # of a packed micro-batch; each is an open file while it is shared with a worker
+LOGIN_SECONDS = 20  # to W&B
 FILES_OPEN = 256  # of libraries, caches and corpora; assumed
 HEARD = 8  # utterances, to know how long one takes to read
 SLOW_PARAMETERS = 10**8  # that nobody trains on a CPU
@@ -248,8 +249,8 @@ def of_tracker(name: str) -> Finding:
         return Finding("ok", "tracking", f"W&B, WANDB_MODE is {mode}")
     with silenced_stdout():
         try:
-            has_key = library.login(prompt=False)
-        except library.errors.Error as error:
+            has_key = library.login(prompt=False, timeout=LOGIN_SECONDS)
+        except (library.errors.Error, OSError) as error:
             problem = str(error).splitlines()[0]
             return Finding("note", "tracking", f"W&B cannot be used ({problem}): the run would be tracked offline")
     if not has_key:

@@ -59,29 +59,22 @@ class Utterances:
         return self.tokens(self.longest, self.has_context)
 
     def fillings(self, budget: int) -> list[dict[str, torch.Tensor]]:
-        """The training batches that may need most: without contexts most is heard and learnt, with them rows are wide.
+        """The training batches that may need most: without contexts, where most is heard and learnt, and with them."""
+        return [self.filling(budget, in_context) for in_context in ((False, True) if self.has_context else (False,))]
 
-        All of them, or one, whose width the other rows are padded to.
-        """
-        return [self.filling(budget, count) for count in ((0, 1, budget) if self.has_context else (0,))]
-
-    def filling(self, budget: int, in_context: int = 0) -> dict[str, torch.Tensor]:
-        """A training batch: as many of the longest as the budget holds, and a shorter one for the rest.
-
-        `in_context`: so many of them have a context, if there are so many.
-        """
+    def filling(self, budget: int, in_context: bool = False) -> dict[str, torch.Tensor]:
+        """A training batch: as many of the longest as the budget holds, and a shorter one for the rest."""
         full, left = [], budget
-        while not full or left >= self.tokens(self.longest, len(full) < in_context):
-            left -= self.tokens(self.longest, len(full) < in_context)
-            full.append(self.sequence(self.longest, self.stretch, len(full) < in_context))
+        while not full or left >= self.tokens(self.longest, in_context):
+            left -= self.tokens(self.longest, in_context)
+            full.append(self.sequence(self.longest, self.stretch, in_context))
         shortest = self.tokens(SHORTEST_CLIP)
         if left >= shortest:
             more = (left - shortest) / (TOKENS_PER_CHUNK + TEXT_TOKENS_PER_SECOND)
             full.append(self.sequence(min(self.longest, SHORTEST_CLIP + more), self.stretch))
         clips, prompts, targets = zip(*full, strict=True)
-        batch, _ = pack(
-            list(clips), list(prompts), list(targets), self.collator.end_of_turn_id, self.collator.in_one_row
-        )
+        # In one row, whose mask is the largest there may be: which rows a step's utterances have is not known.
+        batch, _ = pack(list(clips), list(prompts), list(targets), self.collator.end_of_turn_id, in_one_row=True)
         return batch | places_of(batch, self.collator.audio_token_id)
 
 
