@@ -49,6 +49,7 @@ from hebrew_asr.training.settings import Settings
 
 USABLE = 0.95  # of a device's memory; assumed, not measured
 ASSUMED = OPTIMISTIC, PESSIMISTIC
+SHARDED = ", what trains is sharded (that counts in the memory; the hours are those without it)"
 ON_TOP = "evaluation, checkpoints and waiting for data or for Python"
 REAL_MODELS = {"Qwen/Qwen3-ASR-1.7B-hf": real_config, "Qwen/Qwen3-ASR-0.6B-hf": small_config}
 LAYER = re.compile(r"(audio_tower|language_model)\.layers\.\d+\.")
@@ -480,7 +481,7 @@ def make_plan(config: Settings) -> Plan:
     facts = [
         f"{config.model_name_or_path}, {weights.count(lambda name: True) / 1e6:,.0f} M parameters | {processes} ×"
         f" {device} | at most {budget} tokens at once, checkpointing {switch}"
-        f"{', what trains is sharded' if config.fsdp and processes > 1 else ''}",
+        f"{SHARDED if config.fsdp and processes > 1 else ''}",
         f"{hours_of_audio:,.2f} h of audio an epoch ({origin}) | {steps_per_epoch:,} steps of"
         f" {config.target_effective_batch} utterances an epoch | balance over processes and rows {steps.balance:.2f}",
     ]
