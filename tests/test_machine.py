@@ -60,7 +60,7 @@ def test_what_would_stop_the_run_is_said_line_by_line(config, capsys, hub, monke
     assert lines["corpus /nowhere/corpus"].startswith("stop ") and "no such folder" in lines["corpus /nowhere/corpus"]
     assert "first step" not in lines
     missing = lines_of(dataclasses.replace(config, model_name_or_path="/nowhere/model"), capsys)
-    assert missing["model"].startswith("stop model: /nowhere/model cannot be loaded")
+    assert missing["model"] == "stop model: /nowhere/model: no such folder or file"
 
 
 def test_the_disk(config, model, tmp_path, monkeypatch):
