@@ -46,6 +46,7 @@ from hebrew_asr.evaluation.sets import DEMO_SETS, EvaluationConfig
 from hebrew_asr.files import DEMO, digest
 from hebrew_asr.model.stages import COMPONENTS, Stage
 from hebrew_asr.processes import launch
+from hebrew_asr.training.strategies import with_replay
 from train_hebrew_asr_enhanced import TrainingConfig
 
 EPOCHS = {175: 20, 700: 10, 2309: 5}  # by utterances
@@ -78,6 +79,7 @@ RECIPES = {
     "all_5e-4": Recipe(((1.0, everything(5e-4), None),)),
     "all": Recipe(((1.0, everything(1e-3), None),)),
     "all_2e-3": Recipe(((1.0, everything(2e-3), None),)),
+    "all_replay": Recipe(((1.0, everything(1e-3), None),), replay={"english": 0.1, "nonspeech": 0.02}),
     "all_decay": Recipe(((1.0, everything(1e-3), None),), settings={"layerwise_lr_decay_rate": 0.7}),
 }
 
@@ -106,18 +108,8 @@ def sources(work: Path, run: Run) -> list[Source]:
         drawn = np.random.default_rng([run.seed, len(corpus)]).permutation(len(corpus))[: run.rows]
         folder.mkdir(parents=True)
         pyarrow.parquet.write_table(corpus.take(np.sort(drawn)), folder / "train.parquet")
-    return with_replay(Source(str(folder)), RECIPES[run.name].replay)
-
-
-def with_replay(corpus: Source, shares: dict[str, float]) -> list[Source]:
-    if not shares:
-        return [corpus]
-    languages = {"english": "English", "nonspeech": "None"}
-    beside = [
-        Source(str(DEMO / "replay" / name), probability=share, language=languages[name])
-        for name, share in shares.items()
-    ]
-    return [dataclasses.replace(corpus, probability=1 - sum(shares.values())), *beside]
+    shares = {f"replay_{name}": share for name, share in RECIPES[run.name].replay.items()}
+    return with_replay([Source(str(folder))], dataclasses.replace(round2.DEMO_OPTIONS, **shares))
 
 
 def settings(work: Path, run: Run) -> TrainingConfig:

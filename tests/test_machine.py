@@ -124,10 +124,10 @@ def test_an_exchange_that_fails_hangs_or_adds_up_wrong(monkeypatch):
 
 def test_tracking(monkeypatch):
     assert machine.of_tracker("none").kind == "ok"
-    monkeypatch.setattr(wandb, "login", lambda prompt: False)
+    monkeypatch.setattr(wandb, "login", lambda prompt, timeout: False)
     without = machine.of_tracker("wandb")
     assert without.kind == "note" and "uv run wandb login" in without.text
-    monkeypatch.setattr(wandb, "login", lambda prompt: True)
+    monkeypatch.setattr(wandb, "login", lambda prompt, timeout: True)
     assert machine.of_tracker("wandb").kind == "ok"
     monkeypatch.setenv("WANDB_MODE", "offlin")
     assert machine.asked("tracking", lambda: machine.of_tracker("wandb")).kind == "stop"
