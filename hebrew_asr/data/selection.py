@@ -197,7 +197,7 @@ def without_worst(train: SpeechRows, config: DataConfig) -> SpeechRows:
         raise InputError(f"{config.audit_scores}: none of its utterances is in train_sources")
     is_bad = pyarrow.compute.is_in(mine, audited_as(worst(scores, config.drop_worst_share).column))
     reason = f"among the audit's worst {config.drop_worst_share:.0%}"
-    return drop(train, config.train_sources, is_bad.to_numpy(), reason)
+    return drop(train, config.train_sources, is_bad.to_numpy(zero_copy_only=False), reason)
 
 
 def split(config: DataConfig, seed: int) -> tuple[SpeechRows, SpeechRows]:
