@@ -81,19 +81,19 @@ def tiny_model(is_fused: bool) -> SpeechModel:
     return model
 
 
+KNOWN: dict[tuple, tuple[list, bool]] = {}  # shapes and types of what a function returned, and whether in a tuple
+
+
 def stand_in(function: Callable, *args: Any) -> Any:
     """What a function returns, of which only shapes count, in one operator for each tensor."""
-    shapes = stand_in.known.get((function, *(getattr(a, "shape", a) for a in args)))
+    shapes = KNOWN.get((function, *(getattr(a, "shape", a) for a in args)))
     if shapes is None:
         out = function(*args)
         outs = out if isinstance(out, tuple) else (out,)
         shapes = [(one.shape, one.dtype) for one in outs], isinstance(out, tuple)
-        stand_in.known[(function, *(getattr(a, "shape", a) for a in args))] = shapes
+        KNOWN[(function, *(getattr(a, "shape", a) for a in args))] = shapes
     made = tuple(torch.zeros(shape, dtype=dtype) for shape, dtype in shapes[0])
     return made if shapes[1] else made[0]
-
-
-stand_in.known = {}
 
 
 @contextlib.contextmanager

@@ -5,11 +5,11 @@
     uv run python benchmarks/recipes.py --list                                                 what there is
 
 A run is one recipe (RECIPES) with so many utterances of the demo corpus and one seed, which draws the utterances, their
-order and all masks: recipes differ in nothing else. What is measured is the last checkpoint, or the moving average
-where the recipe keeps one, on the demo's four sets, of which nothing is chosen. Runs are in --work, a folder each, and
-are not run again; they are forked from one process that has imported everything, --at_once at a time with one thread
-each. Epochs follow from the size (EPOCHS), so that fewer utterances are heard more often. Seconds are those of the CPU,
-of training alone. Intervals are over seeds and utterances, as in effects.py.
+order and all masks: recipes differ in nothing else. What is measured is the last checkpoint, on the demo's four sets,
+by which nothing is chosen. Runs are in --work, a folder each, and are not run again; they are forked from one process
+that has imported everything, --at_once at a time with one thread each. Epochs follow from the size (EPOCHS), so that
+fewer utterances are heard more often. Seconds are those of the CPU, of training alone. Intervals are over seeds and
+utterances, as in effects.py.
 """
 
 import argparse
@@ -44,9 +44,9 @@ from hebrew_asr.evaluation import results as results_module
 from hebrew_asr.evaluation.measuring import clusters, counted
 from hebrew_asr.evaluation.sets import DEMO_SETS, EvaluationConfig
 from hebrew_asr.files import DEMO, digest
-from hebrew_asr.model.stages import COMPONENTS, Stage
+from hebrew_asr.model.stages import Stage
 from hebrew_asr.processes import launch
-from hebrew_asr.training.strategies import with_replay
+from hebrew_asr.training.strategies import STRATEGIES, everything, with_replay
 from train_hebrew_asr_enhanced import TrainingConfig
 
 EPOCHS = {175: 20, 700: 10, 2309: 5}  # by utterances
@@ -65,19 +65,18 @@ class Recipe:
     """Fields of TrainingConfig."""
 
 
-def everything(rate: float, **others: float) -> dict[str, float]:
-    return dict.fromkeys(COMPONENTS, rate) | others
+def of_strategy(name: str) -> Recipe:
+    """A recipe that the launcher knows, as the demo has it."""
+    stages = round2.demo(name).stages
+    return Recipe(tuple((s.last_epoch / stages[-1].last_epoch, s.learning_rates, s.llm_top_layers) for s in stages))
 
 
-B = {"projector": 4e-3, "llm_top": 1e-3, "lm_head": 2e-3}
-A = {"projector": 2e-3, "audio_top": 6e-4, "llm_top": 6e-4, "lm_head": 2e-3}
+B, A = (rates for _, rates, _ in of_strategy("b_then_a").stages)
 RECIPES = {
-    "b_then_a": Recipe(((0.4, B, 1), (1.0, A, 1))),
+    **{name: of_strategy(name) for name in STRATEGIES},
     "b_then_a_2": Recipe(((0.4, B, 2), (1.0, A, 2))),
-    "b_then_all": Recipe(((0.4, B, 1), (1.0, everything(6e-4, lm_head=2e-3), None))),
     "projector_then_all": Recipe(((0.2, {"projector": 4e-3}, 1), (1.0, everything(1e-3), None))),
     "all_5e-4": Recipe(((1.0, everything(5e-4), None),)),
-    "all": Recipe(((1.0, everything(1e-3), None),)),
     "all_2e-3": Recipe(((1.0, everything(2e-3), None),)),
     "all_replay": Recipe(((1.0, everything(1e-3), None),), replay={"english": 0.1, "nonspeech": 0.02}),
     "all_decay": Recipe(((1.0, everything(1e-3), None),), settings={"layerwise_lr_decay_rate": 0.7}),

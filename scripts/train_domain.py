@@ -39,12 +39,12 @@ from hebrew_asr.errors import InputError
 from hebrew_asr.files import DEMO
 from hebrew_asr.model.stages import Stage
 from hebrew_asr.processes import launch
+from hebrew_asr.training.strategies import ENGLISH
 from train_hebrew_asr_enhanced import TrainingConfig, main
 from train_round2_gradual import demo as round2_demo
 
 PARQUET_COPY = "refs/convert/parquet"
 SHARES = {"domain": 0.25, "general": 0.5, "english": 0.2, "nonspeech": 0.05}  # of an epoch's utterances
-ENGLISH = Source("google/fleurs", "en_us", PARQUET_COPY, text_column="transcription", language="English")
 GATES = [
     {"name": "eval-d1", "path": "ivrit-ai/eval-d1", "split": "test", "text_column": "text", "guarded": True},
     {"name": "english", "path": "google/fleurs", "config_name": "en_us", "revision": PARQUET_COPY, "split": "test"}

@@ -16,7 +16,7 @@ from hebrew_asr.data.sources import Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.training import machine
 from hebrew_asr.training.plan import Plan, StagePlan
-from train_hebrew_asr_enhanced import main
+from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, main
 
 A100 = "NVIDIA A100-SXM4-40GB"
 TWO = SimpleNamespace(num_processes=2, process_index=0, device=torch.device("cpu"))
@@ -69,6 +69,11 @@ def test_the_disk(config, model, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=10**6))
     with pytest.raises(InputError, match=r"0.0 GB free on its disk, the run needs"):
         machine.of_disk(tmp_path / "not" / "there", model, config)
+
+
+def test_a_micro_batch_has_as_many_tensors_as_are_counted(processor, config):
+    empty = DataCollatorSpeechSeq2SeqWithPadding(processor, config).packed([])
+    assert sum(torch.is_tensor(one) for one in empty.values()) == machine.TENSORS
 
 
 def test_limits(monkeypatch, tmp_path):
