@@ -57,6 +57,8 @@ class EvaluationOptions(Decoding):
     prompt_forms: bool = False
     """Measure Qwen3-ASR under each of the prompts that engines write: an empty system turn, none, the language given,
     a context (`--context`, or a few words)."""
+    decodings: bool = False
+    """Measure Qwen3-ASR greedy and with 2, 4 and 8 beams, side by side."""
     sets: list[str] = field(default_factory=list)
     """Of the leaderboard's (eval-d1, whatsapp, saspeech, fleurs, common-voice, kan; left out: those that can be had),
     with =FOLDER after the name where you have a copy (common-voice=cv-corpus-22.0/he), or one of your own as JSON:
@@ -115,6 +117,8 @@ def parse(argv: list[str]) -> EvaluationConfig:
         raise InputError("--score without a model takes files alone: leave --sets, --max_utterances, --update_card out")
     if given.prompt_forms and (given.language or not given.system_turn):
         raise InputError("--prompt_forms gives and leaves out language and system turn itself: leave both options out")
+    if given.decodings and (given.prompt_forms or given.num_beams > 1 or given.temperature):
+        raise InputError("--decodings chooses the beams itself: leave --num_beams, --temperature and --prompt_forms out")
     if given.context and not given.system_turn:
         raise InputError("--context stands in the system turn: leave --system_turn false out")
     card = Path(given.model or "") / "README.md"
@@ -129,6 +133,7 @@ def parse(argv: list[str]) -> EvaluationConfig:
         decoding=Decoding(**{one.name: getattr(given, one.name) for one in dataclasses.fields(Decoding)}),
         score=given.score,
         prompt_forms=given.prompt_forms,
+        decodings=given.decodings,
         max_utterances=given.max_utterances,
         min_audio_length_seconds=given.min_audio_length_seconds,
         max_audio_length_seconds=given.max_audio_length_seconds,

@@ -3,6 +3,8 @@
     uv run python benchmarks/recipes.py --json docs/recipes.json --plot docs/recipes.png       everything: many hours
     uv run python benchmarks/recipes.py --recipes b_then_a all --rows 175 2309 --seeds 3
     uv run python benchmarks/recipes.py --list                                                 what there is
+    uv run python benchmarks/recipes.py --real --processes 8 --device H100 --hours_of_audio 200 --price 2.5
+                                                               the queue of runs for the 1.7B, with GPU hours and price
 
 A run is one recipe (RECIPES) with so many utterances of the demo corpus and one seed, which draws the utterances, their
 order and all masks: recipes differ in nothing else. What is measured is the last checkpoint, on the demo's four sets,
@@ -38,14 +40,17 @@ import train_hebrew_asr_enhanced as training
 import train_round2_gradual as round2
 from benchmarks.effects import lean, measured, work_off, write_last
 from benchmarks.effects_report import change
+from benchmarks.recipes_real import lines_of_real
 from hebrew_asr.data.sources import Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation import results as results_module
 from hebrew_asr.evaluation.measuring import clusters, counted
 from hebrew_asr.evaluation.sets import DEMO_SETS, EvaluationConfig
 from hebrew_asr.files import DEMO, digest
+from hebrew_asr.model.roofline import DEVICES
 from hebrew_asr.model.stages import Stage
 from hebrew_asr.processes import launch
+from hebrew_asr.training.plan import ASSUMED_HOURS
 from hebrew_asr.training.strategies import STRATEGIES, everything, with_replay
 from train_hebrew_asr_enhanced import TrainingConfig
 
@@ -245,7 +250,19 @@ def command(arguments: list[str]) -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--list", action="store_true", help="print the recipes and end")
     parser.add_argument("--done", action="store_true", help="run nothing: report what is done")
+    real = parser.add_argument_group("the 1.7B: prints the queue of its runs, and runs nothing")
+    real.add_argument("--real", action="store_true")
+    real.add_argument("--processes", type=int, default=8, help="GPUs of a run")
+    real.add_argument("--device", choices=list(DEVICES), default="A100-80GB")
+    real.add_argument("--hours_of_audio", type=float, default=ASSUMED_HOURS, help="of an epoch")
+    real.add_argument("--price", type=float, default=2.0, help="of a GPU hour")
+    real.add_argument("--words", type=int, default=20_000, help="of the evaluation sets")
+    real.add_argument("--wer", type=float, default=10.0, help="percent that is expected on them")
     given = parser.parse_args(arguments)
+    if given.real:
+        what = (given.processes, given.device, given.hours_of_audio, given.price, given.words, given.wer)
+        print(*lines_of_real(*what), sep="\n")
+        return
     if given.list:
         for name in given.recipes:
             print(name, RECIPES[name])

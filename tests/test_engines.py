@@ -24,7 +24,7 @@ import evaluate_hebrew_asr as evaluation
 from hebrew_asr.data.audio import decode_audio
 from hebrew_asr.data.sources import Source
 from hebrew_asr.errors import InputError
-from hebrew_asr.evaluation import engines
+from hebrew_asr.evaluation import engines, transcription
 from hebrew_asr.evaluation import sets as sets_module
 from hebrew_asr.evaluation.engines import EndpointModel, open_engine
 from hebrew_asr.evaluation.sets import EvaluationSet
@@ -220,6 +220,23 @@ def test_each_form_of_the_prompt_is_measured(tmp_path, heldout, processor):
         prompt = processor.tokenizer.decode(model.prompts.prompt(0, context))
         assert prompt == starts.get(way.form, "") + user
         assert (decoding.language is not None) == way.form.endswith("language")
+
+
+def test_numbers_of_beams_are_measured_side_by_side(tmp_path, heldout, monkeypatch):
+    given, generate = [], transcription.generate
+
+    def noted(*args, num_beams, **others):
+        given.append(num_beams)
+        return generate(*args, num_beams=num_beams, **others)
+
+    monkeypatch.setattr(transcription, "generate", noted)
+    evaluation.main(settings(tmp_path, heldout, "--decodings", "true"))
+    found = results_of(tmp_path / "out")
+    assert given == [1, 2, 4, 8]
+    assert [model["decoding"] for model in found["models"]] == ["greedy", "2 beams", "4 beams", "8 beams"]
+    assert [comparison["second"] for comparison in found["comparisons"]] == [f"base [{n} beams]" for n in (2, 4, 8)]
+    with pytest.raises(InputError, match="chooses the beams itself"):
+        settings(tmp_path, heldout, "--decodings", "true", "--num_beams", "4")
 
 
 def test_a_set_that_was_not_asked_for_may_be_missing(tmp_path, heldout, monkeypatch, capsys):

@@ -2,9 +2,10 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
-from benchmarks import recipes
+from benchmarks import recipes, recipes_real
 from benchmarks.recipes import RECIPES, Run
 
 
@@ -38,3 +39,29 @@ def test_the_table_has_means_over_the_seeds_and_changes_against_the_same_seeds()
     assert not frozen["change"] and free["change"]["heldout"]["value"] == pytest.approx(100 * (35 / 55 - 1))
     assert "| 175 | all | 2 | 5 | 2 | 17.50 | -36 (" in recipes.lines_of([frozen, free], "b_then_a")[3]
     assert not recipes.table_of(runs[:3], "b_then_a")[1]["change"], "of one seed there is no interval"
+
+
+def test_the_real_runs_are_commands_that_run_at_the_hours_of_their_plans():
+    lines = recipes_real.lines_of_real(8, "A100-40GB", 350.0, 2.0, 20_000, 10.0)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:] if line.startswith("|")]
+    commands = [line.partition("train_round2_gradual.py ")[2].split() for line in lines if "train_round2" in line]
+    assert len(rows) == len(commands) == len(recipes_real.QUESTIONS)
+    for number, (row, command) in enumerate(zip(rows, commands, strict=True), 1):
+        plan = recipes_real.make_plan(recipes_real.recipe(command))  # 8 A100s of 40 GB and 350 hours are its defaults
+        assert all(stage.fits for stage in plan.stages) and ("--fsdp" in command) == (command[1] != "b_then_a")
+        assert row[0] == str(number) and row[2] in ("", *map(str, range(1, number)))
+        assert row[3] == f"{min(plan.hours):.1f}–{max(plan.hours):.1f}"
+        assert row[5] == f"{16 * min(plan.hours):,.0f}–{16 * max(plan.hours):,.0f}"
+
+
+def test_a_change_that_can_be_detected_is_found_in_four_cases_of_five():
+    """Drawn anew: the errors of two models on as many utterances, as independent as the demo's recipes are."""
+    random, utterances, found = np.random.default_rng(0), 2000, []
+    change = recipes_real.detectable(errors=1000)
+    for _ in range(400):
+        ours, theirs = (random.poisson(mean, utterances) for mean in (0.5 * (1 + change / 100), 0.5))
+        differences = ours - ours.sum() / theirs.sum() * theirs
+        # PER_ERROR is that of the demo's sets; a Poisson's is the square root of two
+        error = recipes_real.PER_ERROR / np.sqrt(2) * np.sqrt((differences**2).sum()) / ours.sum()
+        found.append(np.log(ours.sum() / theirs.sum()) / error > 1.96)
+    assert np.mean(found) == pytest.approx(0.8, abs=0.06)

@@ -39,6 +39,7 @@ from hebrew_asr.model.prompts import END_OF_LANGUAGE, PROMPT_FORMS
 
 BEAMS = 5  # of CTranslate2, where no other number is asked for: as ivrit.ai's engine, and so the leaderboard, has it
 HOT_WORDS = "ירושלים, רכבת, דוקטור כהן"  # the context under which forms are compared, where none is given
+DECODINGS = {"greedy": 1, "2 beams": 2, "4 beams": 4, "8 beams": 8}  # what `decodings` compares
 AT_ONCE = 16  # requests to an endpoint
 ATTEMPTS = 3
 FIRST_WAIT_SECONDS = 1.0  # after a failure; then four times as long
@@ -228,7 +229,7 @@ class Way:
     """A way of asking an engine for transcripts, which has a row of its own in the results."""
 
     form: str
-    """The name of a prompt's form; "" where forms are not compared."""
+    """The name of a prompt's form, or of a way of decoding; "" where neither are compared."""
     decoding: Decoding
 
     def described(self, engine: Transcriber) -> dict[str, Any]:
@@ -244,8 +245,10 @@ class Way:
 
 
 def ways_of(engine: Transcriber, config: EvaluationConfig) -> list[Way]:
-    """The one way, or, for Qwen3-ASR and where they are asked for, the forms in which engines write prompts."""
+    """The one way, or, for Qwen3-ASR and where they are asked for, ways of decoding, or forms of prompts."""
     decoding = config.decoding
+    if config.decodings and isinstance(engine, QwenModel):
+        return [Way(name, dataclasses.replace(decoding, num_beams=beams)) for name, beams in DECODINGS.items()]
     if not (config.prompt_forms and isinstance(engine, QwenModel)):
         return [Way("", decoding)]
     return [

@@ -85,6 +85,8 @@ class EvaluationConfig:
     """Files of transcripts made elsewhere, in place of models or beside them."""
     prompt_forms: bool = False
     """Qwen3-ASR is measured under each of the prompts that engines write, in place of one."""
+    decodings: bool = False
+    """Qwen3-ASR is measured greedy and with several numbers of beams, in place of one of them."""
     max_utterances: int | None = None
     """Of each set, spread evenly over it; None: all."""
     max_broken_share: float = 0.05
