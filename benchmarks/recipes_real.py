@@ -80,8 +80,8 @@ def lines_of_real(
     facts = [
         f"In all {between(total, 0)} GPU hours, {between(total * price, 0)} at {price:g} a GPU hour, computed;"
         " evaluations, saving and start-ups come on top.",
-        f"On {words:,} words at {wer:g} % WER, two runs show a change of {alone:.0f} % of the errors in 80 % of the cases"
-        f" where seeds make no difference, one of {with_seeds:.0f} % where they make the demo's.",
+        f"On {words:,} words at {wer:g} % WER, two runs show a change of {alone:.0f} % of the errors in 80 % of the"
+        f" cases where seeds make no difference, one of {with_seeds:.0f} % where they make the demo's.",
     ]
     return [*table, "", *facts, "", *commands]
 

@@ -41,11 +41,15 @@ def test_the_table_has_means_over_the_seeds_and_changes_against_the_same_seeds()
     assert not recipes.table_of(runs[:3], "b_then_a")[1]["change"], "of one seed there is no interval"
 
 
-def test_the_real_runs_are_commands_that_run_at_the_hours_of_their_plans():
+def test_the_real_runs_are_commands_that_run_at_the_hours_of_their_plans(monkeypatch):
+    for number, question in enumerate(recipes_real.QUESTIONS, 1):
+        recipes_real.recipe(list(question.options)).check(processes=8)
+        assert question.against is None or question.against != number
+    monkeypatch.setattr(recipes_real, "QUESTIONS", recipes_real.QUESTIONS[:2])
     lines = recipes_real.lines_of_real(8, "A100-40GB", 350.0, 2.0, 20_000, 10.0)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:] if line.startswith("|")]
     commands = [line.partition("train_round2_gradual.py ")[2].split() for line in lines if "train_round2" in line]
-    assert len(rows) == len(commands) == len(recipes_real.QUESTIONS)
+    assert len(rows) == len(commands) == 2
     for number, (row, command) in enumerate(zip(rows, commands, strict=True), 1):
         plan = recipes_real.make_plan(recipes_real.recipe(command))  # 8 A100s of 40 GB and 350 hours are its defaults
         assert all(stage.fits for stage in plan.stages) and ("--fsdp" in command) == (command[1] != "b_then_a")
