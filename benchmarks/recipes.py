@@ -131,25 +131,32 @@ def settings(work: Path, run: Run) -> TrainingConfig:
     return config
 
 
-def work_on(work: Path, run: Run) -> None:
-    """Trains and measures, in this process."""
-    folder = run.folder(work)
+def train_and_measure(folder: Path, config: TrainingConfig) -> None:
+    """In this process; what is left in the folder is small."""
     shutil.rmtree(folder / "run", ignore_errors=True)  # half a run has half a time
     with lean(), measured() as spent:
-        training.main(settings(work, run))
+        training.main(config)
     write_last(folder, 1)
-    config = EvaluationConfig([str(folder / "last")], DEMO_SETS, max_wer_rise=None, quoted=[])
-    config.output_dir, config.num_workers = str(folder / "evaluation"), 0
+    measuring = EvaluationConfig([str(folder / "last")], DEMO_SETS, max_wer_rise=None, quoted=[])
+    measuring.output_dir, measuring.num_workers = str(folder / "evaluation"), 0
     with lean():
-        evaluation.main(config)
+        evaluation.main(measuring)
     (folder / "seconds.json").write_text(json.dumps(dataclasses.asdict(spent)))
-    for name in ("last", "run/checkpoints", "run/final_model", "evaluation/transcripts"):
+    for name in ("run/checkpoints", "run/final_model", "evaluation/transcripts"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
+def work_on(work: Path, run: Run) -> None:
+    train_and_measure(run.folder(work), settings(work, run))
+    shutil.rmtree(run.folder(work) / "last")
+
+
 def read(work: Path, run: Run) -> dict[str, Any]:
+    return dataclasses.asdict(run) | found_in(run.folder(work))
+
+
+def found_in(folder: Path) -> dict[str, Any]:
     """A run's errors of every utterance, the share of non-speech answered with no text, steps and seconds."""
-    folder = run.folder(work)
     records = pyarrow.parquet.read_table(folder / "evaluation" / "utterances.parquet").to_pylist()
     sets = {}
     for name in SPEECH:
@@ -158,7 +165,7 @@ def read(work: Path, run: Run) -> dict[str, Any]:
         sets[name] = {"errors": errors, "words": words, "recordings": clusters(mine)}
     silent = [not record["hypothesis"].strip() for record in records if record["set"] == "non-speech"]
     logged = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return dataclasses.asdict(run) | {
+    return {
         "steps": max(row["step"] for row in logged),
         "seconds": json.loads((folder / "seconds.json").read_text())["cpu"],
         "empty": 100 * float(np.mean(silent)),
