@@ -118,7 +118,7 @@ def parse(argv: list[str]) -> EvaluationConfig:
     if given.prompt_forms and (given.language or not given.system_turn):
         raise InputError("--prompt_forms gives and leaves out language and system turn itself: leave both options out")
     if given.decodings and (given.prompt_forms or given.num_beams > 1 or given.temperature):
-        raise InputError("--decodings chooses the beams itself: leave --num_beams, --temperature and --prompt_forms out")
+        raise InputError("--decodings chooses the beams: leave --num_beams, --temperature and --prompt_forms out")
     if given.context and not given.system_turn:
         raise InputError("--context stands in the system turn: leave --system_turn false out")
     card = Path(given.model or "") / "README.md"

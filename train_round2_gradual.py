@@ -2,7 +2,7 @@
 
     uv run torchrun --nproc_per_node=8 train_round2_gradual.py            Qwen3-ASR-1.7B on the ivrit.ai corpora
     uv run torchrun --nproc_per_node=2 train_round2_gradual.py --demo     a small model on the corpus in demo/, no GPU
-    uv run torchrun --nproc_per_node=8 train_round2_gradual.py --strategy all --replay_english 0.1
+    uv run torchrun --nproc_per_node=8 train_round2_gradual.py --strategy all_with_replay --nonspeech data/noise
 
 Every field of TrainingConfig can be given after it: `--num_epochs 3 --use_specaugment false`.
 """
@@ -15,6 +15,7 @@ if __name__ == "__main__":  # the imports take seconds
 import functools
 
 from hebrew_asr.command_line import help_of, parse_config, split_options
+from hebrew_asr.data.augmentation import WaveformAugmentation
 from hebrew_asr.data.sources import Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import DEMO
@@ -23,7 +24,7 @@ from hebrew_asr.training.strategies import RecipeOptions, stages_of, with_replay
 from train_hebrew_asr_enhanced import TrainingConfig, main
 
 DEMO_OPTIONS = RecipeOptions(
-    english=Source(str(DEMO / "replay/english")), nonspeech=Source(str(DEMO / "replay/nonspeech"))
+    english=Source(str(DEMO / "replay/english_900")), nonspeech=Source(str(DEMO / "replay/nonspeech"))
 )
 
 
@@ -44,6 +45,10 @@ def demo(strategy: str = "b_then_a") -> TrainingConfig:
     config.eval_sources = [Source(str(DEMO / "heldout"), split="test")]
     config.text_rules.quote_style = "keep"  # the corpus and the test set write צה״ל alike
     config.no_system_prob = config.prev_context_prob = 0.0  # so short a run learns one form best
+    if strategy == "all_with_replay":
+        config.num_time_masks = 0  # its clips have 1.7 s: a mask hides whole words
+        config.use_waveform_augmentation = True
+        config.waveform_augmentation = WaveformAugmentation((1.0,), 0, gain_probability=0, noise_probability=0.1)
     config.target_effective_batch, config.batch_size = 16, 8
     config.dataloader_num_workers = config.preprocessing_num_workers = 0
     config.eval_batch_size = 64

@@ -46,6 +46,7 @@ from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation import results as results_module
 from hebrew_asr.evaluation.measuring import clusters, counted
 from hebrew_asr.evaluation.sets import DEMO_SETS, EvaluationConfig
+from hebrew_asr.evaluation.transcription import Decoding
 from hebrew_asr.files import DEMO, digest
 from hebrew_asr.model.roofline import DEVICES
 from hebrew_asr.model.stages import Stage
@@ -72,8 +73,12 @@ class Recipe:
 
 def of_strategy(name: str) -> Recipe:
     """A recipe that the launcher knows, as the demo has it."""
-    stages = round2.demo(name).stages
-    return Recipe(tuple((s.last_epoch / stages[-1].last_epoch, s.learning_rates, s.llm_top_layers) for s in stages))
+    config, strategy = round2.demo(name), STRATEGIES[name]
+    last = config.stages[-1].last_epoch
+    stages = tuple((stage.last_epoch / last, stage.learning_rates, stage.llm_top_layers) for stage in config.stages)
+    replay = {"english": strategy.replay_english, "nonspeech": strategy.replay_nonspeech}
+    own = ("num_time_masks", "use_waveform_augmentation", "waveform_augmentation")
+    return Recipe(stages, replay, {setting: getattr(config, setting) for setting in own})
 
 
 B, A = (rates for _, rates, _ in of_strategy("b_then_a").stages)
@@ -83,7 +88,7 @@ RECIPES = {
     "projector_then_all": Recipe(((0.2, {"projector": 4e-3}, 1), (1.0, everything(1e-3), None))),
     "all_5e-4": Recipe(((1.0, everything(5e-4), None),)),
     "all_2e-3": Recipe(((1.0, everything(2e-3), None),)),
-    "all_replay": Recipe(((1.0, everything(1e-3), None),), replay={"english": 0.1, "nonspeech": 0.02}),
+    "all_no_masks": Recipe(((1.0, everything(1e-3), None),), settings={"use_specaugment": False}),  # as ms-swift has it
     "all_decay": Recipe(((1.0, everything(1e-3), None),), settings={"layerwise_lr_decay_rate": 0.7}),
 }
 
@@ -131,33 +136,38 @@ def settings(work: Path, run: Run) -> TrainingConfig:
     return config
 
 
-def train_and_measure(folder: Path, config: TrainingConfig) -> None:
-    """In this process; what is left in the folder is small."""
-    shutil.rmtree(folder / "run", ignore_errors=True)  # half a run has half a time
-    with lean(), measured() as spent:
-        training.main(config)
-    write_last(folder, 1)
-    measuring = EvaluationConfig([str(folder / "last")], DEMO_SETS, max_wer_rise=None, quoted=[])
-    measuring.output_dir, measuring.num_workers = str(folder / "evaluation"), 0
+def train_and_measure(folder: Path, config: TrainingConfig, beams: int = 1) -> None:
+    """Does what is not done yet, in this process."""
+    if not (folder / "seconds.json").exists():
+        shutil.rmtree(folder / "run", ignore_errors=True)  # half a run has half a time
+        with lean(), measured() as spent:
+            training.main(config)
+        write_last(folder, 1)
+        (folder / "seconds.json").write_text(json.dumps(dataclasses.asdict(spent)))
+        for name in ("run/checkpoints", "run/final_model"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    measuring = EvaluationConfig([str(folder / "last")], DEMO_SETS, Decoding(num_beams=beams), quoted=[])
+    measuring.output_dir, measuring.num_workers = str(evaluation_of(folder, beams)), 0
     with lean():
         evaluation.main(measuring)
-    (folder / "seconds.json").write_text(json.dumps(dataclasses.asdict(spent)))
-    for name in ("run/checkpoints", "run/final_model", "evaluation/transcripts"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.rmtree(evaluation_of(folder, beams) / "transcripts", ignore_errors=True)
 
 
-def work_on(work: Path, run: Run) -> None:
-    train_and_measure(run.folder(work), settings(work, run))
-    shutil.rmtree(run.folder(work) / "last")
+def evaluation_of(folder: Path, beams: int) -> Path:
+    return folder / f"evaluation-{beams}"
 
 
-def read(work: Path, run: Run) -> dict[str, Any]:
-    return dataclasses.asdict(run) | found_in(run.folder(work))
+def work_on(work: Path, run: Run, beams: int) -> None:
+    train_and_measure(run.folder(work), settings(work, run), beams)
 
 
-def found_in(folder: Path) -> dict[str, Any]:
+def read(work: Path, run: Run, beams: int) -> dict[str, Any]:
+    return dataclasses.asdict(run) | found_in(run.folder(work), beams)
+
+
+def found_in(folder: Path, beams: int = 1) -> dict[str, Any]:
     """A run's errors of every utterance, the share of non-speech answered with no text, steps and seconds."""
-    records = pyarrow.parquet.read_table(folder / "evaluation" / "utterances.parquet").to_pylist()
+    records = pyarrow.parquet.read_table(evaluation_of(folder, beams) / "utterances.parquet").to_pylist()
     sets = {}
     for name in SPEECH:
         mine = [record for record in records if record["set"] == name and record["words"]]
@@ -251,6 +261,7 @@ def command(arguments: list[str]) -> None:
     parser.add_argument("--rows", nargs="+", type=int, choices=list(EPOCHS), default=list(EPOCHS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--against", choices=list(RECIPES), default="b_then_a", metavar="NAME")
+    parser.add_argument("--num_beams", type=int, default=1, help="of the measuring; what is trained is kept")
     parser.add_argument("--work", type=Path, default=Path("runs/recipes"), help="what is done, a folder for each run")
     parser.add_argument("--at_once", type=int, default=len(os.sched_getaffinity(0)), help="runs at once")
     parser.add_argument("--json", type=Path, help="everything measured, each utterance's errors included")
@@ -279,7 +290,8 @@ def command(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no run stays behind
     work = given.work.resolve()
     runs = [Run(name, rows, seed) for seed in range(given.seeds) for rows in given.rows for name in given.recipes]
-    is_done = {run: (run.folder(work) / "seconds.json").exists() for run in runs}
+    beams = given.num_beams
+    is_done = {run: (evaluation_of(run.folder(work), beams) / "utterances.parquet").exists() for run in runs}
     left = [run for run in runs if not is_done[run]]
     if given.done:
         runs = [run for run in runs if is_done[run]]
@@ -287,10 +299,10 @@ def command(arguments: list[str]) -> None:
         for run in left:
             run.folder(work).mkdir(parents=True, exist_ok=True)
             sources(work, run)
-        jobs = [(str(run), functools.partial(work_on, work, run), run.folder(work) / "log.txt") for run in left]
-        if failed := work_off(jobs, given.at_once, lambda number: said(read(work, left[number]))):
+        jobs = [(str(run), functools.partial(work_on, work, run, beams), run.folder(work) / "log.txt") for run in left]
+        if failed := work_off(jobs, given.at_once, lambda number: said(read(work, left[number], beams))):
             raise InputError(f"{len(failed)} runs failed: {'; '.join(failed)}. The same command tries them again")
-    results = [read(work, run) for run in runs]
+    results = [read(work, run, beams) for run in runs]
     table = table_of(results, given.against)
     print(*lines_of(table, given.against), sep="\n")
     if given.json:

@@ -54,7 +54,8 @@ from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 SEED = 20
 HELDOUT_ROWS, ENGLISH_ROWS, NONSPEECH_ROWS = 440, 160, 110
-REPLAY_ENGLISH, REPLAY_NONSPEECH, DOMAIN_ROWS, DOMAIN_TEST_ROWS = 250, 60, 240, 120
+REPLAY_ENGLISH = {"english": 250, "english_900": 900}  # sentences by folder
+REPLAY_NONSPEECH, DOMAIN_ROWS, DOMAIN_TEST_ROWS = 60, 240, 120
 CORPUS_SENTENCES = 2_400
 BASE_HEBREW, BASE_ENGLISH, BASE_NONSPEECH = 3_600, 900, 300  # clips to train the checkpoint on
 BATCH = 24  # clips
@@ -288,16 +289,20 @@ def report(model, processor, folder: Path) -> None:
 
 def write_replay(espeak: Espeak, out: Path) -> None:
     """Training rows of what the checkpoint knows beside Hebrew; no sentence and no noise is one of the test sets'."""
-    rng, noise_rng = random.Random(SEED + 1), np.random.default_rng(SEED + 1)
     tested = {clip.text for clip in read_clips(out / "english", "English")}
-    english = distinct(lambda: english_sentence(rng), REPLAY_ENGLISH, tested)
-    clips = {
-        "english": [Clip(espeak(t, rng.choice(ENGLISH_VOICES), **delivery(rng)), t, "English") for t in english],
-        "nonspeech": [nonspeech_clip(noise_rng) for _ in range(REPLAY_NONSPEECH)],
-    }
+    clips = {name: english_clips(espeak, count, tested) for name, count in REPLAY_ENGLISH.items()}
+    noise_rng = np.random.default_rng(SEED + 1)
+    clips["nonspeech"] = [nonspeech_clip(noise_rng) for _ in range(REPLAY_NONSPEECH)]
     for name, mine in clips.items():
-        rows = [row(clip.wave, clip.text, f"demo-{name}", f"replay-{name}-{i:04d}") for i, clip in enumerate(mine)]
+        kind = name.partition("_")[0]
+        rows = [row(clip.wave, clip.text, f"demo-{kind}", f"replay-{kind}-{i:04d}") for i, clip in enumerate(mine)]
         write_parquet(out / "replay" / name / "train-00000-of-00001.parquet", rows)
+
+
+def english_clips(espeak: Espeak, count: int, tested: set[str]) -> list[Clip]:
+    rng = random.Random(SEED + 1)
+    sentences = distinct(lambda: english_sentence(rng), count, tested)
+    return [Clip(espeak(t, rng.choice(ENGLISH_VOICES), **delivery(rng)), t, "English") for t in sentences]
 
 
 def write_domain(espeak: Espeak, out: Path) -> None:

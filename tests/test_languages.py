@@ -34,8 +34,9 @@ def sentences(folder) -> list[str]:
 
 
 def test_what_is_replayed_is_not_what_is_tested():
-    replayed = sentences(DEMO / "replay" / "english")
-    assert len(set(replayed)) == 250 and not set(replayed) & set(sentences(DEMO / "english"))
+    for name, count in (("english", 250), ("english_900", 900)):
+        replayed = sentences(DEMO / "replay" / name)
+        assert len(set(replayed)) == count and not set(replayed) & set(sentences(DEMO / "english"))
     digests = [
         set(load_rows([Source(str(DEMO / f), split=s, language="None")], DataConfig(), False).column("digest"))
         for f, s in (("replay/nonspeech", "train"), ("nonspeech", "test"))

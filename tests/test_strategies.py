@@ -17,14 +17,14 @@ def test_every_strategy_can_be_named_and_none_changes_another():
     assert set(named) == set(STRATEGIES)
     for name in named:
         recipe(["--demo", "--strategy", name])  # at 20 times the rates
-        config = recipe(["--strategy", name])
+        config = recipe(["--strategy", name, "--nonspeech", "noise"])
         config.check(processes=8)
-        assert config.stages == STRATEGIES[name] and config.num_epochs == 5
+        assert config.stages == STRATEGIES[name].stages and config.num_epochs == 5
     assert recipe([]) == round2()
 
 
 def test_everything_means_every_layer_of_both_towers():
-    stage, model_config = STRATEGIES["all"][0], transformers.AutoConfig.from_pretrained(DEMO / "base")
+    stage, model_config = STRATEGIES["all"].stages[0], transformers.AutoConfig.from_pretrained(DEMO / "base")
     model = transformers.Qwen3ASRForConditionalGeneration(model_config)
     resting = {name for name, _ in model.named_parameters() if not trains_in(name, stage, model_config)}
     assert not any(LAYER.search(name) for name in resting) and len(resting) < 12
@@ -36,6 +36,8 @@ def test_replay_takes_its_shares_from_the_sources():
     assert [source.replay for source in config.train_sources] == [None, True, True]
     assert [source.language for source in config.train_sources] == [None, "English", "None"]
     config.check(processes=2)
+    config = recipe(["--demo", "--strategy", "all_with_replay", "--replay_english", "0.08"])
+    assert [source.probability for source in config.train_sources] == [0.9, 0.08, 0.02]
     given = ["--train_sources", '[{"path": "a", "probability": 0.75}, {"path": "b", "probability": 0.25}]']
     config = recipe([*given, "--replay_english", "0.2", "--english", "mine"])
     found = [(source.path, source.probability, source.replay) for source in config.train_sources]
@@ -46,6 +48,7 @@ def test_replay_takes_its_shares_from_the_sources():
     ("arguments", "said"),
     [
         (["--replay_nonspeech", "0.1"], "needs --nonspeech"),
+        (["--strategy", "all_with_replay"], "or leave it out: --replay_nonspeech 0"),
         (["--replay_english", "0.1", "--train_sources", '[{"path": "a"}, {"path": "b"}]'], "a probability for each"),
         (["--strategy", "everything"], "b_then_a"),
         (["--strategy", "all", "--config", "x.yaml"], "leave one of them out"),

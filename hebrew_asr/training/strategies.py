@@ -26,10 +26,20 @@ def everything(rate: float) -> dict[str, float]:
 
 B = {"projector": 2e-4, "llm_top": 5e-5, "lm_head": 1e-4}
 A = {"projector": 1e-4, "audio_top": 3e-5, "llm_top": 3e-5, "lm_head": 1e-4}
-STRATEGIES: dict[str, list[Stage]] = {
-    "b_then_a": [Stage("B", 2, B), Stage("A", 5, A)],
-    "b_then_all": [Stage("B", 2, B), Stage("all", 5, everything(3e-5), None, None)],
-    "all": [Stage("all", 5, everything(5e-5), None, None)],
+
+
+@dataclass(frozen=True)
+class Strategy:
+    stages: list[Stage]
+    replay_english: float = 0.0
+    replay_nonspeech: float = 0.0
+
+
+STRATEGIES = {
+    "b_then_a": Strategy([Stage("B", 2, B), Stage("A", 5, A)]),
+    "b_then_all": Strategy([Stage("B", 2, B), Stage("all", 5, everything(3e-5), None, None)]),
+    "all": Strategy([Stage("all", 5, everything(5e-5), None, None)]),
+    "all_with_replay": Strategy([Stage("all", 5, everything(5e-5), None, None)], 0.16, 0.02),
 }
 
 
@@ -37,39 +47,46 @@ STRATEGIES: dict[str, list[Stage]] = {
 class RecipeOptions:
     """Recipe"""
 
-    strategy: Literal["b_then_a", "b_then_all", "all"] = "b_then_a"
+    strategy: Literal["b_then_a", "b_then_all", "all", "all_with_replay"] = "b_then_a"
     """b_then_a: the spec's, Strategy B (projector, top of the language model, head) for two epochs, then A (with the
     encoder's top) for three. b_then_all: B, then everything. all: everything from the start, at one rate; on the demo
-    it has fewer errors from 700 utterances on, and more with 175 (docs/recipes.md)."""
-    replay_english: Annotated[float, Range(0, 1)] = 0.0
-    """Share of an epoch that is English, so that not all is forgotten; on the demo 0.08 to 0.1 kept 12 to 20 % WER."""
+    it has fewer errors from 700 utterances on, and more with 175. all_with_replay: all, with 16 % English and 2 %
+    without speech beside it, so that these are not forgotten; it needs --nonspeech (docs/recipes.md)."""
+    replay_english: Annotated[float, Range(0, 1)] | None = None
+    """Share of an epoch that is English, so that not all is forgotten; None: the strategy's."""
     english: Source = field(default_factory=lambda: dataclasses.replace(ENGLISH))
     """Where the English is from."""
-    replay_nonspeech: Annotated[float, Range(0, 1)] = 0.0
-    """Share of an epoch without speech, so that silence and noise stay without words; on the demo 0.02 was enough."""
+    replay_nonspeech: Annotated[float, Range(0, 1)] | None = None
+    """Share of an epoch without speech, so that silence and noise stay without words; None: the strategy's."""
     nonspeech: Source | None = None
     """Recordings in which nobody speaks, for replay_nonspeech."""
 
 
 def stages_of(strategy: str) -> list[Stage]:
-    return [dataclasses.replace(one, learning_rates=dict(one.learning_rates)) for one in STRATEGIES[strategy]]
+    return [dataclasses.replace(one, learning_rates=dict(one.learning_rates)) for one in STRATEGIES[strategy].stages]
 
 
 def with_replay(sources: list[Source], options: RecipeOptions) -> list[Source]:
     """The sources with what is replayed beside them; their own shares shrink by as much."""
-    if options.replay_nonspeech and options.nonspeech is None:
-        raise InputError("--replay_nonspeech needs --nonspeech, recordings in which nobody speaks")
+    strategy = STRATEGIES[options.strategy]
+    english = strategy.replay_english if options.replay_english is None else options.replay_english
+    nonspeech = strategy.replay_nonspeech if options.replay_nonspeech is None else options.replay_nonspeech
+    if nonspeech and options.nonspeech is None:
+        raise InputError(
+            f"{nonspeech:.0%} of an epoch without speech needs --nonspeech, recordings in which nobody speaks; or leave"
+            " it out: --replay_nonspeech 0"
+        )
     replayed = [
         dataclasses.replace(source, probability=share, replay=True, language=language)
         for source, share, language in (
-            (options.english, options.replay_english, options.english.language or "English"),
-            (options.nonspeech, options.replay_nonspeech, "None"),
+            (options.english, english, options.english.language or "English"),
+            (options.nonspeech, nonspeech, "None"),
         )
         if source is not None and share
     ]
     if not replayed:
         return sources
-    left = 1 - options.replay_english - options.replay_nonspeech
+    left = 1 - english - nonspeech
     if len(sources) > 1 and any(source.probability is None for source in sources):
         raise InputError("replaying English or non-speech beside several sources needs a probability for each of them")
     return [dataclasses.replace(s, probability=left * (s.probability or 1.0)) for s in sources] + replayed
