@@ -28,15 +28,15 @@ class Question:
     """The number of another run, from 1."""
 
 
-REPLAY = ("--replay_english", "0.1", "--replay_nonspeech", "0.02", "--nonspeech.path", "data/noise")
-MASKS = ("--num_time_masks", "1", "--num_freq_masks", "1")
+REPLAY = ("--strategy", "all_with_replay", "--nonspeech", "data/noise")
+MASKS = ("--time_mask_param", "20")
 NOISE = ("--use_waveform_augmentation", "true", "--waveform_augmentation.speed_probability", "0")
-NOISE += ("--waveform_augmentation.noise_probability", "0.5")
+NOISE += ("--waveform_augmentation.noise_probability", "0.1")
 QUESTIONS = [
     Question("what the spec's recipe reaches", ("--strategy", "b_then_a"), None),
     Question("freezing, or everything", ("--strategy", "all"), 1),
-    Question("what keeping English and silence costs", ("--strategy", "all", *REPLAY), 2),
-    Question("fewer masks, and noise", ("--strategy", "all", *REPLAY, *MASKS, *NOISE), 3),
+    Question("what keeping English and silence costs", REPLAY, 2),
+    Question("time masks shorter than words, and noise", (*REPLAY, *MASKS, *NOISE), 3),
     Question("everything after B", ("--strategy", "b_then_all"), 2),
     Question("chance: run 2 again", ("--strategy", "all", "--seed", "43"), 2),
     Question("chance: run 1 again", ("--strategy", "b_then_a", "--seed", "43"), 6),
