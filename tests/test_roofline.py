@@ -85,7 +85,7 @@ def test_a_step_is_the_sum_of_what_its_kernels_and_its_gradients_take():
     alone = step([micro_batch], Trained(10**9, 0), 1, a100, exact)
     assert alone.parts["llm"] == pytest.approx(3e-3) and alone.parts["encoder"] == 1e-6
     assert alone.parts["AdamW"] == pytest.approx(8 * 4e9 / 1.555e12)
-    assert alone.parts["all-reduce"] == 0
+    assert alone.parts["exchange"] == 0
     assert alone.parts["adding up gradients"] == 0
     copied = roofline.Kernel("llm", "_to_copy", False, 0, 1_555_000_000, in_bf16=False, is_copy_of_weight=True)
     twice = step([roofline.Trace(roofline.Work(), [copied])] * 2, Trained(10**9, 0), 1, a100, exact)
@@ -94,8 +94,8 @@ def test_a_step_is_the_sum_of_what_its_kernels_and_its_gradients_take():
     assert alone.mfu(a100) == pytest.approx(2 * 312e9 / 312e12 / alone.seconds)
     of_eight = step([micro_batch], Trained(10**9, 10**8), 8, a100, exact)
     exchange = 2 * 7 / 8 * 4e9 / 230e9
-    assert of_eight.parts["all-reduce"] == pytest.approx(exchange)
+    assert of_eight.parts["exchange"] == pytest.approx(exchange)
     halved = step([micro_batch], Trained(10**9, 10**8), 8, a100, exact, bf16_exchange=True)
-    assert halved.parts["all-reduce"] == pytest.approx(exchange / 2)
+    assert halved.parts["exchange"] == pytest.approx(exchange / 2)
     overlapped = step([micro_batch], Trained(10**9, 10**8), 8, a100, Efficiency(1, 1, 1e-6, overlapped=True))
-    assert overlapped.parts["all-reduce"] == pytest.approx(exchange - 1e-3), "behind a backward pass of 1 ms"
+    assert overlapped.parts["exchange"] == pytest.approx(exchange - 1e-3), "behind a backward pass of 1 ms"

@@ -195,6 +195,8 @@ def label_states(
         embedded = embedding(input_ids)
     else:
         embedded = Embedding.apply(embedding.weight, input_ids, embedding.padding_idx, tied)
+    if embedding.weight.requires_grad:  # where it is sharded it is bf16 here; the layers' sum is fp32 all the same
+        embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
     heard = embedded.flatten(0, 1).index_copy(0, audio_places, audio.to(embedded.dtype)).view_as(embedded)
     hidden = inner.language_model(inputs_embeds=heard, use_cache=False, **text).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, label_places), labels.flatten().index_select(0, label_places + 1)
