@@ -1,7 +1,7 @@
 """What a step of the real models would take on GPUs, kernel by kernel, computed on a CPU.
 
-    uv run python benchmarks/roofline.py [--models 1.7B] [--devices H100] [--ranks 1 8] [--fsdp] [--bf16_exchange] [--kernels]
-        [--json FILE]
+    uv run python benchmarks/roofline.py [--models 1.7B] [--devices H100] [--ranks 1 8] [--fsdp] [--bf16_exchange]
+        [--kernels] [--json FILE]
 
 The training's own step, of 64 utterances with log-normal durations (6 s on average) dealt to the ranks as in training,
 runs on fake tensors (hebrew_asr/model/roofline.py). The rank with the most tokens is shown. `ms` has matrix products at

@@ -42,11 +42,15 @@ def runs(tmp_path_factory, corpus, heldout) -> Path:
     run("sharded", fsdp=True)
     run("then_sharded", fsdp=True, resume="whole", gradient_checkpointing=True)
     run("then_whole", resume="sharded")
-    run("bf16", fsdp=True, bf16=True, target_effective_batch=48, generation_max_new_tokens=3)  # a step in each stage
+    narrow = {"bf16": True, "generation_max_new_tokens": 3, "max_steps": 7}  # the last one in the second stage
+    run("bf16_whole", **narrow)
+    run("bf16", fsdp=True, **narrow)
+    run("bf16_again", fsdp=True, resume="bf16", **narrow)
+    run("bf16_then_whole", resume="bf16", **narrow)
     stream = {"streaming": True, "steps_per_epoch": 2, "max_steps": 3, "tokens_per_micro_batch": 60}
     run("stream_whole", **stream)
     run("stream_sharded", fsdp=True, **stream)
-    run("broken", fsdp=True, max_steps=6, max_bad_steps=2, broken=(4, 5))
+    run("broken", fsdp=True, bf16_exchange=True, max_steps=6, max_bad_steps=2, broken=(4, 5))
     (folder / "runs.json").write_text(json.dumps(plan))
     done = forked("tests/train_in_turn.py", folder / "runs.json", processes=2, timeout=600)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
@@ -101,6 +105,37 @@ def test_losses_evaluations_weights_and_moments_are_those_of_whole_weights(runs,
             continue  # softmax does not see it: its gradient is rounding, which Adam amplifies
         assert mine[name].dtype == theirs[name].dtype
         assert torch.allclose(mine[name], theirs[name], rtol=0, atol=1e-4), name
+
+
+@pytest.mark.parametrize("other", ["bf16", "bf16_then_whole"])
+def test_in_bf16_it_learns_what_whole_weights_do_within_the_rounding(runs, model, other):
+    """Of the norm of what training changed, the two differ by 2 %, and either differs from fp32 by 5 %."""
+    for name, types in (("bf16", ["torch.bfloat16"]), ("bf16_whole", ["torch.float32"])):
+        assert ends(runs, name)["model.language_model.layers.2.mlp.up_proj.weight"]["seen"] == types
+    mine, theirs = ([row for row in logged(runs, name) if "train/loss" in row] for name in (other, "bf16_whole"))
+    assert [row["step"] for row in mine] == [row["step"] for row in theirs] == [*range(1, 8)]
+    for mine_now, theirs_now in zip(mine, theirs, strict=True):
+        assert mine_now["train/loss"] == pytest.approx(theirs_now["train/loss"], rel=0.02)
+        assert mine_now["train/grad_norm"] == pytest.approx(theirs_now["train/grad_norm"], rel=0.05)
+    mine, theirs, start = last(runs, other), last(runs, "bf16_whole"), dict(model.named_parameters())
+    trained = [
+        name for name, parameter in start.items() if not torch.equal(parameter.bfloat16().float(), theirs[name].float())
+    ]
+    off, moved = (
+        torch.cat([(mine[name] - base[name]).detach().flatten() for name in trained]).norm() for base in (theirs, start)
+    )
+    assert off < 0.04 * moved
+
+
+def test_a_sharded_bf16_run_goes_on_in_the_same_bits(runs):
+    assert logged(runs, "bf16_again") == logged(runs, "bf16")
+    mine, theirs = last(runs, "bf16_again"), last(runs, "bf16")
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_an_exchange_in_bf16_rounds_and_no_more(runs):
+    norms = [logged(runs, name)[1]["train/grad_norm"] for name in ("broken", "sharded")]
+    assert norms[0] != norms[1] and norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
 def test_they_learn_and_the_stage_switch_lets_the_encoder_learn(runs, model):

@@ -570,9 +570,9 @@ def sharded_parts(
     """What a sharded step takes beside the passes over the model, by part.
 
     Each micro-batch gathers all weights, and those of the layers that train once more for its backward pass: a rank
-    rounds its part to bf16, and copies what came from all of them to where it is read. Gradients, bf16 as they are made,
-    are added up over micro-batches in a number of `summed` bytes, copied for the exchange in that, and exchanged once a
-    step. Their norm, the clip (which the fused optimizer does not fold in here) and AdamW pass over a rank's part.
+    rounds its part to bf16, and copies what came from all of them to where it is read. Gradients are made in bf16,
+    added up over micro-batches in a number of `summed` bytes, copied for the exchange in that, and exchanged once a step.
+    Their norm, the clip (which the fused optimizer does not fold in here) and AdamW pass over a rank's part.
     Behind a pass goes what its layers exchange; the rest, gathered first and reduced last, does not.
     """
     memory = device.bandwidth * efficiency.memory
@@ -585,10 +585,8 @@ def sharded_parts(
     copied += (summed if times > 1 else BF16) * trained.numbers + summed * trained.numbers + (summed + FP32) * part
     added = trained.numbers * (BF16 + summed + (times - 1) * (BF16 + 2 * summed)) if times > 1 else 0
     late = way * trained.outside * (BF16 * times + summed)
-    forward, backward = (
-        sum(t.sum(lambda k: k.seconds(device, efficiency), lambda k: k.is_backward == is_backward) for t in traces)
-        for is_backward in (False, True)
-    )
+    forward = sum(t.sum(lambda k: k.seconds(device, efficiency), lambda k: not k.is_backward) for t in traces)
+    backward = sum(t.sum(lambda k: k.seconds(device, efficiency), lambda k: k.is_backward) for t in traces)
     ahead = way * BF16 * times * (trained.gathered - trained.outside)
     behind = way * layers * (BF16 * times + summed)
     if efficiency.overlapped:

@@ -49,6 +49,7 @@ from hebrew_asr.training.settings import Settings
 
 USABLE = 0.95  # of a device's memory; assumed, not measured
 ASSUMED = OPTIMISTIC, PESSIMISTIC
+WORTH_IT = 0.9  # of the hours
 ON_TOP = "evaluation, checkpoints and waiting for data or for Python"
 REAL_MODELS = {"Qwen/Qwen3-ASR-1.7B-hf": real_config, "Qwen/Qwen3-ASR-0.6B-hf": small_config}
 LAYER = re.compile(r"(audio_tower|language_model)\.layers\.\d+\.")
@@ -386,6 +387,8 @@ class Plan:
     hours: list[float]
     """Of the steps at each of `ASSUMED`; what `ON_TOP` names is not in them."""
     cost: list[float] | None
+    advised: str = ""
+    """What would take less time, if anything."""
 
 
 def durations(config: Settings) -> tuple[np.ndarray, float, str]:
@@ -428,7 +431,7 @@ def make_plan(config: Settings) -> Plan:
     trained: list[Callable[[str], bool]] = [
         functools.partial(lambda stage, name: trains_in(name, stage, model), stage) for stage in config.stages
     ]
-    plans, done = [], 0
+    plans, done, sharded_hours, advised = [], 0, np.zeros(len(ASSUMED)), ""
     for number, stage in enumerate(config.stages):
         trains = trained[number]
         last = number == len(config.stages) - 1
@@ -456,17 +459,20 @@ def make_plan(config: Settings) -> Plan:
         )
         needed = sharded if config.fsdp else whole
         ever = lambda name: any(stage(name) for stage in trained)  # noqa: E731
-        costs = step_costs(
-            model,
-            steps.typical,
-            trains,
-            ever,
-            Trained.of(model, weights.sizes, trains, ever),
-            processes,
-            device,
-            config.gradient_checkpointing,
-            config.bf16_exchange,
-            config.fsdp and processes > 1,
+        costs, sharded_costs = (
+            step_costs(
+                model,
+                steps.typical,
+                trains,
+                ever,
+                Trained.of(model, weights.sizes, trains, ever),
+                processes,
+                device,
+                config.gradient_checkpointing,
+                config.bf16_exchange,
+                is_sharded,
+            )
+            for is_sharded in (config.fsdp and processes > 1, processes > 1)
         )
         plan = StagePlan(
             name=stage.name,
@@ -482,7 +488,12 @@ def make_plan(config: Settings) -> Plan:
             plan.advice = advice(needed, sharded, device, budget, config.gradient_checkpointing)
         plans.append(plan)
         done = max(done, end)
+        sharded_hours += plan.steps * np.array([cost.seconds for cost in sharded_costs]) / 3600
     hours = [sum(plan.hours[i] for plan in plans) for i in range(len(ASSUMED))]
+    if all(sharded_hours < WORTH_IT * np.array(hours)):
+        advised = (
+            f"--fsdp true would take {min(sharded_hours):.2f}–{max(sharded_hours):.2f} h of steps, and less memory"
+        )
     price = config.plan_price_per_hour
     switch = "on" if config.gradient_checkpointing else "off"
     facts = [
@@ -492,7 +503,8 @@ def make_plan(config: Settings) -> Plan:
         f"{hours_of_audio:,.2f} h of audio an epoch ({origin}) | {steps_per_epoch:,} steps of"
         f" {config.target_effective_batch} utterances an epoch | balance over processes and rows {steps.balance:.2f}",
     ]
-    return Plan(plans, facts, hours, None if price is None else [hour * processes * price for hour in hours])
+    cost = None if price is None else [hour * processes * price for hour in hours]
+    return Plan(plans, facts, hours, cost, advised)
 
 
 def step_costs(
@@ -611,4 +623,4 @@ def lines_of(plan: Plan) -> list[str]:
         f"computed, not measured: every kernel of a step on fake tensors; {ranges}. Memory was checked on small models"
         " on a CPU; no GPU was tried"
     )
-    return [*plan.facts, *table, *changes, end, note]
+    return [*plan.facts, *table, *changes, end, *([plan.advised] if plan.advised else []), note]
