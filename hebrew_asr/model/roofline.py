@@ -571,7 +571,7 @@ def sharded_parts(
 
     Each micro-batch gathers all weights, and those of the layers that train once more for its backward pass: a rank
     rounds its part to bf16, and copies what came from all of them to where it is read. Gradients are made in bf16,
-    added up over micro-batches in a number of `summed` bytes, copied for the exchange in that, and exchanged once a step.
+    added up over micro-batches in numbers of `summed` bytes, copied to be exchanged in that, and exchanged once a step.
     Their norm, the clip (which the fused optimizer does not fold in here) and AdamW pass over a rank's part.
     Behind a pass goes what its layers exchange; the rest, gathered first and reduced last, does not.
     """
