@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -688,7 +689,8 @@ def main() -> None:
         print(f"{name}: " + "; ".join(f"{key} {shown(value)}" for key, value in results[name].items()), flush=True)
     print(*table(results), sep="\n")
     if any("failed" in result for result in results.values()):
-        sys.exit(1)
+        sys.exit(f"a part failed; what each part said is in {WORK}")
+    shutil.rmtree(WORK)
 
 
 if __name__ == "__main__":

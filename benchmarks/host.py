@@ -4,10 +4,10 @@
 
 A model of the 1.7B's depth (24 and 28 layers) and tiny widths runs a GPU's way on a CPU, in stage B of Round 2, where a
 kernel on so small tensors takes microseconds: what is left is the host's. Attention is a stand-in of one operator. The
-fused functions (hebrew_asr/model/fused.py) are an operator for each tensor they return, which leaves out what
-torch.compile asks before each kernel; with --compiled they run compiled for the CPU. `before` has neither them, nor
-places found beforehand, nor weights' copies that stay for all micro-batches of a step, nor the head's few passes. The
-two take turns.
+fused functions (hebrew_asr/model/fused.py) are an operator for each tensor they return. With --compiled they are called
+through torch.compile, as on a GPU, and these operators stand in for its kernels. `before` has neither the fused
+functions, nor places found beforehand, nor weights' copies that stay for all micro-batches of a step, nor the head's
+few passes. The two take turns.
 """
 
 import argparse
@@ -100,8 +100,8 @@ def stand_in(function: Callable, *args: Any) -> Any:
 
 
 @functools.cache
-def asked(function: Callable) -> Callable:
-    """The function behind what torch.compile asks and does at each call, with the stand-in's tensors for its kernel."""
+def compiled(function: Callable) -> Callable:
+    """The function behind all that torch.compile does at a call, but its kernel, for which there is a stand-in."""
 
     def stand_in_for_kernels(graph: torch.fx.GraphModule, inputs: Any) -> Callable:
         return make_boxed_func(lambda *args: stand_in(graph, *args))
@@ -131,16 +131,13 @@ def seconds(model: SpeechModel, batch: dict[str, torch.Tensor], keeps_copies: bo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--asked", action="store_true", help="with what torch.compile does at each call")
-    parser.add_argument("--compiled", action="store_true", help="compiled for the CPU, with its kernels: takes minutes")
+    parser.add_argument("--compiled", action="store_true", help="with what torch.compile does at each call")
     options = parser.parse_args()
     torch.set_num_threads(1)
     models = {"before": tiny_model(is_fused=False), "now": tiny_model(is_fused=True)}
     batch = made_up_batch(np.array([3.0, 5.0]), np.array([15, 25]), models["now"].config.audio_token_id)
     found: dict[str, list[float]] = {"before": [], "now": []}
-    run = stand_in
-    if options.asked or options.compiled:
-        run = lambda function, *args: (asked if options.asked else fused.compiled)(function)(*args)  # noqa: E731
+    run = (lambda function, *args: compiled(function)(*args)) if options.compiled else stand_in
     with (
         mock.patch.object(attention, "varlen_attn", lambda q, k, v, *_, **__: attend(q, k, v)),
         mock.patch.object(fused, "run", run),
