@@ -7,17 +7,25 @@ import dataclasses
 import json
 from pathlib import Path
 
+import gpu_stand_ins
+import numpy as np
 import pytest
 import torch
+import torch.distributed
 import transformers
-from conftest import small_config
+from conftest import DEMO, small_config
 from forked import forked, free_port
 from safetensors.torch import load_file
 
 from hebrew_asr.checkpoints import store
 from hebrew_asr.data.rows import load_rows
 from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.model import attention, fused
 from hebrew_asr.model.generation import generate
+from hebrew_asr.model.loading import load_model
+from hebrew_asr.model.roofline import made_up_batch
+from hebrew_asr.model.sharding import shard, whole
+from hebrew_asr.model.stages import ever_trained, freeze_for
 from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, main
 
 HERE = Path(__file__).parent
@@ -165,6 +173,41 @@ def test_the_final_model_is_a_stock_model_and_transcribes(runs, processor, confi
     batch = DataCollatorSpeechSeq2SeqWithPadding(processor, config)(utterances, training=False)
     said = processor.decode(generate(model.eval(), batch, [30] * len(batch["labels"])), return_format="parsed")
     assert all(output["transcription"].strip() and output["language"] == "Hebrew" for output in said)
+
+
+@pytest.mark.filterwarnings("error:FSDP2-wrapped")
+@pytest.mark.parametrize("use_bf16", [False, True])
+def test_a_sharded_model_computes_the_same_in_a_gpus_way(config, monkeypatch, use_bf16):
+    """With fused layers and attention told where utterances end; a group of one process."""
+    monkeypatch.setattr(attention, "varlen_attn", gpu_stand_ins.varlen_attn)
+    config_of = transformers.AutoConfig.from_pretrained(DEMO / "base")
+    batch = made_up_batch(np.array([1.3, 3.2]), np.array([8, 16]), config_of.audio_token_id)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        found = []
+        for is_sharded in (False, True):
+            model = load_model(config.model_name_or_path, use_bf16=True, stages=config.stages).train()
+            attention.register()
+            for part in (model.config.text_config, model.config.audio_config):
+                part._attn_implementation_internal = attention.VARLEN
+            fused.fuse(model)
+            freeze_for(model, config.stages[1])
+            if is_sharded:
+                shard(model, ever_trained(model, config.stages).keys(), torch.device("cpu"), use_bf16, False)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(**batch, root_scale=1.0).loss
+            loss.backward()
+            trained = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            found.append((loss.item(), {name: whole(gradient) for name, gradient in trained.items()}))
+    finally:
+        torch.distributed.destroy_process_group()
+    (loss, gradients), (loss_sharded, gradients_sharded) = found
+    assert gradients.keys() == gradients_sharded.keys() and loss_sharded == pytest.approx(loss, rel=2e-3 * use_bf16)
+    for name, gradient in gradients.items():
+        assert gradients_sharded[name].dtype == torch.float32
+        if not ("audio_tower" in name and "k_proj.bias" in name):
+            off = (gradients_sharded[name] - gradient).norm() / gradient.norm()
+            assert off < 0.05 if use_bf16 else off == 0, name
 
 
 def test_in_one_process_nothing_is_sharded_and_that_is_said(config, capsys):
