@@ -250,9 +250,8 @@ class FusedLayer(Qwen3DecoderLayer):
         branch = attention.o_proj(attended.flatten(1))
         hidden, normed = sum_normed(hidden, branch, self.post_attention_layernorm.weight, eps, narrow)
         branch = mlp.down_proj(gated_of(mlp.gate_proj(normed), mlp.up_proj(normed)))
-        return hidden.view_as(hidden_states) + branch.view_as(
-            hidden_states
-        )  # no view, on which FSDP2's hook could be lost
+        # A sum and no view, on which FSDP2's hook for the backward pass could be lost.
+        return hidden.view_as(hidden_states) + branch.view_as(hidden_states)
 
 
 class NarrowLayerNorm(torch.nn.LayerNorm):

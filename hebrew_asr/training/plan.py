@@ -491,7 +491,8 @@ def make_plan(config: Settings) -> Plan:
         sharded_hours += plan.steps * np.array([cost.seconds for cost in sharded_costs]) / 3600
     hours = [sum(plan.hours[i] for plan in plans) for i in range(len(ASSUMED))]
     if all(sharded_hours < WORTH_IT * np.array(hours)):
-        advised = f"--fsdp true would take {min(sharded_hours):.2f}–{max(sharded_hours):.2f} h, and less memory, if Python keeps up"
+        low, high = min(sharded_hours), max(sharded_hours)
+        advised = f"--fsdp true would take {low:.2f}–{high:.2f} h, and less memory, if Python keeps up"
     price = config.plan_price_per_hour
     switch = "on" if config.gradient_checkpointing else "off"
     facts = [
