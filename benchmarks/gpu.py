@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -24,10 +25,12 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -43,23 +46,31 @@ import numpy as np
 import step as step_benchmark
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hebrew_asr.checkpoints import store
 from hebrew_asr.data.rows import load_rows
 from hebrew_asr.data.sources import Source
+from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.files import DEMO
 from hebrew_asr.model import attention, fused, generation
 from hebrew_asr.model import loss as loss_module
 from hebrew_asr.model.costs import Work, flops, peak_flops, real_config
-from hebrew_asr.model.loading import load_processor, load_to_train
+from hebrew_asr.model.loading import load_model, load_processor, load_to_train
 from hebrew_asr.model.loss import SpeechModel
-from hebrew_asr.model.roofline import DEVICES
-from hebrew_asr.model.stages import freeze_for, trains_in
+from hebrew_asr.model.packing import FRAMES_PER_CHUNK
+from hebrew_asr.model.roofline import DEVICES, WAITING
+from hebrew_asr.model.sharding import shard
+from hebrew_asr.model.stages import ever_trained
 from hebrew_asr.processes import quiet_libraries
+from hebrew_asr.rl.rollouts import GenerateSampler, batches_of, prompt_of
+from hebrew_asr.text.scoring import score
 from hebrew_asr.training.plan import USABLE, make_plan
 from hebrew_asr.training.resuming import training_arguments
 from hebrew_asr.training.run_log import RunLog
 from hebrew_asr.training.token_budget import search
-from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig
+from scripts.train_round3_gspo import round3
+from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, GradualUnfreezeTrainer, TrainingConfig
 from train_round2_gradual import round2
 
 TINY = "--tiny" in sys.argv
@@ -159,7 +170,13 @@ def settings(**changes: Any) -> TrainingConfig:
     return dataclasses.replace(round2(), **values | changes)
 
 
-def make_trainer(config: TrainingConfig, stage: int = 0) -> GradualUnfreezeTrainer:
+def in_a_group_of_one() -> None:
+    """Has the processes' library see one process, as torchrun starts it."""
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(29_500 + os.getpid() % 400)
+
+
+def make_trainer(config: TrainingConfig, stage: int = 0, sharded: bool = False) -> GradualUnfreezeTrainer:
     config.stages = config.stages[stage : stage + 1]
     folder = Path(tempfile.mkdtemp(dir=WORK))
     SpeechModel.from_pretrained = staticmethod(random_model)
@@ -167,6 +184,8 @@ def make_trainer(config: TrainingConfig, stage: int = 0) -> GradualUnfreezeTrain
     arguments = training_arguments(config, folder, cpu=not has_cuda())
     arguments.eval_on_start = False
     model, processor = load_to_train(config, use_bf16=True), load_processor(config.model_name_or_path)
+    if sharded:  # over one process, which the trainer would not do
+        shard(model, ever_trained(model, config.stages).keys(), arguments.device, True, config.bf16_exchange)
     trainer = GradualUnfreezeTrainer(config, arguments, model, processor, rows, rows, RunLog(folder, 0), use_bf16=True)
     trainer.evaluate = lambda **_: {}
     return trainer
@@ -241,7 +260,12 @@ def profiled(profile: Any, steps: int) -> dict[str, Any]:
 
 
 def step_time(
-    stage: int = 0, ddp: bool = False, unfused: bool = False, expandable: bool = False, **changes: Any
+    stage: int = 0,
+    ddp: bool = False,
+    sharded: bool = False,
+    unfused: bool = False,
+    expandable: bool = False,
+    **changes: Any,
 ) -> dict[str, Any]:
     """The product's trainer for a few steps with its data in workers: medians, then two steps under the profiler."""
     if changes.get("torch_compile") and not has_cuda():
@@ -249,11 +273,10 @@ def step_time(
     if expandable:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if unfused:
-        fused.has_fused = lambda: False
-    if ddp:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = str(29_500 + os.getpid() % 400)
-    trainer = make_trainer(settings(**changes), stage)
+        mock.patch.object(fused, "has_fused", lambda: False).start()
+    if ddp or sharded:
+        in_a_group_of_one()
+    trainer = make_trainer(settings(**changes), stage, sharded)
     activity = torch.profiler.ProfilerActivity.CUDA if has_cuda() else torch.profiler.ProfilerActivity.CPU
     profiler = torch.profiler.profile(activities=[activity])
     starts, ends, marks, found = [], [], [], {}
@@ -303,9 +326,10 @@ def step_time(
     }
     found |= {"wrapped": type(trainer.model_wrapped).__name__, "split": trainer.split_micro_batches}
     found |= profiled(profiler, PROFILED)
-    known = next((name for name in DEVICES if has_cuda() and name.split("-")[0] in torch.cuda.get_device_name()), None)
+    named = torch.cuda.get_device_name() if has_cuda() else "H100"
+    known = next((name for name in DEVICES if name.split("-")[0] in named), None)
     if known:
-        planned = make_plan(settings(plan_device=known, plan_devices=1, **changes), trains_in).stages[stage]
+        planned = make_plan(settings(plan_device=known, plan_devices=1, **changes)).stages[stage]
         found |= {
             "planned, ms": str([round(1e3 * s) for s in planned.step_seconds]),
             "planned, GB": planned.peak_bytes / 1e9,
@@ -350,6 +374,123 @@ def evaluation() -> dict[str, Any]:
     if has_cuda():
         found["peak, GB"] = torch.cuda.max_memory_allocated() / 1e9
     return found
+
+
+def same_texts() -> dict[str, Any]:
+    """Whether the demo's trained model writes in bf16 what it writes in fp32, and what its errors are in both."""
+    config = dataclasses.replace(settings(), model_name_or_path=str(DEMO / "tuned"))
+    processor = load_processor(config.model_name_or_path)
+    collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)
+    rows = load_rows([Source(str(DEMO / "heldout"), split="test")], config, for_training=False)
+    order = np.argsort(rows.seconds)[: 8 if TINY else None].tolist()
+    dataset = SpeechDataset(rows, processor, config, training=False)
+    utterances = [dataset[(0, row)] for row in order]
+    references = [rows.column("reference")[row] for row in order]
+    texts: dict[bool, list[str]] = {False: [], True: []}
+    for use_bf16, mine in texts.items():
+        model = load_model(config.model_name_or_path, use_bf16).to(device()).eval()
+        for begin in range(0, len(utterances), 32):
+            batch = collator(utterances[begin : begin + 32], training=False)
+            limits = [
+                generation.new_token_limit(count / FRAMES_PER_CHUNK)
+                for count in batch["input_features_mask"].sum(dim=1).tolist()
+            ]
+            mine += [text for _, text in collator.read(generation.generate(model, batch, limits))]
+    equal = sum(one == other for one, other in zip(*texts.values(), strict=True))
+    wer = {use_bf16: score(references, mine)["wer"] for use_bf16, mine in texts.items()}
+    return {"texts": len(references), "equal": equal, "WER fp32": wer[False], "WER bf16": wer[True]}
+
+
+def rollouts() -> dict[str, Any]:
+    """Round 3's samples, drawn by as many calls as its settings make, and by one; its log p in fp32 and in TF32."""
+    found: dict[str, Any] = {}
+    config = round3()
+    limit, heard = (4, 2) if TINY else (24, 32)
+    trainer = make_trainer(settings(dataloader_num_workers=0))
+    trainer.model.eval()
+    sampler = GenerateSampler(trainer.model, trainer.collator.end_of_turn_id, config.temperature, trainer.autocast)
+    sampler.ends = set()  # nothing ends a text
+    trainer.model.generation_config.eos_token_id = None
+    utterances = [trainer.feed.dataset[(1, number)] for number in range(heard)]
+    prompts = [prompt_of(utterance, trainer.collator, 0, config.group_size, limit) for utterance in utterances]
+    for name, budget in (("by its settings", config.rollout_tokens_at_once), ("at once", 10**9)):
+        batches = batches_of(prompts, budget)
+        times = []
+        for _ in range(2):
+            synchronize()
+            began = time.perf_counter()
+            for places in batches:
+                sampler.sample([prompts[place] for place in places])
+            synchronize()
+            times.append(time.perf_counter() - began)
+        found |= {f"{name}: calls": len(batches), f"{name}: rows": max(map(len, batches)) * config.group_size}
+        found[f"{name}: tokens a second"] = heard * config.group_size * limit / times[1]
+    weight = trainer.model.lm_head.weight.detach()
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64 if TINY else 4096, weight.shape[1], generator=random).to(device()).requires_grad_()
+    targets = torch.randint(len(weight), (len(hidden),), generator=random).to(device())
+
+    def log_p() -> torch.Tensor:
+        value = loss_module.token_log_probs(hidden, weight, targets, 1.0)[0]
+        value.sum().backward()
+        return value.detach()
+
+    values = {}
+    for name, how in (("TF32", loss_module.in_tf32), ("fp32", contextlib.nullcontext)):
+        with mock.patch.object(loss_module, "in_tf32", how):
+            values[name] = log_p()
+            found[f"log p, {name}: ms"] = 1e3 * seconds_of(log_p, 3)
+    found["largest error of a log p by TF32"] = (values["TF32"] - values["fp32"]).abs().max().item()
+    return found | ({"peak, GB": torch.cuda.max_memory_allocated() / 1e9} if has_cuda() else {})
+
+
+class Waits(TorchDispatchMode):
+    """Counts operators after which the host must know a number, and the line of this project that asks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        if name in WAITING:
+            mine = [frame for frame in traceback.extract_stack() if "torch/" not in frame.filename][-2]
+            self.found[f"{Path(mine.filename).name}:{mine.lineno}"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def synchronisations() -> dict[str, Any]:
+    """Where one step has the host wait for the device, as CUDA warns of it; on a CPU, where it asks for any number."""
+    trainer = make_trainer(settings(dataloader_num_workers=0, max_steps=3))
+    waits, caught = Waits(), warnings.catch_warnings(record=True)
+    seen: list[Any] = []
+
+    class Mark(transformers.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 1 and has_cuda():
+                seen.append(caught.__enter__())
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+            elif state.global_step == 1:
+                waits.__enter__()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2 and has_cuda():
+                torch.cuda.set_sync_debug_mode("default")
+                caught.__exit__(None, None, None)
+            elif state.global_step == 2:
+                waits.__exit__(None, None, None)
+
+    trainer.add_callback(Mark())
+    trainer.train()
+    places = Counter(
+        f"{Path(warning.filename).name}:{warning.lineno}"
+        for found in seen
+        for warning in found
+        if "synchroniz" in str(warning.message)
+    )
+    counted = places or waits.found
+    return {"a step": sum(counted.values()), "where": str(dict(counted.most_common(12)))}
 
 
 def checkpoint() -> dict[str, Any]:
@@ -402,7 +543,7 @@ def token_budget() -> dict[str, Any]:
     collator = make_trainer(settings()).collator
     model = load_to_train(config, use_bf16=True)
     torch.cuda.set_per_process_memory_fraction(USABLE)
-    budget, most = search(config, model, collator, freeze_for, device(), True, 1)
+    budget, most = search(config, model, collator, device(), True, 1)
     return {"fits": budget, "a step at most": most}
 
 
@@ -432,7 +573,7 @@ def demo() -> dict[str, Any]:
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
     first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     signalled = False
-    for line in first.stdout:
+    for line in first.stdout or ():
         if line.startswith("checkpoint step-") and not signalled:
             signalled = True
             first.send_signal(signal.SIGTERM)
@@ -448,13 +589,21 @@ PARTS: dict[str, tuple[float, Callable[[], dict[str, Any]]]] = {  # seconds at m
     "step_B": (90, step_time),
     "step_A": (60, functools.partial(step_time, 1)),
     "step_B_share_of_8": (60, functools.partial(step_time, target_effective_batch=share_of_eight)),
+    "same_texts": (60, same_texts),
     "step_B_unfused": (45, functools.partial(step_time, unfused=True)),
     "step_B_ddp": (60, functools.partial(step_time, ddp=True)),
+    "step_B_share_of_8_sharded": (
+        60,
+        functools.partial(step_time, sharded=True, target_effective_batch=share_of_eight),
+    ),
+    "synchronisations": (45, synchronisations),
     "out_of_memory": (60, out_of_memory),
     "official": (60, official),
     "evaluation": (60, evaluation),
     "step_B_one_micro_batch": (60, functools.partial(step_time, tokens_per_micro_batch=16_384)),
     "checkpoint": (90, checkpoint),
+    "rollouts": (60, rollouts),
+    "step_A_share_of_8": (60, functools.partial(step_time, 1, target_effective_batch=share_of_eight)),
     "step_B_compiled": (150, functools.partial(step_time, torch_compile=True)),
     "step_B_share_of_8_compiled": (
         150,
@@ -489,6 +638,7 @@ def in_child(name: str, function: Callable[[], dict[str, Any]], limit: float) ->
     child = multiprocessing.get_context("fork").Process(target=run)
     began = time.perf_counter()
     child.start()
+    assert child.pid is not None
     sender.close()
     try:
         result = receiver.recv() if receiver.poll(limit) else {"failed": f"not done in {limit:.0f} s"}
@@ -539,7 +689,8 @@ def main() -> None:
         print(f"{name}: " + "; ".join(f"{key} {shown(value)}" for key, value in results[name].items()), flush=True)
     print(*table(results), sep="\n")
     if any("failed" in result for result in results.values()):
-        sys.exit(1)
+        sys.exit(f"a part failed; what each part said is in {WORK}")
+    shutil.rmtree(WORK)
 
 
 if __name__ == "__main__":

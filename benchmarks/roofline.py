@@ -1,6 +1,7 @@
 """What a step of the real models would take on GPUs, kernel by kernel, computed on a CPU.
 
-    uv run python benchmarks/roofline.py [--models 1.7B] [--devices H100] [--ranks 1 8] [--kernels] [--json FILE]
+    uv run python benchmarks/roofline.py [--models 1.7B] [--devices H100] [--ranks 1 8] [--fsdp] [--bf16_exchange]
+        [--kernels] [--json FILE]
 
 The training's own step, of 64 utterances with log-normal durations (6 s on average) dealt to the ranks as in training,
 runs on fake tensors (hebrew_asr/model/roofline.py). The rank with the most tokens is shown. `ms` has matrix products at
@@ -48,7 +49,7 @@ def trains_by(config: Any, *stages: Stage) -> Callable[[str], bool]:
     return lambda name: any(trains_in(name, stage, config) for stage in stages)
 
 
-def traces_of(config: Any, stages: list[Stage], stage: Stage, ranks: int, budget: int) -> list[Trace]:
+def traces_of(config: Any, stages: list[Stage], stage: Stage, ranks: int, budget: int, sharded: bool) -> list[Trace]:
     """The micro-batches of the rank with the most tokens."""
     seconds = assumed_durations(6.0, 30.0)[:STEP]
     tokens = tokens_of(seconds)
@@ -58,7 +59,8 @@ def traces_of(config: Any, stages: list[Stage], stage: Stage, ranks: int, budget
     for places in mine:
         labels = np.round(LABELS_AROUND + TEXT_TOKENS_PER_SECOND * seconds[places]).astype(int)
         batch = made_up_batch(seconds[places], labels, config.audio_token_id)
-        found.append(trace(config, batch, trains_by(config, stage), trains_by(config, *stages)))
+        trains, ever_trains = trains_by(config, stage), trains_by(config, *stages)
+        found.append(trace(config, batch, trains, ever_trains, sharded=sharded))
     return found
 
 
@@ -115,6 +117,7 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--budget", type=int, default=round2().tokens_per_micro_batch)
     parser.add_argument("--bf16_exchange", action="store_true", help="as the training's option of this name")
+    parser.add_argument("--fsdp", action="store_true", help="likewise; nothing is sharded over one rank")
     parser.add_argument("--kernels", action="store_true", help="also the operators that take longest")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -127,9 +130,9 @@ def main() -> None:
         sizes = Weights.of(config).sizes
         for stage in stages:
             trains = trains_by(config, stage)
-            trained = Trained.of(config, sizes, trains)
+            trained = Trained.of(config, sizes, trains, trains_by(config, *stages))
             for ranks in options.ranks:
-                traces = traces_of(config, stages, stage, ranks, options.budget)
+                traces = traces_of(config, stages, stage, ranks, options.budget, options.fsdp and ranks > 1)
                 counted = sum(sum(flops(config, t.work, trains).values()) for t in traces)
                 print(
                     f"{model}, stage {stage.name}, {ranks} ranks: {sum(t.operations for t in traces) / 1e12:.2f} TFLOP"

@@ -20,6 +20,7 @@ import transformers
 from conftest import DEMO, first_rows, small_config
 from forked import forked
 from test_resume import own_signals  # noqa: F401 - a fixture
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hebrew_asr.checkpoints import store
 from hebrew_asr.checkpoints.model_card import settings_of, write_model_card
@@ -201,6 +202,29 @@ def test_log_p_of_tokens_in_chunks_is_that_of_all_logits_and_so_is_its_gradient(
     found = torch.autograd.grad(log_p @ factors, (hidden, weight))
     wanted = torch.autograd.grad(expected @ factors, (hidden, weight))
     assert all(torch.allclose(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+class Products(TorchDispatchMode):
+    """Notes what a GPU would round of each matrix product's inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator._schema.name == "aten::mm":
+            self.found.append(torch.backends.cuda.matmul.fp32_precision)
+        return operator(*args, **(kwargs or {}))
+
+
+def test_the_products_of_the_log_p_are_in_tf32_and_no_others():
+    hidden, weight = torch.randn(13, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    with Products() as products:
+        log_p, _ = token_log_probs(hidden, weight, torch.randint(0, 50, (13,)), 1.0)
+        log_p.sum().backward()
+        torch.mm(hidden, weight.T)
+    *within, after = products.found  # forward, again for the backward pass, and two gradients
+    assert within == ["tf32"] * 4 and after != "tf32"
 
 
 # ------------------------------------------------------------------------------------------------------------- Rewards

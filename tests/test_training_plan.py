@@ -265,13 +265,28 @@ def test_sharding_divides_what_trains_over_the_devices(real):
     for part in ("weights that train in some stage, fp32", "gradients", "Adam's moments"):
         assert sharded.memory[part] == pytest.approx(whole.memory[part] / 64, rel=1e-6)
     assert sharded.memory["DDP's buckets"] == 0
-    for part in ("weights that never train", "bf16 copies for autocast"):
-        assert sharded.memory[part] == whole.memory[part]
+    assert sharded.memory["bf16 copies for autocast"] == 0 < whole.memory["bf16 copies for autocast"]
+    assert sharded.memory["weights that never train"] == whole.memory["weights that never train"]
     layer = 2048 * 128 * (16 + 8 + 8 + 16) + 3 * 2048 * 6144 + 2 * 2048 + 2 * 128
     rest = 151_936 * 2048 + 1024 * 1024 + 1024 + 1024 * 2048 + 2048 + 2 * 1024
-    assert sharded.memory["weights gathered"] == 4 * (rest + 2 * layer) == sharded.memory["gradients to be exchanged"]
+    assert sharded.memory["weights gathered"] == 2 * (rest + 2 * layer)
+    assert sharded.memory["gradients to be exchanged"] == (2 + 4) * (rest + 2 * layer)
     several = make_plan(dataclasses.replace(config, fsdp=True, plan_devices=2)).stages[0]
     assert several.memory["gradients to be exchanged"] == 4 * (rest + several.trained_parameters)
+    rounded = make_plan(dataclasses.replace(config, fsdp=True, bf16_exchange=True, plan_devices=2)).stages[0]
+    assert rounded.memory["gradients to be exchanged"] == 2 * (rest + several.trained_parameters)
+
+
+def test_the_hours_of_a_sharded_run_are_its_own(real):
+    config = dataclasses.replace(real[0], plan_devices=8)
+    whole, sharded, rounded = (
+        sum(make_plan(dataclasses.replace(config, **changes)).hours)
+        for changes in ({}, {"fsdp": True}, {"fsdp": True, "bf16_exchange": True})
+    )
+    assert 0.6 * whole < rounded < sharded < 0.9 * whole
+    said = {devices: make_plan(dataclasses.replace(config, plan_devices=devices)).advised for devices in (1, 2, 8)}
+    assert not said[1] and not said[2] and said[8].startswith("--fsdp true would take 0.3")
+    assert not make_plan(dataclasses.replace(config, fsdp=True)).advised
 
 
 def test_a_plan_that_does_not_fit_advises_sharding_where_that_fits(real):

@@ -4,12 +4,13 @@
 
 RUNS.json holds a list of runs: a free port, a TrainingConfig, and the steps without a finite gradient. Into a run's
 folder goes, for each rank, `ends-with-<rank>.json`: of every parameter whether it is sharded, how much of it is here,
-whether it trains, and the types of it and of its moments.
+whether it trains, and the types of it, of its moments, and if it is a layer's product's, of what it was computed with.
 """
 
 import json
 import os
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -26,7 +27,16 @@ broken: list[int] = []  # steps of the run at hand
 
 
 def train_and_keep(self: GradualUnfreezeTrainer) -> None:
+    seen = defaultdict(set)
+    hooks = [
+        layer.mlp.up_proj.register_forward_pre_hook(
+            lambda module, _, number=number: seen[f"layers.{number}.mlp.up_proj.weight"].add(str(module.weight.dtype))
+        )
+        for number, layer in enumerate(self.model.model.language_model.layers)
+    ]
     train(self)
+    for hook in hooks:
+        hook.remove()
     ends = {}
     for name, parameter in self.model.named_parameters():
         is_sharded = isinstance(parameter, DTensor)
@@ -37,6 +47,7 @@ def train_and_keep(self: GradualUnfreezeTrainer) -> None:
             "of": parameter.numel(),
             "trains": parameter.requires_grad,
             "type": str(parameter.dtype),
+            "seen": sorted(seen[name.removeprefix("model.language_model.")]),
             "moments": [str(moments[key].dtype) for key in ("exp_avg", "exp_avg_sq") if key in moments],
         }
     (Path(self.args.output_dir) / f"ends-with-{self.args.process_index}.json").write_text(json.dumps(ends))

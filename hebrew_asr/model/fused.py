@@ -249,8 +249,9 @@ class FusedLayer(Qwen3DecoderLayer):
         attended = flash(query, key, value, ends, kwargs["max_length_q"], attention.scaling, True)
         branch = attention.o_proj(attended.flatten(1))
         hidden, normed = sum_normed(hidden, branch, self.post_attention_layernorm.weight, eps, narrow)
-        hidden = hidden + mlp.down_proj(gated_of(mlp.gate_proj(normed), mlp.up_proj(normed)))
-        return hidden.unflatten(0, (len(hidden_states), -1))
+        branch = mlp.down_proj(gated_of(mlp.gate_proj(normed), mlp.up_proj(normed)))
+        # A sum and no view, on which FSDP2's hook for the backward pass could be lost.
+        return hidden.view_as(hidden_states) + branch.view_as(hidden_states)
 
 
 class NarrowLayerNorm(torch.nn.LayerNorm):

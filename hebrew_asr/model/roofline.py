@@ -116,6 +116,8 @@ class Trace:
 
     work: Work
     kernels: list[Kernel] = field(default_factory=list)
+    sharded: bool = False
+    """Whether weights were there in bf16, as sharding.py gathers them."""
     synchronisations: Counter[str] = field(default_factory=Counter)
     """Where the host waits for the device, by operator."""
     saved: int = 0
@@ -374,9 +376,9 @@ class Shortened:
         config: transformers.Qwen3ASRConfig,
         fake: FakeTensorMode,
         trains: Callable[[str], bool],
-        ever_trains: Callable[[str], bool],
+        is_fp32: Callable[[str], bool],
     ) -> "Shortened":
-        """Of what trains in some stage the weights are fp32, the others bf16, as `load_model` has them."""
+        """Weights are bf16, or fp32 by their names."""
         config = copy.deepcopy(config)
         text, audio = config.text_config, config.audio_config
         towers = {}
@@ -385,7 +387,7 @@ class Shortened:
             ("language_model", text.num_hidden_layers, "mlp.up_proj.weight"),
         ):
             names = [f"model.{tower}.layers.{number}.{weight}" for number in range(count)]
-            kinds = [(trains(name), ever_trains(name)) for name in names]
+            kinds = [(trains(name), is_fp32(name)) for name in names]
             towers[tower] = Layers.of(count, kinds.__getitem__)
         audio.num_hidden_layers = len(towers["audio_tower"].numbers)
         text.num_hidden_layers = len(towers["language_model"].numbers)
@@ -402,7 +404,7 @@ class Shortened:
                 for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
                     whole = found.whole_name(f"{prefix}.{name}")
                     if id(parameter) not in made:
-                        dtype = torch.float32 if ever_trains(whole) else torch.bfloat16
+                        dtype = torch.float32 if is_fp32(whole) else torch.bfloat16
                         values = torch.empty(parameter.shape, dtype=dtype)
                         made[id(parameter)] = torch.nn.Parameter(values, requires_grad=trains(whole))
                     setattr(module, name, made[id(parameter)])
@@ -435,15 +437,17 @@ def trace(
     trains: Callable[[str], bool],
     ever_trains: Callable[[str], bool] | None = None,
     checkpointing: bool = False,
+    sharded: bool = False,
 ) -> Trace:
     """The kernels of one micro-batch under bf16 autocast, as they run on a GPU with PyTorch's FlashAttention.
 
     Args:
         batch: as `packing.pack` makes it; its shapes and the bounds of its utterances count, not its numbers.
-        trains: of a parameter's name, in this stage; ever_trains: in any stage.
+        trains: of a parameter's name, in this stage.
+        ever_trains: in any stage; the weights of it are fp32, as `load_model` has them, or bf16 where `sharded`.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    shortened = Shortened.of(config, fake, trains, ever_trains or trains)
+    shortened = Shortened.of(config, fake, trains, (lambda _: False) if sharded else (ever_trains or trains))
     config = shortened.model.config
     attention.register()
     for tower in (config.text_config, config.audio_config):
@@ -461,7 +465,7 @@ def trace(
             nats = shortened.model(**inputs, root_scale=1.0).loss
         saved = sum(shortened.times(module) * storage.nbytes() for module, storage in recorder.saved.values())
         nats.backward()
-    found = Trace(work_of(batch, config), saved=0 if checkpointing else saved)
+    found = Trace(work_of(batch, config), sharded=sharded, saved=0 if checkpointing else saved)
     for module, kernel in recorder.notes:
         found.kernels.append(dataclasses.replace(kernel, part=part_of(module), times=shortened.times(module)))
     for module, operator in recorder.waits:
@@ -488,12 +492,26 @@ class Trained:
     numbers: int
     last: int
     """Of them, those whose gradient is complete only at the end of the backward pass: the tied embedding's."""
+    outside: int = 0
+    """Of them, those outside of the layers: sharded, they are gathered and reduced at once."""
+    gathered: int = 0
+    """What some stage trains: sharded, all of it is gathered."""
 
     @classmethod
-    def of(cls, config: transformers.Qwen3ASRConfig, sizes: dict[str, int], trains: Callable[[str], bool]) -> "Trained":
+    def of(
+        cls,
+        config: transformers.Qwen3ASRConfig,
+        sizes: dict[str, int],
+        trains: Callable[[str], bool],
+        ever_trains: Callable[[str], bool],
+    ) -> "Trained":
+        def count(chosen: Callable[[str], bool]) -> int:
+            return sum(number for name, number in sizes.items() if chosen(name))
+
         embedding = "model.language_model.embed_tokens.weight"
         last = sizes[embedding] if config.tie_word_embeddings and trains(embedding) else 0
-        return cls(sum(count for name, count in sizes.items() if trains(name)), last)
+        outside = count(lambda name: trains(name) and not LAYER.search(name))
+        return cls(count(trains), last, outside, count(ever_trains))
 
 
 @dataclass
@@ -521,7 +539,7 @@ def step(
     efficiency: Efficiency,
     bf16_exchange: bool = False,
 ) -> Step:
-    """A step of these micro-batches on one of so many ranks.
+    """A step of these micro-batches on one of so many ranks, sharded if they were traced so.
 
     Beside the passes over the model: a micro-batch's gradients are added to those before it (two are read, one is
     written). Fused AdamW reads weight, gradient and two moments and writes all four, the gradient because it clips it;
@@ -531,13 +549,52 @@ def step(
     first, *others = traces
     kernels = first.kernels + [k for t in others for k in t.kernels if not k.is_copy_of_weight]
     parts = {part: sum(k.seconds(device, efficiency) for k in kernels if k.part == part) for part in PARTS}
+    if first.sharded:
+        parts |= sharded_parts(traces, trained, ranks, device, efficiency, BF16 if bf16_exchange else FP32)
+        return Step(parts, sum(t.operations for t in traces), sum(k.times for k in kernels))
     one_pass = FP32 * trained.numbers / (device.bandwidth * efficiency.memory)
     parts |= {"adding up gradients": 3 * len(others) * one_pass, "AdamW": 8 * one_pass, "clip": one_pass}
-    parts |= {"DDP's copies": 0.0, "all-reduce": 0.0}
+    parts |= {"copies to exchange": 0.0, "exchange": 0.0}
     if ranks > 1:
         share = 2 * (ranks - 1) / ranks * (BF16 if bf16_exchange else FP32) / device.exchange
         hidden = traces[-1].sum(lambda k: k.seconds(device, efficiency), lambda k: k.is_backward)
         early = share * (trained.numbers - trained.last)
-        parts["DDP's copies"] = (6 if bf16_exchange else 2) * one_pass
-        parts["all-reduce"] = share * trained.last + max(0.0, early - hidden * efficiency.overlapped)
+        parts["copies to exchange"] = (6 if bf16_exchange else 2) * one_pass
+        parts["exchange"] = share * trained.last + max(0.0, early - hidden * efficiency.overlapped)
     return Step(parts, sum(t.operations for t in traces), sum(k.times for k in kernels))
+
+
+def sharded_parts(
+    traces: list[Trace], trained: Trained, ranks: int, device: Device, efficiency: Efficiency, summed: int
+) -> dict[str, float]:
+    """What a sharded step takes beside the passes over the model, by part.
+
+    Each micro-batch gathers all weights, and those of the layers that train once more for its backward pass: a rank
+    rounds its part to bf16, and copies what came from all of them to where it is read. Gradients are made in bf16,
+    added up over micro-batches in numbers of `summed` bytes, copied to be exchanged in that, and exchanged once a step.
+    Their norm, the clip (which the fused optimizer does not fold in here) and AdamW pass over a rank's part.
+    Behind a pass goes what its layers exchange; the rest, gathered first and reduced last, does not.
+    """
+    memory = device.bandwidth * efficiency.memory
+    way = (ranks - 1) / ranks / device.exchange
+    layers = trained.numbers - trained.outside  # of what trains
+    times = len(traces)
+    gathered = times * (trained.gathered + layers)
+    part = trained.numbers / ranks
+    copied = gathered * (2 * BF16 + (BF16 + FP32) / ranks)
+    copied += (summed if times > 1 else BF16) * trained.numbers + summed * trained.numbers + (summed + FP32) * part
+    added = trained.numbers * (BF16 + summed + (times - 1) * (BF16 + 2 * summed)) if times > 1 else 0
+    late = way * trained.outside * (BF16 * times + summed)
+    forward = sum(t.sum(lambda k: k.seconds(device, efficiency), lambda k: not k.is_backward) for t in traces)
+    backward = sum(t.sum(lambda k: k.seconds(device, efficiency), lambda k: k.is_backward) for t in traces)
+    ahead = way * BF16 * times * (trained.gathered - trained.outside)
+    behind = way * layers * (BF16 * times + summed)
+    if efficiency.overlapped:
+        ahead, behind = max(0.0, ahead - forward), max(0.0, behind - backward)
+    return {
+        "adding up gradients": added / memory,
+        "AdamW": 7 * FP32 * part / memory,
+        "clip": 3 * FP32 * part / memory,
+        "copies to exchange": copied / memory,
+        "exchange": late + ahead + behind,
+    }

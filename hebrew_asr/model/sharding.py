@@ -9,12 +9,18 @@ from collections.abc import Collection, Iterable
 import torch
 import torch.distributed
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Qwen3ASRForConditionalGeneration
 
 
-def shard(model: Qwen3ASRForConditionalGeneration, ever_trains: Collection[str], device: torch.device) -> None:
+def shard(
+    model: Qwen3ASRForConditionalGeneration,
+    ever_trains: Collection[str],
+    device: torch.device,
+    use_bf16: bool,
+    bf16_exchange: bool,
+) -> None:
     """Moves a model to the device and shards it in place over all processes.
 
     A layer of a tower is gathered when it runs. The rest is gathered together and stays whole from the beginning of a
@@ -22,19 +28,30 @@ def shard(model: Qwen3ASRForConditionalGeneration, ever_trains: Collection[str],
     of any module. A group has what trains in some stage, and all of that is fp32; what is frozen in between is gathered
     with it and has no gradient.
 
+    Under bf16 a process rounds its part of the weights before they are gathered, so that half as much is exchanged and
+    autocast finds nothing to cast; AdamW changes the fp32 parts. A micro-batch's gradient is then bf16 too, of norms
+    and of the embedding as of all else. Added up over micro-batches and processes it is fp32, which is what is usual,
+    unless `bf16_exchange`: rounding there would add to the error with the number of both.
+
     What it relies on in Trainer 5.23: a model marked as sharded when it was loaded is neither moved to a device nor
     wrapped in DistributedDataParallel.
 
     Args:
         ever_trains: names of the parameters that some stage trains.
+        bf16_exchange: gradients are added up in bf16.
     """
     model.to(device)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if use_bf16 else None,
+        reduce_dtype=torch.bfloat16 if bf16_exchange else torch.float32,
+        cast_forward_inputs=False,  # what goes from layer to layer stays fp32, as without sharding
+    )
     whole_ones = {parameter for name, parameter in model.named_parameters() if name not in ever_trains}
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for layer in (*model.model.audio_tower.layers, *model.model.language_model.layers):
         if not whole_ones.issuperset(layer.parameters()):
-            fully_shard(layer, mesh=mesh, ignored_params=whole_ones)
-    fully_shard(model, mesh=mesh, ignored_params=whole_ones)
+            fully_shard(layer, mesh=mesh, ignored_params=whole_ones, mp_policy=policy)
+    fully_shard(model, mesh=mesh, ignored_params=whole_ones, mp_policy=policy)
     model._is_distributed_loading_by_transformers = True
 
 

@@ -49,7 +49,7 @@ from hebrew_asr.training.settings import Settings
 
 USABLE = 0.95  # of a device's memory; assumed, not measured
 ASSUMED = OPTIMISTIC, PESSIMISTIC
-SHARDED = ", what trains is sharded (that counts in the memory; the hours are those without it)"
+WORTH_IT = 0.9  # of the hours
 ON_TOP = "evaluation, checkpoints and waiting for data or for Python"
 REAL_MODELS = {"Qwen/Qwen3-ASR-1.7B-hf": real_config, "Qwen/Qwen3-ASR-0.6B-hf": small_config}
 LAYER = re.compile(r"(audio_tower|language_model)\.layers\.\d+\.")
@@ -214,15 +214,15 @@ def standing(
         "Adam's moments": 2 * FP32 * moved // share,
         "moving average": FP32 * ever // share if is_averaged else 0,
         "DDP's buckets": FP32 * now if processes > 1 and in_parts and not sharded else 0,
-        "bf16 copies for autocast": element * copied if element < FP32 else 0,  # the graph keeps them, whole
+        "bf16 copies for autocast": element * copied if element < FP32 and not sharded else 0,  # the graph keeps them
     }
 
 
 @dataclass
 class Gathered:
-    """What is whole for a while where training is sharded, in numbers.
+    """What is whole for a while where training is sharded in bf16, in numbers.
 
-    In an evaluation all weights are; there are no gradients then, and it is not counted.
+    In an evaluation all weights are, in fp32; there are no gradients then, and it is not counted.
     """
 
     rest: int
@@ -244,12 +244,17 @@ class Gathered:
         rest = sizes.pop("rest", 0)
         return cls(rest, max(sizes.values(), default=0), weights.count(stages[number]), tokens)
 
-    def parts(self, budget: int) -> dict[str, int]:
-        """Bytes. Gradients are exchanged after a step's last micro-batch: where it has several, they add up whole."""
-        exchanged = self.now if self.tokens > budget else 2 * self.layer
+    def parts(self, budget: int, summed: int) -> dict[str, int]:
+        """Bytes. Gradients are exchanged after a step's last micro-batch: where it has several, they add up whole.
+
+        Args:
+            summed: bytes of a number in which they are added up and exchanged; they are made in bf16.
+        """
+        passing = self.rest + 2 * self.layer
+        in_parts = summed * (self.now + self.rest)
         return {
-            "weights gathered": FP32 * (self.rest + 2 * self.layer),
-            "gradients to be exchanged": FP32 * (self.rest + exchanged),
+            "weights gathered": BF16 * passing,
+            "gradients to be exchanged": in_parts if self.tokens > budget else (BF16 + summed) * passing,
         }
 
 
@@ -382,6 +387,8 @@ class Plan:
     hours: list[float]
     """Of the steps at each of `ASSUMED`; what `ON_TOP` names is not in them."""
     cost: list[float] | None
+    advised: str = ""
+    """What would take less time, if anything."""
 
 
 def durations(config: Settings) -> tuple[np.ndarray, float, str]:
@@ -424,7 +431,7 @@ def make_plan(config: Settings) -> Plan:
     trained: list[Callable[[str], bool]] = [
         functools.partial(lambda stage, name: trains_in(name, stage, model), stage) for stage in config.stages
     ]
-    plans, done = [], 0
+    plans, done, sharded_hours, advised = [], 0, np.zeros(len(ASSUMED)), ""
     for number, stage in enumerate(config.stages):
         trains = trained[number]
         last = number == len(config.stages) - 1
@@ -446,20 +453,26 @@ def make_plan(config: Settings) -> Plan:
                 seconds,
                 Gathered.of(weights, trained, number, steps.most) if is_sharded else None,
                 math.ceil(steps.most),
+                BF16 if config.bf16_exchange else FP32,
             )
             for is_sharded in (False, processes > 1)
         )
         needed = sharded if config.fsdp else whole
-        costs = step_costs(
-            model,
-            steps.typical,
-            trains,
-            lambda name: any(stage(name) for stage in trained),
-            Trained.of(model, weights.sizes, trains),
-            processes,
-            device,
-            config.gradient_checkpointing,
-            config.bf16_exchange,
+        ever = lambda name: any(stage(name) for stage in trained)  # noqa: E731
+        costs, sharded_costs = (
+            step_costs(
+                model,
+                steps.typical,
+                trains,
+                ever,
+                Trained.of(model, weights.sizes, trains, ever),
+                processes,
+                device,
+                config.gradient_checkpointing,
+                config.bf16_exchange,
+                is_sharded,
+            )
+            for is_sharded in (config.fsdp and processes > 1, processes > 1)
         )
         plan = StagePlan(
             name=stage.name,
@@ -475,17 +488,22 @@ def make_plan(config: Settings) -> Plan:
             plan.advice = advice(needed, sharded, device, budget, config.gradient_checkpointing)
         plans.append(plan)
         done = max(done, end)
+        sharded_hours += plan.steps * np.array([cost.seconds for cost in sharded_costs]) / 3600
     hours = [sum(plan.hours[i] for plan in plans) for i in range(len(ASSUMED))]
+    if all(sharded_hours < WORTH_IT * np.array(hours)):
+        low, high = min(sharded_hours), max(sharded_hours)
+        advised = f"--fsdp true would take {low:.2f}–{high:.2f} h, and less memory, if Python keeps up"
     price = config.plan_price_per_hour
     switch = "on" if config.gradient_checkpointing else "off"
     facts = [
         f"{config.model_name_or_path}, {weights.count(lambda name: True) / 1e6:,.0f} M parameters | {processes} ×"
         f" {device} | at most {budget} tokens at once, checkpointing {switch}"
-        f"{SHARDED if config.fsdp and processes > 1 else ''}",
+        f"{', what trains is sharded' if config.fsdp and processes > 1 else ''}",
         f"{hours_of_audio:,.2f} h of audio an epoch ({origin}) | {steps_per_epoch:,} steps of"
         f" {config.target_effective_batch} utterances an epoch | balance over processes and rows {steps.balance:.2f}",
     ]
-    return Plan(plans, facts, hours, None if price is None else [hour * processes * price for hour in hours])
+    cost = None if price is None else [hour * processes * price for hour in hours]
+    return Plan(plans, facts, hours, cost, advised)
 
 
 def step_costs(
@@ -498,12 +516,13 @@ def step_costs(
     device: str,
     checkpointing: bool,
     bf16_exchange: bool,
+    sharded: bool,
 ) -> list[Step]:
     """A step of micro-batches like the first of these (seconds of utterances), at each of `ASSUMED`."""
     seconds = micro_batches[0]
     labels = (LABELS_AROUND + TEXT_TOKENS_PER_SECOND * seconds).round().astype(int)
     batch = made_up_batch(np.maximum(seconds, SHORTEST_CLIP), labels, model.audio_token_id)
-    traced = trace(model, batch, trains, ever_trains, checkpointing)
+    traced = trace(model, batch, trains, ever_trains, checkpointing, sharded)
     share = [traced] * len(micro_batches)
     return [step(share, trained, processes, DEVICES[device], efficiency, bf16_exchange) for efficiency in ASSUMED]
 
@@ -524,13 +543,15 @@ class Needed:
     """Where training is sharded."""
     most: int
     """Tokens of a process in a step: no micro-batch has more, whatever the budget."""
+    summed: int
+    """Bytes of a number in which gradients are exchanged."""
 
     def parts(self, budget: int, checkpointing: bool) -> dict[str, int]:
         """Bytes by part; their sum is the peak."""
         saved, on_top = self.passing(budget, checkpointing)
         found = self.standing | {"activations": saved, "loss, gradients in passing": on_top}
         if self.gathered:
-            found |= self.gathered.parts(budget)
+            found |= self.gathered.parts(budget, self.summed)
         return found
 
     def passing(self, budget: int, checkpointing: bool) -> tuple[int, int]:
@@ -601,4 +622,4 @@ def lines_of(plan: Plan) -> list[str]:
         f"computed, not measured: every kernel of a step on fake tensors; {ranges}. Memory was checked on small models"
         " on a CPU; no GPU was tried"
     )
-    return [*plan.facts, *table, *changes, end, note]
+    return [*plan.facts, *table, *changes, end, *([plan.advised] if plan.advised else []), note]
