@@ -208,12 +208,13 @@ def test_weights_forwards_and_backwards_agree():
     """The summed weight of all ways is the same wherever it is added up, and each stretch's probabilities are one."""
     made = call(30, 0.3, seed=10)
     words = alignment.Words(" ".join(made.transcript))
-    low, high, misheard_share = alignment.windows(made.heard, words)
+    cuts = alignment.Cuts(made.heard)
+    low, high, misheard_share = alignment.windows(made.heard, cuts, words)
     fits = [
         alignment.fits_by_letters(h.text, words, int(a), int(b), misheard_share)
         for h, a, b in zip(made.heard, low[:-1], high[:-1], strict=True)
     ]
-    lattice = alignment.Lattice(fits, low, high)
+    lattice = alignment.Lattice(fits, cuts, low, high)
     for before, after in [*zip(lattice.begun, lattice.after_begun, strict=True)]:
         assert np.logaddexp.reduce(before + after) == pytest.approx(lattice.total, abs=1e-6)
     for number in range(len(fits)):
