@@ -24,7 +24,7 @@ from hebrew_asr.data.alignment import Kept
 from hebrew_asr.data.audio import SAMPLE_RATE
 from hebrew_asr.evaluation.transcription import Decoding, load_speech_model
 from hebrew_asr.text.scoring import ErrorCounts, count_errors, leaderboard_normalize
-from scripts.align_recordings import Aligning, align_heard, hear
+from scripts.align_recordings import Aligning, align_recording
 
 STRETCH_SECONDS = 3.5  # the demo's checkpoints know sentences of 1 to 3 s
 
@@ -100,13 +100,10 @@ def measure(models: list[str], sizes: list[float], seeds: list[int]) -> None:
         for folder, seconds in itertools.product(("corpus", "heldout"), sizes):
             recordings = [join(clips(folder), seconds, seed) for seed in seeds]
             hours = sum(len(r.waveform) for r in recordings) / SAMPLE_RATE / 3600
-            began = time.perf_counter()
-            heard = [hear(model, r.waveform, Aligning(stretch_seconds=STRETCH_SECONDS)) for r in recordings]
-            hearing = time.perf_counter() - began
             for asks in (True, False):
-                given, began = Aligning(asks_model=asks), time.perf_counter()
-                aligned = [align_heard(model, *h, r.transcript, given) for h, r in zip(heard, recordings, strict=True)]
-                took = (time.perf_counter() - began + hearing) / hours
+                given, began = Aligning(asks_model=asks, stretch_seconds=STRETCH_SECONDS), time.perf_counter()
+                aligned = [align_recording(model, r.waveform, r.transcript, given) for r in recordings]
+                took = (time.perf_counter() - began) / hours
                 judged = [judge(r, kept) for r, (kept, _) in zip(recordings, aligned, strict=True)]
                 each = ", ".join(f"{100 * k / of:.1f} {100 * w / n:.2f}" for k, of, w, n in judged)
                 k, of, w, n = map(sum, zip(*judged, strict=True))
