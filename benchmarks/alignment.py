@@ -92,7 +92,7 @@ def compare_cutters(seeds: list[int]) -> None:
             )
 
 
-def measure(models: list[str], sizes: list[float], seeds: list[int]) -> None:
+def measure(models: list[str], sizes: list[float], seeds: list[int], asks: list[bool]) -> None:
     print("| checkpoint | clips | minutes | likelihoods | kept % | wrong % | each seed: kept, wrong | s per hour |")
     print("|---|---|---|---|---|---|---|---|")
     for name in models:
@@ -100,15 +100,15 @@ def measure(models: list[str], sizes: list[float], seeds: list[int]) -> None:
         for folder, seconds in itertools.product(("corpus", "heldout"), sizes):
             recordings = [join(clips(folder), seconds, seed) for seed in seeds]
             hours = sum(len(r.waveform) for r in recordings) / SAMPLE_RATE / 3600
-            for asks in (True, False):
-                given, began = Aligning(asks_model=asks, stretch_seconds=STRETCH_SECONDS), time.perf_counter()
+            for asks_model in asks:
+                given, began = Aligning(asks_model=asks_model, stretch_seconds=STRETCH_SECONDS), time.perf_counter()
                 aligned = [align_recording(model, r.waveform, r.transcript, given) for r in recordings]
                 took = (time.perf_counter() - began) / hours
                 judged = [judge(r, kept) for r, (kept, _) in zip(recordings, aligned, strict=True)]
                 each = ", ".join(f"{100 * k / of:.1f} {100 * w / n:.2f}" for k, of, w, n in judged)
                 k, of, w, n = map(sum, zip(*judged, strict=True))
                 shares = f"{100 * k / of:.1f} | {100 * w / n:.2f}"
-                which = f"{name} | {folder} | {seconds / 60:g} | {'yes' if asks else 'no'}"
+                which = f"{name} | {folder} | {seconds / 60:g} | {'yes' if asks_model else 'no'}"
                 print(f"| {which} | {shares} | {each} | {took:.0f} |", flush=True)
 
 
@@ -118,9 +118,11 @@ if __name__ == "__main__":
     parser.add_argument("--models", nargs="+", default=["base", "tuned"])
     parser.add_argument("--minutes", nargs="+", type=float, default=[2.0, 10.0, 20.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13])
+    parser.add_argument("--likelihoods", nargs="+", choices=["yes", "no"], default=["yes", "no"])
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.cutter:
         compare_cutters(options.seeds)
     else:
-        measure(options.models, [60 * minutes for minutes in options.minutes], options.seeds)
+        asks = [one == "yes" for one in options.likelihoods]
+        measure(options.models, [60 * minutes for minutes in options.minutes], options.seeds, asks)

@@ -12,7 +12,7 @@ is possible.
 import itertools
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -163,6 +163,8 @@ class Fits:
 
     first: int
     nats: np.ndarray
+    wordless: float
+    """Nats of no words at all."""
 
     def ends(self, words: Words) -> np.ndarray:
         """The place after the last word, (places, counts), at most the transcript's end."""
@@ -175,7 +177,7 @@ class Fits:
         return words.starts[self.ends(words)] - words.starts[places][:, None]
 
     def plus(self, nats: np.ndarray) -> "Fits":
-        return Fits(self.first, np.where(self.nats < NO_WAY, self.nats + nats, NO_WAY))
+        return replace(self, nats=np.where(self.nats < NO_WAY, self.nats + nats, NO_WAY))
 
 
 def windows(heard: list[Heard], cuts: Cuts, words: Words) -> tuple[np.ndarray, np.ndarray, float]:
@@ -212,10 +214,10 @@ def fits_by_letters(text: str, words: Words, low: int, high: int, misheard: floa
     row = [ord(letter) for letter in letters(text)]
     places = np.arange(low, min(high + 1, len(words)))
     if not row or not len(places):
-        return Fits(low, np.zeros((0, 1)))
+        return Fits(low, np.zeros((0, 1)), DEFECT if row else 0.0)
     width = 2 * len(row) + 20
     most = np.searchsorted(words.starts, words.starts[places] + width, side="right") - 1 - places
-    fits = Fits(low, np.zeros((len(places), int(np.clip(most.max(), 1, MOST_WORDS)))))
+    fits = Fits(low, np.zeros((len(places), int(np.clip(most.max(), 1, MOST_WORDS)))), DEFECT)
     index = words.starts[places][:, None] + np.arange(width)
     reference = words.codes[np.minimum(index, len(words.codes) - 1)]
     share, chance = np.clip(misheard, 0.2, 0.6), np.log(LETTERS)
@@ -241,8 +243,8 @@ def misheard_share(lattice: "Lattice", heard: list[Heard], words: Words) -> floa
     edits, total = 1, 2  # a half, where there are none
     for number, stretch in enumerate(heard):
         likely = lattice.probabilities(number)
-        place, more = np.unravel_index(int(likely.argmax()), likely.shape)
-        if likely[place, more] > 0.5:
+        if likely.max(initial=0.0) > 0.5:
+            place, more = np.unravel_index(int(likely.argmax()), likely.shape)
             first = lattice.fits[number].first + int(place)
             said = words.row[words.starts[first] : words.starts[first + int(more) + 1]]
             edits += Levenshtein.distance(letters(stretch.text), said)
@@ -345,20 +347,16 @@ class Lattice:
             for number in cuts.before[i]:
                 first = cuts.first[number]
                 self.speak(number, self.begun[first], self.ended[i])
-                self.move(self.begun[first] - self.wordless(number), low[first], self.ended[i], low[i])
+                self.move(self.begun[first] - self.fits[number].wordless, low[first], self.ended[i], low[i])
             self.begun[i] = np.logaddexp(self.ended[i], skipped(self.ended[i]))
         for i in reversed(range(cuts.count + 1)):
             for number in cuts.behind[i]:
                 after = cuts.after[number]
                 self.speak_backwards(number, self.after_ended[after], self.after_begun[i])
-                self.move(self.after_ended[after] - self.wordless(number), low[after], self.after_begun[i], low[i])
+                self.move(self.after_ended[after] - self.fits[number].wordless, low[after], self.after_begun[i], low[i])
             back = skipped(self.after_begun[i][::-1])[::-1]
             self.after_ended[i] = np.logaddexp(self.after_begun[i], back)
         self.total = float(self.begun[-1][-1])
-
-    def wordless(self, number: int) -> float:
-        """Nats of a stretch that has no words."""
-        return DEFECT if len(self.fits[number].nats) else 0.0
 
     @staticmethod
     def move(source: np.ndarray, source_low: int, target: np.ndarray, target_low: int) -> None:
@@ -416,7 +414,7 @@ class Lattice:
                 start = self.cuts.first[number]
                 if start in weights:
                     self.speak(number, weights[start], spoken)
-                    if not len(self.fits[number].nats) and start > first:
+                    if not self.fits[number].wordless and start > first:
                         self.move(weights[start], self.low[start], passed, self.low[end])
             weights[end] = np.logaddexp(spoken, passed)
             shares = np.exp(np.minimum(spoken + self.after_ended[end] - self.total, 0.0))
