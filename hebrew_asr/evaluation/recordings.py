@@ -62,7 +62,7 @@ class TranscribeConfig(Decoding):
     paths: list[str] = field(default_factory=list)
     """Files of sound or video, and folders with all that is in them; as words before the first option too."""
     model: str | None = None
-    """A folder or a Hub id."""
+    """A folder, a Hub id, or the URL of an endpoint."""
     channel: Annotated[int, Range(0)] | None = None
     """Of recordings with several, from 0; null: their average."""
 
@@ -536,7 +536,7 @@ def transcribe(
     """Transcribes recordings: files, and folders with all that is in them.
 
     Args:
-        model: a folder, a Hub id or an endpoint's URL, of any engine that `--model` of evaluate_hebrew_asr.py takes.
+        model: a folder, a Hub id, or the URL of an endpoint.
         formats: transcripts to write, of `text`, `json`, `srt`, `vtt` and `tsv`; none: nothing is written.
         output_dir: for them; None: beside each recording.
         language: of the speech, as Qwen3-ASR names it (`Hebrew`); None: the model names it.
