@@ -72,7 +72,7 @@ class Aligning(DataConfig):
     output_dir: str = ""
     """The corpus's folder, which is not there yet."""
     language: str = "Hebrew"
-    min_confidence: Annotated[float, Range(0.5, 1)] = 0.75
+    min_confidence: Annotated[float, Range(0.5, 1)] = 0.85
     """Of a piece: the probability that its words are exactly those spoken in it."""
     stretch_seconds: Annotated[float, Range(2, 30)] = 10.0
     """Speech without a pause is transcribed in stretches of at most so many seconds; a piece has one or more."""

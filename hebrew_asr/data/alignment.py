@@ -176,8 +176,12 @@ class Fits:
         places = self.first + np.arange(len(self.nats))
         return words.starts[self.ends(words)] - words.starts[places][:, None]
 
-    def plus(self, nats: np.ndarray) -> "Fits":
+    def plus(self, nats: np.ndarray | float) -> "Fits":
         return replace(self, nats=np.where(self.nats < NO_WAY, self.nats + nats, NO_WAY))
+
+    def of_one_way(self, ways: int) -> "Fits":
+        """As the stretch is one of so many that begin there, each as likely as another."""
+        return replace(self.plus(np.log(ways)), wordless=self.wordless + float(np.log(ways)))
 
 
 def windows(heard: list[Heard], cuts: Cuts, words: Words) -> tuple[np.ndarray, np.ndarray, float]:
@@ -414,7 +418,7 @@ class Lattice:
                 start = self.cuts.first[number]
                 if start in weights:
                     self.speak(number, weights[start], spoken)
-                    if not self.fits[number].wordless and start > first:
+                    if not len(self.fits[number].nats) and start > first:
                         self.move(weights[start], self.low[start], passed, self.low[end])
             weights[end] = np.logaddexp(spoken, passed)
             shares = np.exp(np.minimum(spoken + self.after_ended[end] - self.total, 0.0))
@@ -482,7 +486,9 @@ def weigh(heard: list[Heard], cuts: Cuts, words: Words, ask: Ask | None) -> Latt
     low, high, misheard = windows(heard, cuts, words)
     for _ in range(2):  # where much has no counterpart, the edits of all say little about how well the model hears
         fits = [
-            fits_by_letters(stretch.text, words, int(low[first]), int(high[first]), misheard)
+            fits_by_letters(stretch.text, words, int(low[first]), int(high[first]), misheard).of_one_way(
+                len(cuts.behind[first])
+            )
             for stretch, first in zip(heard, cuts.first, strict=True)
         ]
         lattice = Lattice(fits, cuts, low, high)
