@@ -24,7 +24,7 @@ from hebrew_asr.data.alignment import Kept
 from hebrew_asr.data.audio import SAMPLE_RATE
 from hebrew_asr.evaluation.transcription import Decoding, load_speech_model
 from hebrew_asr.text.scoring import ErrorCounts, count_errors, leaderboard_normalize
-from scripts.align_recordings import Aligning, align_heard, hear
+from scripts.align_recordings import Aligning, align_recording
 
 STRETCH_SECONDS = 3.5  # the demo's checkpoints know sentences of 1 to 3 s
 
@@ -92,7 +92,7 @@ def compare_cutters(seeds: list[int]) -> None:
             )
 
 
-def measure(models: list[str], sizes: list[float], seeds: list[int]) -> None:
+def measure(models: list[str], sizes: list[float], seeds: list[int], asks: list[bool]) -> None:
     print("| checkpoint | clips | minutes | likelihoods | kept % | wrong % | each seed: kept, wrong | s per hour |")
     print("|---|---|---|---|---|---|---|---|")
     for name in models:
@@ -100,18 +100,15 @@ def measure(models: list[str], sizes: list[float], seeds: list[int]) -> None:
         for folder, seconds in itertools.product(("corpus", "heldout"), sizes):
             recordings = [join(clips(folder), seconds, seed) for seed in seeds]
             hours = sum(len(r.waveform) for r in recordings) / SAMPLE_RATE / 3600
-            began = time.perf_counter()
-            heard = [hear(model, r.waveform, Aligning(stretch_seconds=STRETCH_SECONDS)) for r in recordings]
-            hearing = time.perf_counter() - began
-            for asks in (True, False):
-                given, began = Aligning(asks_model=asks), time.perf_counter()
-                aligned = [align_heard(model, *h, r.transcript, given) for h, r in zip(heard, recordings, strict=True)]
-                took = (time.perf_counter() - began + hearing) / hours
+            for asks_model in asks:
+                given, began = Aligning(asks_model=asks_model, stretch_seconds=STRETCH_SECONDS), time.perf_counter()
+                aligned = [align_recording(model, r.waveform, r.transcript, given) for r in recordings]
+                took = (time.perf_counter() - began) / hours
                 judged = [judge(r, kept) for r, (kept, _) in zip(recordings, aligned, strict=True)]
                 each = ", ".join(f"{100 * k / of:.1f} {100 * w / n:.2f}" for k, of, w, n in judged)
                 k, of, w, n = map(sum, zip(*judged, strict=True))
                 shares = f"{100 * k / of:.1f} | {100 * w / n:.2f}"
-                which = f"{name} | {folder} | {seconds / 60:g} | {'yes' if asks else 'no'}"
+                which = f"{name} | {folder} | {seconds / 60:g} | {'yes' if asks_model else 'no'}"
                 print(f"| {which} | {shares} | {each} | {took:.0f} |", flush=True)
 
 
@@ -121,9 +118,11 @@ if __name__ == "__main__":
     parser.add_argument("--models", nargs="+", default=["base", "tuned"])
     parser.add_argument("--minutes", nargs="+", type=float, default=[2.0, 10.0, 20.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13])
+    parser.add_argument("--likelihoods", nargs="+", choices=["yes", "no"], default=["yes", "no"])
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.cutter:
         compare_cutters(options.seeds)
     else:
-        measure(options.models, [60 * minutes for minutes in options.minutes], options.seeds)
+        asks = [one == "yes" for one in options.likelihoods]
+        measure(options.models, [60 * minutes for minutes in options.minutes], options.seeds, asks)

@@ -21,10 +21,10 @@ if __name__ == "__main__":  # the imports take seconds
 import dataclasses
 import json
 import tempfile
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,11 +35,12 @@ from tqdm.auto import tqdm
 
 from hebrew_asr.command_line import Range, parse_config
 from hebrew_asr.data import alignment, voice
-from hebrew_asr.data.alignment import Heard, Kept, Likelihood, Refused, align
+from hebrew_asr.data.alignment import ANOTHER, Heard, Kept, Likelihood, Refused, align
 from hebrew_asr.data.audio import SAMPLE_RATE, check_waveform, decode_audio
 from hebrew_asr.data.corpus import corpus_row, piece_of_audio, write_corpus
 from hebrew_asr.data.rows import RowSettings, SpeechRows, load_rows, row_settings, why_unusable
 from hebrew_asr.data.sources import DataConfig, Source
+from hebrew_asr.data.voice import Span
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation.transcription import (
     Decoding,
@@ -54,6 +55,8 @@ from hebrew_asr.processes import fail_together, join_processes, launch, leave_pr
 from hebrew_asr.text.targets import normalize_target
 
 TAIL = 0.05  # seconds that the model hears after a stretch of speech
+NEAR = 0.5  # seconds between stretches that may be one sentence
+MOST_PARTS = 6  # of a stretch that is put together anew
 CODE = (__file__, alignment.__file__, voice.__file__)
 
 
@@ -69,7 +72,7 @@ class Aligning(DataConfig):
     output_dir: str = ""
     """The corpus's folder, which is not there yet."""
     language: str = "Hebrew"
-    min_confidence: Annotated[float, Range(0.5, 1)] = 0.75
+    min_confidence: Annotated[float, Range(0.5, 1)] = 0.85
     """Of a piece: the probability that its words are exactly those spoken in it."""
     stretch_seconds: Annotated[float, Range(2, 30)] = 10.0
     """Speech without a pause is transcribed in stretches of at most so many seconds; a piece has one or more."""
@@ -93,38 +96,108 @@ def batches_by_length(seconds: list[float], batch_seconds: float) -> Iterator[li
         yield batch
 
 
-def hear(model: Transcriber, waveform: np.ndarray, given: Aligning) -> tuple[list[Heard], list[Any]]:
-    """The stretches of speech of a recording (samples,) at 16 kHz as the model writes them, and their features."""
-    spans = voice.utterances(waveform, given.stretch_seconds)
-    sounds = [waveform[round(a * SAMPLE_RATE) : round((b + TAIL) * SAMPLE_RATE)] for a, b in spans]
-    features, seconds, texts = [model.features(sound) for sound in sounds], [b - a for a, b in spans], [""] * len(spans)
-    for batch in batches_by_length(seconds, given.batch_seconds):
-        written = model.transcribe([features[n] for n in batch], [seconds[n] for n in batch])
-        for number, transcript in zip(batch, written, strict=True):
-            texts[number] = transcript.text
-    return [Heard(a, b, text) for (a, b), text in zip(spans, texts, strict=True)], features
+@dataclass
+class Hearing:
+    """What a model writes for stretches of a recording, and how likely it finds other texts for them."""
+
+    model: Transcriber
+    waveform: np.ndarray  # (samples,) at 16 kHz
+    given: Aligning
+    stretches: list[Heard] = field(default_factory=list)  # by start and end
+    features: dict[Span, Any] = field(default_factory=dict)
+    answers: dict[tuple[Span, tuple[str, ...]], Likelihood] = field(default_factory=dict)
+
+    def hear(self, spans: list[Span]) -> None:
+        """Adds stretches."""
+        seconds, batch_seconds = [b - a for a, b in spans], self.given.batch_seconds
+        for a, b in spans:
+            sound = self.waveform[round(a * SAMPLE_RATE) : round((b + TAIL) * SAMPLE_RATE)]
+            self.features[a, b] = self.model.features(sound)
+        for batch in batches_by_length(seconds, batch_seconds):
+            clips = [self.features[spans[n]] for n in batch]
+            written = self.model.transcribe(clips, [seconds[n] for n in batch])
+            self.stretches += [Heard(*spans[n], w.text) for n, w in zip(batch, written, strict=True)]
+        self.stretches.sort()
+
+    def align(self, transcript: str) -> tuple[list[Kept], list[Refused]]:
+        asks = self.given.asks_model and isinstance(self.model, QwenModel)  # others cannot be asked
+        longest, least = self.given.max_audio_length_seconds, self.given.min_confidence
+        return align(self.stretches, transcript, longest, least, self.ask if asks else None)
+
+    def ask(self, asked: list[tuple[int, list[str]]]) -> list[Likelihood]:
+        """Of each (number of a stretch, words), in batches of stretches of like length."""
+        assert isinstance(self.model, QwenModel)
+        keys = [(self.stretches[number][:2], tuple(words)) for number, words in asked]
+        new = [key for key in dict.fromkeys(keys) if key not in self.answers]
+        for batch in batches_by_length([end - start for (start, end), _ in new], self.given.batch_seconds):
+            clips, words = [self.features[new[i][0]] for i in batch], [list(new[i][1]) for i in batch]
+            found = self.model.likelihoods(clips, words, self.given.language)
+            self.answers |= dict(zip([new[i] for i in batch], found, strict=True))
+        return [self.answers[key] for key in keys]
 
 
-def align_heard(
-    model: Transcriber, heard: list[Heard], features: list[Any], transcript: str, given: Aligning
+def align_recording(
+    model: Transcriber, waveform: np.ndarray, transcript: str, given: Aligning
 ) -> tuple[list[Kept], list[Refused]]:
-    """The pieces of a recording, and what is refused."""
-    ask = None
-    if given.asks_model and isinstance(model, QwenModel):  # others cannot be asked
-        ask = partial(likelihoods_of, model, heard, features, given)
-    return align(heard, transcript, given.max_audio_length_seconds, given.min_confidence, ask)
+    """The pieces of a recording, and what is refused.
+
+    Where words are left over, the speech there is cut in all ways that there are, heard again, and all is weighed anew.
+    """
+    hearing = Hearing(model, waveform, given)
+    hearing.hear(voice.utterances(waveform, given.stretch_seconds))
+    kept, refused = hearing.align(transcript)
+    spans = [span for region in doubtful(hearing.stretches, refused) for span in other_cuts(hearing, *region)]
+    if not spans:
+        return kept, refused
+    hearing.hear(spans)
+    return hearing.align(transcript)
 
 
-def likelihoods_of(
-    model: QwenModel, heard: list[Heard], features: list[Any], given: Aligning, asked: list[tuple[int, list[str]]]
-) -> list[Likelihood]:
-    """Of each (number of a stretch, words), in batches of stretches of like length."""
-    answers: dict[int, Likelihood] = {}
-    seconds = [heard[number].end - heard[number].start for number, _ in asked]
-    for batch in batches_by_length(seconds, given.batch_seconds):
-        clips, words = [features[asked[i][0]] for i in batch], [asked[i][1] for i in batch]
-        answers |= dict(zip(batch, model.likelihoods(clips, words, given.language), strict=True))
-    return [answers[i] for i in range(len(asked))]
+def doubtful(heard: list[Heard], refused: list[Refused]) -> list[tuple[int, int]]:
+    """Numbers of the first and after the last stretch of each region with words that are in no piece.
+
+    A neighbour that is near belongs to it: a sentence may be cut in two between them.
+    """
+    found: list[tuple[int, int]] = []
+    starts = [stretch.start for stretch in heard]
+    for one in refused:
+        if one.text and one.reason != ANOTHER:
+            first, after = bisect_left(starts, one.start), bisect_left(starts, max(one.end, one.start + 1e-6))
+            if 0 < first < len(heard) and heard[first].start - heard[first - 1].end < NEAR:
+                first -= 1
+            if 0 < after < len(heard) and heard[after].start - heard[after - 1].end < NEAR:
+                after += 1
+            if found and first <= found[-1][1]:
+                first, after = found[-1][0], max(after, found[-1][1])
+                found.pop()
+            found.append((first, after))
+    return found
+
+
+def other_cuts(hearing: Hearing, first: int, after: int) -> list[Span]:
+    """The other stretches that the speech from one stretch to another may be made of.
+
+    It is divided at every moment that may be a pause; faint speech beside it may belong to it.
+    """
+    heard, waveform = hearing.stretches, hearing.waveform
+    begin = heard[first - 1].end if first else 0.0
+    end = heard[after].start if after < len(heard) else len(waveform) / SAMPLE_RATE
+    edges = [begin, *(time for stretch in heard[first:after] for time in stretch[:2]), end]
+    parts = [part for stretch in heard[first:after] for part in voice.atoms(waveform, stretch[:2])]
+    for a, b in zip(edges[::2], edges[1::2], strict=True):
+        pause = waveform[round(a * SAMPLE_RATE) : round(b * SAMPLE_RATE)]
+        faint = voice.utterances(pause, hearing.given.stretch_seconds, voice.FAINT)
+        parts += [(a + x, a + y) for x, y in faint if y - x > voice.LEAST_ATOM]
+    parts.sort()
+    found = []
+    for i in range(len(parts)):
+        for j in range(i, min(i + MOST_PARTS, len(parts))):
+            if parts[j][1] - parts[i][0] > hearing.given.stretch_seconds or (
+                j > i and parts[j][0] - parts[j - 1][1] > 1.0
+            ):
+                break
+            found.append((parts[i][0], parts[j][1]))
+    return [span for span in found if span not in hearing.features]
 
 
 def fit_to_train_on(kept: list[Kept], waveform: np.ndarray, settings: RowSettings) -> tuple[list[Kept], list[Refused]]:
@@ -208,7 +281,7 @@ def main(given: Aligning) -> None:
         for number in tqdm(mine, desc="aligning", unit="recording", disable=rank > 0 or not mine):
             row = rows[number]
             waveform = decode_audio(row["audio"], row["start"], row["end"])
-            kept, refused = align_heard(model, *hear(model, waveform, given), row["reference"], given)
+            kept, refused = align_recording(model, waveform, row["reference"], given)
             kept, unfit = fit_to_train_on(kept, waveform, filters)
             result = {"kept": kept, "refused": sorted([*refused, *unfit], key=lambda one: one.start)}
             found = {name: [dataclasses.asdict(one) for one in many] for name, many in result.items()}

@@ -31,15 +31,19 @@ import transformers
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
+import train_hebrew_asr_enhanced
 from hebrew_asr.command_line import help_of, parse_config, split_options
 from hebrew_asr.data.rows import SpeechRows, load_rows
 from hebrew_asr.data.utterances import SpeechDataset
 from hebrew_asr.errors import InputError
+from hebrew_asr.evaluation import transcription
 from hebrew_asr.files import whole_or_nothing
+from hebrew_asr.model import loss
 from hebrew_asr.model.loading import load_processor, load_to_train
 from hebrew_asr.model.loss import IGNORED_LABEL, label_nats
 from hebrew_asr.model.precision import mixed_precision, runs_bf16, to_encoder
 from hebrew_asr.processes import fail_together, join_processes, launch, leave_process_group, load_in_turn
+from hebrew_asr.text import scoring
 from hebrew_asr.text.scoring import count_errors, leaderboard_normalize
 from hebrew_asr.training import resuming
 from hebrew_asr.training.batches import evaluation_batches
@@ -48,6 +52,7 @@ from hebrew_asr.training.run_log import RunLog
 from train_hebrew_asr_enhanced import GradualUnfreezeTrainer, TrainingConfig
 from train_round2_gradual import demo, round2
 
+CODE = (__file__, train_hebrew_asr_enhanced.__file__, loss.__file__, scoring.__file__, *transcription.CODE)
 BATCHES_PER_PART = 50  # of one process; an interruption loses at most so many
 PART = pyarrow.schema(
     {
@@ -120,11 +125,12 @@ def score(trainer: GradualUnfreezeTrainer, batches: list[list[tuple[int, int]]])
 
 
 def key(config: TrainingConfig, rows: SpeechRows) -> str:
-    """Names what the scores depend on: the weights, the utterances and how they are batched and transcribed."""
+    """Names what the scores depend on: the weights, the utterances, how they are transcribed, and the code for it."""
     folder = Path(transformers.utils.cached_file(config.model_name_or_path, "config.json")).parent
     files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*.safetensors"))]
     names = "language eval_prefill_language generation_max_new_tokens eval_batch_size max_audio_length_seconds".split()
-    content = [files, [getattr(config, name) for name in names], rows.column("digest"), rows.column("text")]
+    code = [transformers.__version__, *(Path(file).read_text(encoding="utf-8") for file in CODE)]
+    content = [files, [getattr(config, name) for name in names], rows.column("digest"), rows.column("text"), code]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=12).hexdigest()
 
 

@@ -22,6 +22,7 @@ from hebrew_asr.data.alignment import (
     Heard,
     Kept,
     Likelihood,
+    Refused,
     align,
 )
 from hebrew_asr.data.audio import SAMPLE_RATE, decode_audio
@@ -208,12 +209,13 @@ def test_weights_forwards_and_backwards_agree():
     """The summed weight of all ways is the same wherever it is added up, and each stretch's probabilities are one."""
     made = call(30, 0.3, seed=10)
     words = alignment.Words(" ".join(made.transcript))
-    low, high, misheard_share = alignment.windows(made.heard, words)
+    cuts = alignment.Cuts(made.heard)
+    low, high, misheard_share = alignment.windows(made.heard, cuts, words)
     fits = [
         alignment.fits_by_letters(h.text, words, int(a), int(b), misheard_share)
         for h, a, b in zip(made.heard, low[:-1], high[:-1], strict=True)
     ]
-    lattice = alignment.Lattice(fits, low, high)
+    lattice = alignment.Lattice(fits, cuts, low, high)
     for before, after in [*zip(lattice.begun, lattice.after_begun, strict=True)]:
         assert np.logaddexp.reduce(before + after) == pytest.approx(lattice.total, abs=1e-6)
     for number in range(len(fits)):
@@ -222,6 +224,61 @@ def test_weights_forwards_and_backwards_agree():
         ways = ways + lattice.after_ended[number + 1][first - low[number + 1] : last - low[number + 1]]
         without = np.exp(np.logaddexp.reduce(ways) - lattice.total)
         assert lattice.probabilities(number).sum() + without == pytest.approx(1, abs=1e-6)
+
+
+def cut_otherwise(made: Call) -> list[Heard]:
+    """The third sentence's end was heard together with the fourth, as noise; and both as they should be cut."""
+    third, fourth = made.heard[2:4]
+    inside = (third.start + third.end) / 2
+    garbage = misheard(third.text + fourth.text, 0.9, np.random.default_rng(0))
+    wrong = [Heard(third.start, inside, garbage[:4]), Heard(inside, fourth.end, garbage)]
+    parts = [Heard(inside, third.end, garbage[:6])]
+    return sorted([*made.heard, *wrong, *parts])
+
+
+def test_what_was_cut_in_the_wrong_place_is_kept_as_it_is_cut_in_the_right_one():
+    random = np.random.default_rng(12)
+    words = vocabulary(random)
+    made = call(8, 0.1, seed=12, missing=0, added=0, words=words)
+    extra = " ".join(random.choice(words, 6))
+    transcript = " ".join([*made.transcript[:4], extra, *made.transcript[4:]])
+    heard = cut_otherwise(made)
+    alone = [stretch for stretch in heard if stretch not in made.heard[2:4] and stretch.end != made.heard[2].end]
+    kept, _ = align(alone, transcript, 30.0, 0.75)
+    assert judged(made, kept)[0] < 0.95
+    kept, refused = align(heard, transcript, 30.0, 0.75)
+    assert judged(made, kept) == (1, 0) and [(one.reason, one.text) for one in refused] == [(NOT_SPOKEN, extra)]
+
+
+def test_of_all_ways_to_cut_each_second_is_in_one_stretch():
+    made = call(8, 0.3, seed=12)
+    heard, words = cut_otherwise(made), alignment.Words(" ".join(made.transcript))
+    cuts = alignment.Cuts(heard)
+    low, high, misheard_share = alignment.windows(heard, cuts, words)
+    fits = [
+        alignment.fits_by_letters(h.text, words, int(low[first]), int(high[first]), misheard_share)
+        for h, first in zip(heard, cuts.first, strict=True)
+    ]
+    lattice = alignment.Lattice(fits, cuts, low, high)
+    sums = np.zeros(cuts.count)
+    for number, (first, after) in enumerate(zip(cuts.first, cuts.after, strict=True)):
+        a, b = max(low[first], low[after]), min(high[first], high[after]) + 1
+        ways = lattice.begun[first][a - low[first] : b - low[first]] - fits[number].wordless
+        ways = ways + lattice.after_ended[after][a - low[after] : b - low[after]]
+        without = np.exp(np.logaddexp.reduce(ways) - lattice.total)
+        sums[first:after] += lattice.probabilities(number).sum() + without
+    assert sums == pytest.approx(1, abs=1e-6)
+
+
+def test_doubtful_is_where_words_are_left_over_with_what_is_near():
+    heard = [Heard(a, a + 1, "אב") for a in (0.0, 1.2, 4.0, 8.0, 12.0)]
+    refused = [
+        Refused(1.2, 2.2, alignment.UNCERTAIN, "אב", "אחד"),
+        Refused(5.0, 5.0, NOT_SPOKEN, "", "שתיים"),
+        Refused(12.0, 13.0, NOT_IN_TRANSCRIPT, "אב", ""),
+    ]
+    assert align_recordings.doubtful(heard, refused) == [(0, 2), (3, 3)]
+    assert align_recordings.doubtful(heard, [Refused(0.0, 13.0, ANOTHER, "אב", "אחד")]) == []
 
 
 def test_letters_fit_as_an_edit_distance_says():

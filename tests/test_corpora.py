@@ -389,7 +389,7 @@ def test_probabilities_that_are_none_are_refused(shares):
 
 
 def test_system_turns_are_drawn_as_often_as_asked_and_not_supervised(config, processor, tmp_path):
-    """The text before, another's where there is none, no turn at all, or an empty one: by (seed, epoch, row) alone."""
+    """The text before, another's where there is none, a list of words, no turn, or an empty one: by the draw alone."""
     config.train_sources = [Source(str(first_rows("corpus", 400, tmp_path / "c")))]
     rows = load_rows(config.train_sources, config, for_training=True)
     before, texts = rows.column("previous"), rows.column("text")
@@ -401,8 +401,19 @@ def test_system_turns_are_drawn_as_often_as_asked_and_not_supervised(config, pro
     assert contexts != [dataset[(2, i)]["context"] for i in range(len(rows))]
     shares = [np.mean([test(context) for context in contexts]) for test in (bool, lambda c: c is None)]
     assert np.allclose(shares, (0.5, 0.25), atol=0.1)
-    given = [i for i, context in enumerate(contexts) if context]
-    assert sum(bool(before[i]) for i in given) > 15
+    filled = [i for i, context in enumerate(contexts) if context]
+    listed = [i for i in filled if ", " in contexts[i] and contexts[i] not in [*texts, *before]]
+    assert np.isclose(len(listed) / len(filled), 0.5, atol=0.15)
+    bags = {tuple(sorted(text.split())) for text in texts}
+    spoken = 0
+    for i in listed:
+        words = contexts[i].split(", ")
+        less = [tuple(sorted([*words[:n], *words[n + 1 :]])) for n in range(len(words)) if words[n] in texts[i].split()]
+        assert tuple(sorted(words)) in bags or bags & set(less), "another's words, and at most one of its own"
+        spoken += tuple(sorted(words)) not in bags
+    assert np.isclose(spoken / len(listed), 0.5, atol=0.2)
+    given = [i for i in filled if i not in listed]
+    assert sum(bool(before[i]) for i in given) > 5
     assert all(contexts[i] == before[i] if before[i] else contexts[i] in texts for i in given)
     assert sum(contexts[i] != texts[i] for i in given) > 0.95 * len(given), "the own text is no context"
     collator = DataCollatorSpeechSeq2SeqWithPadding(processor, config)

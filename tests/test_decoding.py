@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -160,6 +161,20 @@ def test_libsndfile_and_ffmpeg_hear_the_same(files):
         assert len(blocks[0]) == pytest.approx(len(blocks[1]), abs=1200), name
         length = min(map(len, blocks))
         assert np.abs(blocks[0][:length] - blocks[1][:length]).max() < 0.01, name
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="the ffmpeg command is not installed")
+def test_what_decodes_is_what_the_ffmpeg_command_decodes(files, tmp_path):
+    """But for up to a frame of AAC (1,024 samples at 44.1 or 48 kHz) that it leaves at the ends as padding."""
+    for name, content in files.items():
+        (tmp_path / "file").write_bytes(content)
+        command = ["ffmpeg", "-v", "error", "-nostdin", "-i", str(tmp_path / "file"), "-vn", "-ac", "1", "-ar", "16000"]
+        raw = subprocess.run([*command, "-f", "f32le", "-"], capture_output=True, check=True).stdout
+        reference, waveform = np.frombuffer(raw, np.float32), decode_audio(audio(content))
+        lag, likeness = lag_and_likeness(waveform, reference)
+        has_padding = FORMATS[name][1] == "aac" or name == "3gp"
+        assert 0 <= len(reference) - len(waveform) + 16 <= 16 + (372 if has_padding else 16), name
+        assert abs(lag) <= (372 if name == "mkv" else 0) and likeness > 0.99, name
 
 
 def test_files_from_elsewhere_have_their_whole_speech(speech):

@@ -27,6 +27,7 @@ from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation import engines, transcription
 from hebrew_asr.evaluation import sets as sets_module
 from hebrew_asr.evaluation.engines import EndpointModel, open_engine
+from hebrew_asr.evaluation.recordings import transcribe
 from hebrew_asr.evaluation.sets import EvaluationSet
 from hebrew_asr.evaluation.transcription import Decoding
 
@@ -116,6 +117,15 @@ def test_an_endpoint_stands_in_the_table_beside_a_model_and_transcripts_made_els
     arguments = ["--score", str(tmp_path / "short.jsonl")]
     with pytest.raises(InputError, match="does not have the references of few, in their order"):
         evaluation.main(settings(tmp_path, heldout, *arguments))
+
+
+def test_an_endpoint_transcribes_recordings(tmp_path, server):
+    speech = decode_audio(pyarrow.parquet.read_table(next((DEMO / "heldout").glob("*.parquet")))["audio"][0].as_py())
+    soundfile.write(tmp_path / "call.flac", speech, 16_000)
+    (recording,) = transcribe(tmp_path / "call.flac", server.url)
+    samples, rate = map(int, recording.text.split())
+    assert rate == 16_000 and abs(samples - len(speech)) < 16_000 and recording.language == "Hebrew"
+    assert not recording.segments[0].words, "an endpoint says no times"
 
 
 def test_an_endpoint_that_cannot_be_used_is_one_sentence(server, monkeypatch):

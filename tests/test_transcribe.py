@@ -23,6 +23,7 @@ from hebrew_asr import files
 from hebrew_asr.data.utterances import log_mel
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation import recordings
+from hebrew_asr.evaluation.engines import open_engine
 from hebrew_asr.evaluation.recordings import TranscribeConfig, find_jobs, run, transcribe
 from hebrew_asr.evaluation.transcription import Decoding, QwenModel, load_speech_model
 from hebrew_asr.model import word_times
@@ -51,7 +52,7 @@ def one_start(model, monkeypatch):
         model.decoding = decoding
         return model
 
-    monkeypatch.setattr(recordings, "load_speech_model", load)
+    monkeypatch.setattr(recordings, "open_engine", load)
     heard: list[float] = []
     transcribe_batch = QwenModel.transcribe
 
@@ -445,7 +446,7 @@ def test_settings_that_cannot_mean_anything_are_refused(argv, message):
 
 
 def test_no_model_is_one_message(tmp_path, spoken, monkeypatch):
-    monkeypatch.setattr(recordings, "load_speech_model", load_speech_model)
+    monkeypatch.setattr(recordings, "open_engine", open_engine)
     (clip,) = save(tmp_path, spoken, 1)
     with pytest.raises(InputError, match="no such folder or file"):
         transcribe(clip, str(tmp_path / "nowhere"))

@@ -1,3 +1,4 @@
+import itertools
 import sys
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 
 from demo.recordings import clips, join
 from hebrew_asr.data.audio import SAMPLE_RATE, decode_audio
-from hebrew_asr.data.voice import cut, network, speech_spans, utterances
+from hebrew_asr.data.voice import LEAST_ATOM, atoms, cut, network, speech_spans, utterances
 
 PAUSE = 0.6  # seconds between the utterances
 
@@ -86,3 +87,19 @@ def test_utterances_begin_and_end_with_their_first_and_last_sound(recording):
     assert len(found) == len(utterances_there)
     off = np.array(found) - np.array(utterances_there)
     assert np.percentile(np.abs(off), 80) < 0.03, "seconds"
+
+
+def test_speech_is_divided_at_every_short_pause_with_noise(recording):
+    """Two utterances with 0.2 s between them, which silero-vad takes for speech."""
+    waveform, there = recording
+    one, other = (waveform[round(a * SAMPLE_RATE) : round(b * SAMPLE_RATE)] for a, b in there[:2])
+    loud = float(np.sqrt(np.mean(one**2)))
+    noise = 10 ** (-35 / 20) * loud * np.random.default_rng(0).standard_normal(SAMPLE_RATE // 5).astype(np.float32)
+    joined = np.concatenate([waveform[:SAMPLE_RATE], one, noise, other])
+    end, start, last = 1 + len(one) / SAMPLE_RATE, 1.2 + len(one) / SAMPLE_RATE, len(joined) / SAMPLE_RATE
+    parts = atoms(joined, (1.0, last))
+    assert parts[0][0] == 1.0 and parts[-1][1] == last
+    assert all(a < b and b - a > 0.9 * LEAST_ATOM for a, b in parts)
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(parts))
+    assert min(abs(b - end) for _, b in parts) < 0.1
+    assert min(abs(a - start) for a, _ in parts) < 0.2, "a soft first sound may be taken for the pause"

@@ -2,15 +2,17 @@
 
 The recording comes as stretches of speech between pauses, each with what a model wrote for it, which may be wrong in
 most of its words; the transcript may lack sentences that are spoken and have ones that are not. Every way to give the
-words to the stretches in order is weighed: a stretch may have no word, and a word no stretch. What weighs is how the
-letters match, how long the words take to say, and, where the model is at hand, how likely it finds the words. The
-confidence of a piece is the share of all ways, by weight, that give exactly these words to exactly these seconds; so a
-piece is refused wherever another reading is possible.
+words to the stretches in order is weighed: a stretch may have no word, and a word no stretch. Where speech is cut in
+several ways, each way to put it together is weighed too. What weighs is how the letters match, how long the words take
+to say, and, where the model is at hand, how likely it finds the words. The confidence of a piece is the share of all
+ways, by weight, that give exactly these words to exactly these seconds; so a piece is refused wherever another reading
+is possible.
 """
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +44,43 @@ class Heard(NamedTuple):
     start: float  # seconds
     end: float
     text: str
+
+
+class Cuts:
+    """How stretches of speech, which may overlap where they are cut in several ways, lie between pauses.
+
+    Pauses are numbered from 0, before the first stretch, to `count`, after the last. From each there is a stretch that
+    ends at the next.
+    """
+
+    def __init__(self, heard: list[Heard]):
+        self.starts = sorted({stretch.start for stretch in heard})
+        """Seconds at which each pause ends, (count,)."""
+        self.count = len(self.starts)
+        self.first = [bisect_left(self.starts, stretch.start) for stretch in heard]
+        """The pause before each stretch."""
+        self.after = [bisect_left(self.starts, stretch.end) for stretch in heard]
+        """The pause after each stretch."""
+        self.ends = [0.0] * self.count
+        """Seconds at which the speech from each pause to the next ends, (count,)."""
+        for stretch, first, after in zip(heard, self.first, self.after, strict=True):
+            if after == first + 1:
+                self.ends[first] = stretch.end
+        self.before: list[list[int]] = [[] for _ in range(self.count + 1)]
+        """The stretches that end at each pause."""
+        self.behind: list[list[int]] = [[] for _ in range(self.count + 1)]
+        """The stretches that begin at each pause, the longest last."""
+        for number in sorted(range(len(heard)), key=lambda number: self.after[number]):
+            self.before[self.after[number]].append(number)
+            self.behind[self.first[number]].append(number)
+
+    def path(self, first: int, end: int) -> list[int]:
+        """Stretches from one pause to another, the longest that fit one after the other."""
+        found = []
+        while first < end:
+            found.append([number for number in self.behind[first] if self.after[number] <= end][-1])
+            first = self.after[found[-1]]
+        return found
 
 
 class Likelihood(NamedTuple):
@@ -124,6 +163,8 @@ class Fits:
 
     first: int
     nats: np.ndarray
+    wordless: float
+    """Nats of no words at all."""
 
     def ends(self, words: Words) -> np.ndarray:
         """The place after the last word, (places, counts), at most the transcript's end."""
@@ -135,16 +176,21 @@ class Fits:
         places = self.first + np.arange(len(self.nats))
         return words.starts[self.ends(words)] - words.starts[places][:, None]
 
-    def plus(self, nats: np.ndarray) -> "Fits":
-        return Fits(self.first, np.where(self.nats < NO_WAY, self.nats + nats, NO_WAY))
+    def plus(self, nats: np.ndarray | float) -> "Fits":
+        return replace(self, nats=np.where(self.nats < NO_WAY, self.nats + nats, NO_WAY))
+
+    def of_one_way(self, ways: int) -> "Fits":
+        """As the stretch is one of so many that begin there, each as likely as another."""
+        return replace(self.plus(np.log(ways)), wordless=self.wordless + float(np.log(ways)))
 
 
-def windows(heard: list[Heard], words: Words) -> tuple[np.ndarray, np.ndarray, float]:
-    """The lowest and highest place in the transcript of each boundary between stretches, (stretches + 1,).
+def windows(heard: list[Heard], cuts: Cuts, words: Words) -> tuple[np.ndarray, np.ndarray, float]:
+    """The lowest and highest place in the transcript of each pause, (pauses,).
 
     They surround the alignment of fewest edits of all letters; also returns its edits as a share of the letters.
     """
-    rows = [letters(stretch.text) for stretch in heard]
+    path = cuts.path(0, cuts.count)
+    rows = [letters(heard[number].text) for number in path]
     said = "".join(rows)
     edits = Levenshtein.opcodes(said, words.row)
     knots = np.array([(edit.src_start, edit.dest_start) for edit in edits] + [(len(said), len(words.row))])
@@ -158,6 +204,9 @@ def windows(heard: list[Heard], words: Words) -> tuple[np.ndarray, np.ndarray, f
     low = np.clip(np.searchsorted(words.starts, before) - NEIGHBOURHOOD, 0, len(words))
     high = np.clip(np.searchsorted(words.starts, after) + NEIGHBOURHOOD, 0, len(words))
     low[0], high[-1] = 0, len(words)
+    passed = [0, *(cuts.after[number] for number in path)]
+    low = low[np.searchsorted(passed, range(cuts.count + 1), side="right") - 1]  # of a pause that is inside of one
+    high = high[np.searchsorted(passed, range(cuts.count + 1))]
     distance = sum(
         max(edit.src_end - edit.src_start, edit.dest_end - edit.dest_start) for edit in edits if edit.tag != "equal"
     )
@@ -168,11 +217,11 @@ def fits_by_letters(text: str, words: Words, low: int, high: int, misheard: floa
     """Fits of what was written for a stretch to the words from each place `low` … `high` on, letter by letter."""
     row = [ord(letter) for letter in letters(text)]
     places = np.arange(low, min(high + 1, len(words)))
-    if not len(places):
-        return Fits(low, np.zeros((0, 1)))
+    if not row or not len(places):
+        return Fits(low, np.zeros((0, 1)), DEFECT if row else 0.0)
     width = 2 * len(row) + 20
     most = np.searchsorted(words.starts, words.starts[places] + width, side="right") - 1 - places
-    fits = Fits(low, np.zeros((len(places), int(np.clip(most.max(), 1, MOST_WORDS)))))
+    fits = Fits(low, np.zeros((len(places), int(np.clip(most.max(), 1, MOST_WORDS)))), DEFECT)
     index = words.starts[places][:, None] + np.arange(width)
     reference = words.codes[np.minimum(index, len(words.codes) - 1)]
     share, chance = np.clip(misheard, 0.2, 0.6), np.log(LETTERS)
@@ -198,8 +247,8 @@ def misheard_share(lattice: "Lattice", heard: list[Heard], words: Words) -> floa
     edits, total = 1, 2  # a half, where there are none
     for number, stretch in enumerate(heard):
         likely = lattice.probabilities(number)
-        place, more = np.unravel_index(int(likely.argmax()), likely.shape)
-        if likely[place, more] > 0.5:
+        if likely.max(initial=0.0) > 0.5:
+            place, more = np.unravel_index(int(likely.argmax()), likely.shape)
             first = lattice.fits[number].first + int(place)
             said = words.row[words.starts[first] : words.starts[first + int(more) + 1]]
             edits += Levenshtein.distance(letters(stretch.text), said)
@@ -246,8 +295,8 @@ def by_likelihood(lattice: "Lattice", words: Words, ask: Ask) -> list[np.ndarray
     everywhere.
     """
     asked = []
-    for number, fit in enumerate(lattice.fits):
-        chance = (lattice.begun[number] + lattice.after_begun[number])[fit.first - lattice.low[number] :]
+    for number, (fit, first) in enumerate(zip(lattice.fits, lattice.cuts.first, strict=True)):
+        chance = (lattice.begun[first] + lattice.after_begun[first])[fit.first - lattice.low[first] :]
         chance = chance[: len(fit.nats)]
         best = np.argsort(-chance)[:CANDIDATES]
         asked += [(number, int(a)) for a in sorted(best) if chance[a] - lattice.total > -UNLIKELY]
@@ -286,32 +335,32 @@ def usual_nats(kinds: np.ndarray, nats: np.ndarray, count: int) -> np.ndarray:
 class Lattice:
     """All ways to give words to stretches in order, and their weights.
 
-    A boundary between stretches has a place in the transcript before words are skipped at it (`ended`) and one after
-    (`begun`): logarithms of the summed weights of all ways to there, and from there on (`after_…`), each (places,)
-    from `low` of the boundary on.
+    A pause has a place in the transcript before words are skipped at it (`ended`) and one after (`begun`): logarithms
+    of the summed weights of all ways to there, and from there on (`after_…`), each (places,) from `low` of the pause
+    on.
     """
 
-    def __init__(self, fits: list[Fits], low: np.ndarray, high: np.ndarray):
-        self.fits, self.low, self.high = fits, low, high
-        count, nowhere = len(fits), [np.full(size, -NO_WAY) for size in high - low + 1]
-        self.ended, self.begun = list(nowhere), list(nowhere)
-        self.after_ended, self.after_begun = list(nowhere), list(nowhere)
-        self.ended[0] = nowhere[0].copy()
-        self.ended[0][0] = 0.0
-        for i in range(count + 1):
-            if i:
-                self.ended[i] = self.spoken(i - 1, self.begun[i - 1])
-                self.move(self.begun[i - 1] - DEFECT, low[i - 1], self.ended[i], low[i])
+    def __init__(self, fits: list[Fits], cuts: Cuts, low: np.ndarray, high: np.ndarray):
+        self.fits, self.cuts, self.low, self.high = fits, cuts, low, high
+        nowhere = [np.full(size, -NO_WAY) for size in high - low + 1]
+        self.ended, self.begun, self.after_ended, self.after_begun = (
+            [weights.copy() for weights in nowhere] for _ in range(4)
+        )
+        self.ended[0][0] = self.after_begun[-1][-1] = 0.0
+        for i in range(cuts.count + 1):
+            for number in cuts.before[i]:
+                first = cuts.first[number]
+                self.speak(number, self.begun[first], self.ended[i])
+                self.move(self.begun[first] - self.fits[number].wordless, low[first], self.ended[i], low[i])
             self.begun[i] = np.logaddexp(self.ended[i], skipped(self.ended[i]))
-        self.after_begun[count] = nowhere[count].copy()
-        self.after_begun[count][-1] = 0.0
-        for i in reversed(range(count + 1)):
-            if i < count:
-                self.after_begun[i] = self.spoken_backwards(i)
-                self.move(self.after_ended[i + 1] - DEFECT, low[i + 1], self.after_begun[i], low[i])
+        for i in reversed(range(cuts.count + 1)):
+            for number in cuts.behind[i]:
+                after = cuts.after[number]
+                self.speak_backwards(number, self.after_ended[after], self.after_begun[i])
+                self.move(self.after_ended[after] - self.fits[number].wordless, low[after], self.after_begun[i], low[i])
             back = skipped(self.after_begun[i][::-1])[::-1]
             self.after_ended[i] = np.logaddexp(self.after_begun[i], back)
-        self.total = float(self.begun[count][-1])
+        self.total = float(self.begun[-1][-1])
 
     @staticmethod
     def move(source: np.ndarray, source_low: int, target: np.ndarray, target_low: int) -> None:
@@ -321,49 +370,70 @@ class Lattice:
             part = target[first - target_low : last - target_low]
             np.logaddexp(part, source[first - source_low : last - source_low], out=part)
 
-    def spoken(self, number: int, begun: np.ndarray) -> np.ndarray:
-        """Weights at the end of a stretch that has one word or more, from those at its begin."""
-        fit, ended = self.fits[number], np.full(len(self.ended[number + 1]), -NO_WAY)
-        source = begun[fit.first - self.low[number] :][: len(fit.nats)]
+    def speak(self, number: int, begun: np.ndarray, ended: np.ndarray) -> None:
+        """Adds the weights at the end of a stretch that has one word or more, from those at its begin."""
+        fit, low = self.fits[number], self.low[self.cuts.after[number]]
+        source = begun[fit.first - self.low[self.cuts.first[number]] :][: len(fit.nats)]
         for d in range(fit.nats.shape[1]):
-            self.move(source - fit.nats[:, d], fit.first + d + 1, ended, self.low[number + 1])
-        return ended
+            self.move(source - fit.nats[:, d], fit.first + d + 1, ended, low)
 
-    def spoken_backwards(self, number: int) -> np.ndarray:
-        fit, begun = self.fits[number], np.full(len(self.begun[number]), -NO_WAY)
-        after, target = self.after_ended[number + 1], begun[fit.first - self.low[number] :][: len(fit.nats)]
+    def speak_backwards(self, number: int, ended: np.ndarray, begun: np.ndarray) -> None:
+        """Adds the weights from the begin of a stretch on, from those from its end on."""
+        fit, low = self.fits[number], self.low[self.cuts.first[number]]
+        target = begun[fit.first - low :][: len(fit.nats)]
         for d in range(fit.nats.shape[1]):
-            first = fit.first + d + 1 - self.low[number + 1]  # in `after`, of the first place of the fit
-            a, b = max(0, -first), min(len(fit.nats), len(after) - first)
+            first = fit.first + d + 1 - self.low[self.cuts.after[number]]  # in `ended`, of the first place of the fit
+            a, b = max(0, -first), min(len(fit.nats), len(ended) - first)
             if a < b:
-                np.logaddexp(target[a:b], after[first + a : first + b] - fit.nats[a:b, d], out=target[a:b])
-        return begun
+                np.logaddexp(target[a:b], ended[first + a : first + b] - fit.nats[a:b, d], out=target[a:b])
 
     def probabilities(self, number: int) -> np.ndarray:
         """Of each place and count of words of a stretch, as in its fits."""
-        fit = self.fits[number]
-        before = self.begun[number][fit.first - self.low[number] :][: len(fit.nats)]
-        index = fit.first + np.arange(len(fit.nats))[:, None] + 1 + np.arange(fit.nats.shape[1]) - self.low[number + 1]
-        inside = (index >= 0) & (index < len(self.after_ended[number + 1]))
-        after = self.after_ended[number + 1][np.clip(index, 0, len(self.after_ended[number + 1]) - 1)]
-        found = np.exp(np.minimum(before[:, None] - fit.nats + after - self.total, 0.0))
+        fit, first, after = self.fits[number], self.cuts.first[number], self.cuts.after[number]
+        before = self.begun[first][fit.first - self.low[first] :][: len(fit.nats)]
+        index = fit.first + np.arange(len(fit.nats))[:, None] + 1 + np.arange(fit.nats.shape[1]) - self.low[after]
+        inside = (index >= 0) & (index < len(self.after_ended[after]))
+        behind = self.after_ended[after][np.clip(index, 0, len(self.after_ended[after]) - 1)]
+        found = np.exp(np.minimum(before[:, None] - fit.nats + behind - self.total, 0.0))
         return np.where(inside & (fit.nats < NO_WAY), found, 0.0)
 
-    def pieces_from(self, number: int, fewest: float) -> Iterator[tuple[int, int, int, float]]:
-        """Yields what a piece from a stretch on can be: (stretch after its last, words from, to, probability).
+    def with_words(self) -> np.ndarray:
+        """The probability that the speech from each pause to the next has words, (pauses - 1,)."""
+        found = np.zeros(self.cuts.count)
+        for number, (first, after) in enumerate(zip(self.cuts.first, self.cuts.after, strict=True)):
+            found[first:after] += self.probabilities(number).sum()
+        return found
+
+    def pieces_from(self, first: int, fewest: float) -> Iterator[tuple[int, int, int, float]]:
+        """Yields what a piece from a pause on can be: (pause at its end, words from, to, probability).
 
         Each is the likeliest from the likeliest place; ends once none is as likely as `fewest`.
         """
-        place = int(np.argmax(self.begun[number] + self.after_begun[number]))
-        weights = np.full(len(self.begun[number]), -NO_WAY)
-        weights[place] = self.begun[number][place]
-        for end in range(number + 1, len(self.fits) + 1):
-            weights = self.spoken(end - 1, weights)
-            shares = np.exp(np.minimum(weights + self.after_ended[end] - self.total, 0.0))
-            if shares.sum() < fewest:
+        place = int(np.argmax(self.begun[first] + self.after_begun[first]))
+        weights = {first: np.full(len(self.begun[first]), -NO_WAY)}  # of the ways from there to each pause
+        weights[first][place] = self.begun[first][place]
+        for end in range(first + 1, self.cuts.count + 1):
+            spoken, passed = (np.full(len(self.ended[end]), -NO_WAY) for _ in range(2))
+            for number in self.cuts.before[end]:
+                start = self.cuts.first[number]
+                if start in weights:
+                    self.speak(number, weights[start], spoken)
+                    if not len(self.fits[number].nats) and start > first:
+                        self.move(weights[start], self.low[start], passed, self.low[end])
+            weights[end] = np.logaddexp(spoken, passed)
+            shares = np.exp(np.minimum(spoken + self.after_ended[end] - self.total, 0.0))
+            if shares.sum() >= fewest:
+                best = int(np.argmax(shares))
+                yield end, int(self.low[first]) + place, int(self.low[end]) + best, float(shares[best])
+            elif not self.may_go_on(weights, end, fewest):
                 return
-            best = int(np.argmax(shares))
-            yield end, int(self.low[number]) + place, int(self.low[end]) + best, float(shares[best])
+
+    def may_go_on(self, weights: dict[int, np.ndarray], end: int, fewest: float) -> bool:
+        """Whether ways of the probability `fewest` in all pass a pause or are inside of a stretch at it."""
+        reach = {start: max((self.cuts.after[n] for n in self.cuts.behind[start]), default=end) for start in weights}
+        on = [start for start in weights if start == end or reach[start] > end]
+        going = [np.logaddexp.reduce(weights[start] + self.after_begun[start]) - self.total for start in on]
+        return bool(np.exp(np.minimum(going, 0.0)).sum() >= fewest)
 
 
 def skipped(weights: np.ndarray) -> np.ndarray:
@@ -382,52 +452,57 @@ def align(
 ) -> tuple[list[Kept], list[Refused]]:
     """Divides a recording into pieces of at most `longest` seconds with their words, and what is refused.
 
-    `heard` is in order, without overlap; `ask` numbers its stretches. Each stretch is in one of the two lists, and so
-    is each word. A piece ends in the pauses around its stretches.
+    `heard` is ordered by start; stretches overlap only where speech is cut in several ways, and wherever one starts or
+    ends inside of another, so does the shortest one there (`Cuts`). `ask` numbers them. All speech is in one of the
+    two lists, and so is each word. A piece ends in the pauses around its stretches.
     """
-    numbers = [number for number, stretch in enumerate(heard) if letters(stretch.text)]
-    spoken, words = [heard[number] for number in numbers], Words(transcript)
+    words, cuts = Words(transcript), Cuts(heard)
     chosen: list[Choice] = []
-    reasons = [NOT_IN_TRANSCRIPT if letters(stretch.text) else NOTHING_HEARD for stretch in heard]
-    if spoken and len(words):
-        lattice = weigh(spoken, words, ask and (lambda asked: ask([(numbers[n], text) for n, text in asked])))
-        chosen = choose(lattice, spoken, longest, min_confidence)
+    is_another, with_words = False, np.zeros(cuts.count)
+    if len(words) and any(letters(stretch.text) for stretch in heard):
+        lattice = weigh(heard, cuts, words, ask)
+        chosen, with_words = choose(lattice, longest, min_confidence), lattice.with_words()
         agreeing = sum(piece.until - piece.word for piece in chosen) / len(words)
-        agreed = sum(piece.end - piece.first for piece in chosen) / len(spoken)
+        agreed = sum(piece.end - piece.first for piece in chosen) / cuts.count
         is_another = max(agreeing, agreed) < LEAST_SHARE
         chosen = [] if is_another else chosen
-        for n, number in enumerate(numbers):
-            if is_another or lattice.probabilities(n).sum() > 0.5:
-                reasons[number] = ANOTHER if is_another else UNCERTAIN
-        chosen = [piece._replace(first=numbers[piece.first], end=numbers[piece.end - 1] + 1) for piece in chosen]
-    starts, ends = edges(heard)
+
+    def reason(number: int) -> str:
+        if not letters(heard[number].text):
+            return NOTHING_HEARD
+        likely = with_words[cuts.first[number] : cuts.after[number]].max() > 0.5
+        return ANOTHER if is_another else UNCERTAIN if likely else NOT_IN_TRANSCRIPT
+
+    starts, ends = edges(cuts)
     kept = [
         Kept(starts[piece.first], ends[piece.end - 1], words.text(piece.word, piece.until), piece.confidence)
         for piece in chosen
     ]
-    return kept, between(chosen, heard, reasons, words)
+    return kept, between(chosen, heard, cuts, reason, words)
 
 
-def weigh(heard: list[Heard], words: Words, ask: Ask | None) -> Lattice:
+def weigh(heard: list[Heard], cuts: Cuts, words: Words, ask: Ask | None) -> Lattice:
     """All ways, weighed by letters and durations, then by the model's likelihoods."""
-    low, high, misheard = windows(heard, words)
+    low, high, misheard = windows(heard, cuts, words)
     for _ in range(2):  # where much has no counterpart, the edits of all say little about how well the model hears
         fits = [
-            fits_by_letters(stretch.text, words, int(a), int(b), misheard)
-            for stretch, a, b in zip(heard, low[:-1], high[:-1], strict=True)
+            fits_by_letters(stretch.text, words, int(low[first]), int(high[first]), misheard).of_one_way(
+                len(cuts.behind[first])
+            )
+            for stretch, first in zip(heard, cuts.first, strict=True)
         ]
-        lattice = Lattice(fits, low, high)
+        lattice = Lattice(fits, cuts, low, high)
         misheard = misheard_share(lattice, heard, words)
     durations = by_duration(lattice, heard, words)
     fits = [fit.plus(nats) for fit, nats in zip(fits, durations, strict=True)]
     if ask is not None:
-        likelihoods = by_likelihood(Lattice(fits, low, high), words, ask)
+        likelihoods = by_likelihood(Lattice(fits, cuts, low, high), words, ask)
         fits = [fit.plus(nats) for fit, nats in zip(fits, likelihoods, strict=True)]
-    return Lattice(fits, low, high)
+    return Lattice(fits, cuts, low, high)
 
 
 class Choice(NamedTuple):
-    """A piece: its stretches and its words, the ends not included."""
+    """A piece: the pauses around it and the places of its words in the transcript."""
 
     first: int
     end: int
@@ -436,47 +511,50 @@ class Choice(NamedTuple):
     confidence: float
 
 
-def choose(lattice: Lattice, heard: list[Heard], longest: float, min_confidence: float) -> list[Choice]:
+def choose(lattice: Lattice, longest: float, min_confidence: float) -> list[Choice]:
     """The pieces that hold most speech, weighed by their confidence."""
-    best = np.zeros(len(heard) + 1)
-    choice: list[Choice | None] = [None] * len(heard)
-    for first in reversed(range(len(heard))):
+    cuts = lattice.cuts
+    speech = np.concatenate([[0.0], np.cumsum(np.subtract(cuts.ends, cuts.starts))])
+    best = np.zeros(cuts.count + 1)
+    choice: list[Choice | None] = [None] * cuts.count
+    for first in reversed(range(cuts.count)):
         best[first] = best[first + 1]
         for end, word, until, chance in lattice.pieces_from(first, min_confidence):
-            if heard[end - 1].end - heard[first].start > longest - 2 * MARGIN:
+            if cuts.ends[end - 1] - cuts.starts[first] > longest - 2 * MARGIN:
                 break
-            seconds = sum(stretch.end - stretch.start for stretch in heard[first:end])
-            value = seconds * chance - 0.01 + best[end]  # of two equal choices the one with fewer pieces
+            value = (speech[end] - speech[first]) * chance - 0.01 + best[end]  # of two equal ones that of fewer pieces
             if chance >= min_confidence and value > best[first]:
                 best[first], choice[first] = value, Choice(first, end, word, until, chance)
     found, first = [], 0
-    while first < len(heard):
+    while first < cuts.count:
         piece = choice[first]
         found += [piece] if piece else []
         first = piece.end if piece else first + 1
     return found
 
 
-def edges(heard: list[Heard]) -> tuple[list[float], list[float]]:
-    """Where a piece that begins, or ends, with each stretch does so."""
-    gaps = [b.start - a.end for a, b in itertools.pairwise(heard)]
-    before, after = [2 * heard[0].start, *gaps] if heard else [], [*gaps, 0.0]
-    starts = [stretch.start - min(MARGIN, gap / 2) for stretch, gap in zip(heard, before, strict=True)]
-    return starts, [stretch.end + min(MARGIN, gap / 2) for stretch, gap in zip(heard, after, strict=False)]
+def edges(cuts: Cuts) -> tuple[list[float], list[float]]:
+    """Where a piece that begins at each pause does so, and one that ends after the speech from each pause on."""
+    gaps = [start - end for start, end in zip(cuts.starts[1:], cuts.ends, strict=False)]
+    before, after = [2 * cuts.starts[0], *gaps] if cuts.count else [], [*gaps, 0.0]
+    starts = [start - min(MARGIN, gap / 2) for start, gap in zip(cuts.starts, before, strict=True)]
+    return starts, [end + min(MARGIN, gap / 2) for end, gap in zip(cuts.ends, after, strict=False)]
 
 
-def between(chosen: list[Choice], heard: list[Heard], reasons: list[str], words: Words) -> list[Refused]:
+def between(
+    chosen: list[Choice], heard: list[Heard], cuts: Cuts, reason: Callable[[int], str], words: Words
+) -> list[Refused]:
     """What lies between the pieces, neighbours of one reason together; each has all words that are left there."""
     found = []
-    nothing, rest = Choice(0, 0, 0, 0, 1.0), Choice(len(heard), len(heard), len(words), len(words), 1.0)
+    nothing, rest = Choice(0, 0, 0, 0, 1.0), Choice(cuts.count, cuts.count, len(words), len(words), 1.0)
     for before, after in itertools.pairwise([nothing, *chosen, rest]):
-        left = range(before.end, after.first)
-        text = words.text(before.until, after.word)
-        for reason, run in itertools.groupby(left, key=lambda number: reasons[number]):
+        text, reasons = words.text(before.until, after.word), []
+        for why, run in itertools.groupby(cuts.path(before.end, after.first), key=reason):
+            reasons.append(why)
             stretches = [heard[number] for number in run]
             said = " ".join(stretch.text for stretch in stretches).strip()
-            found.append(Refused(stretches[0].start, stretches[-1].end, reason, said, text))
-        if text and not any(reasons[number] == UNCERTAIN for number in left):
-            time = heard[before.end - 1].end if before.end else 0.0
+            found.append(Refused(stretches[0].start, stretches[-1].end, why, said, text))
+        if text and UNCERTAIN not in reasons:
+            time = cuts.ends[before.end - 1] if before.end else 0.0
             found.append(Refused(time, time, NOT_SPOKEN, "", text))
     return found

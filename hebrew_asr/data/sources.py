@@ -100,8 +100,9 @@ class DataConfig:
     no_system_prob: Annotated[float, Range(0, 1)] = 0.25
     """How often training leaves the system turn out, as the transcription endpoints of vLLM and SGLang do."""
     prev_context_prob: Annotated[float, Range(0, 1)] = 0.05
-    """How often the text before an utterance is given in the system turn, where Qwen3-ASR takes context; where none is
-    known, another utterance's (not in a stream). What is left has an empty turn."""
+    """How often the system turn holds a context, where Qwen3-ASR takes one: half of the times the text before an
+    utterance or, where none is known, another utterance's; half of the times a list of another one's words, and in half
+    of these lists one that is spoken. In a stream always the text before. What is left has an empty turn."""
 
     # Filters of training utterances; evaluation sets keep whatever has text and decodes
     min_audio_length_seconds: float = 0.3

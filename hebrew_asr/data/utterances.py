@@ -13,6 +13,8 @@ from hebrew_asr.data.augmentation import WaveformAugmentation, augment
 from hebrew_asr.data.rows import SpeechRows, why_unheard
 
 MOST_WORKERS = 256
+LISTED = 0.5  # share of the contexts that are lists of words
+SPOKEN = 0.5  # share of these that hold a word of the utterance
 
 
 class UtteranceSettings(Protocol):
@@ -39,7 +41,9 @@ class SystemTurn(NamedTuple):
 
     kind: Literal["empty", "none", "context"]
     lender: int
-    """The utterance whose text is the context where none stands before the own one."""
+    """The utterance whose text is the context where none stands before the own one, or whose words are listed."""
+    is_list: bool
+    """Whether the context is a list of hot words, as engines send it."""
 
 
 def system_turn(config: SystemTurns, epoch: int, number: int, count: int) -> SystemTurn:
@@ -47,8 +51,16 @@ def system_turn(config: SystemTurns, epoch: int, number: int, count: int) -> Sys
     random = np.random.default_rng([config.seed, epoch, number, 1])
     drawn, lender = random.random(), int(random.integers(max(1, count)))
     if drawn < config.prev_context_prob:
-        return SystemTurn("context", lender)
-    return SystemTurn("none" if drawn < config.prev_context_prob + config.no_system_prob else "empty", lender)
+        return SystemTurn("context", lender, drawn < LISTED * config.prev_context_prob)
+    return SystemTurn("none" if drawn < config.prev_context_prob + config.no_system_prob else "empty", lender, False)
+
+
+def word_list(lent: str, own: str, random: np.random.Generator) -> str:
+    """Hot words in a random order: those of another text, and in a share of the lists one that is spoken."""
+    words = lent.split()
+    if own and random.random() < SPOKEN:
+        words.append(str(random.choice(own.split())))
+    return ", ".join(random.permutation(words).tolist())
 
 
 def log_mel(feature_extractor: transformers.Qwen3ASRFeatureExtractor, waveform: np.ndarray) -> np.ndarray:
@@ -117,9 +129,12 @@ class SpeechDataset(torch.utils.data.Dataset):
         turn = system_turn(self.config, epoch, number, len(self._rows or ()))
         if turn.kind != "context":
             return "" if turn.kind == "empty" else None
-        if row["previous"] or self._rows is None:  # nobody lends in a stream
+        if self._rows is None or (row["previous"] and not turn.is_list):  # nobody lends in a stream
             return row["previous"]
-        return self.rows.index["text"][int(self.rows.used[turn.lender])].as_py()
+        lent = self.rows.index["text"][int(self.rows.used[turn.lender])].as_py()
+        if not turn.is_list:
+            return lent
+        return word_list(lent, row["text"], np.random.default_rng([self.config.seed, epoch, number, 3]))
 
     def waveform(self, row: dict[str, Any], epoch: int, number: int) -> np.ndarray:
         """Decodes one utterance; in training also checks and augments it. Raises AudioError."""

@@ -20,6 +20,10 @@ PAUSE_FRAMES = 50  # of a pause, in which its loudness is measured
 LEAST_PART = 0.5  # seconds; of speech that is cut, no part is shorter
 REACH = 0.25  # seconds by which a span may miss the first or last sound of its speech
 ONSET = 0.2  # of the way from the pause's loudness to the speech's, in decibels
+FAINT = 0.15  # probability from which a frame may be speech that noise or music hides
+QUIETER_DB = 12.0  # below the speech around it, from which a moment may be a pause
+MOMENT_FRAMES = 8  # averaged for it: 80 ms
+LEAST_ATOM = 0.3  # seconds; of speech that is divided at every such moment, no part is shorter
 
 Span = tuple[float, float]  # start and end in seconds
 
@@ -50,12 +54,12 @@ def speech_probabilities(waveform: np.ndarray) -> np.ndarray:
     return (forwards + backwards[::-1]) / 2
 
 
-def spans_of(probabilities: np.ndarray, samples: int, margin: float = MARGIN) -> list[Span]:
+def spans_of(probabilities: np.ndarray, samples: int, margin: float = MARGIN, threshold: float = SPEECH) -> list[Span]:
     from silero_vad.utils_vad import get_speech_timestamps_from_probs
 
     spans = get_speech_timestamps_from_probs(
         probabilities.tolist(),
-        threshold=SPEECH,
+        threshold=threshold,
         sampling_rate=SAMPLE_RATE,
         min_speech_duration_ms=round(1000 * LEAST_SPEECH),
         min_silence_duration_ms=round(1000 * LEAST_PAUSE),
@@ -76,17 +80,16 @@ def speech_spans(waveform: np.ndarray, longest: float = float("inf")) -> list[Sp
     return [part for span in spans for part in split(probabilities, *span, longest)]
 
 
-def utterances(waveform: np.ndarray, longest: float) -> list[Span]:
+def utterances(waveform: np.ndarray, longest: float, threshold: float = SPEECH) -> list[Span]:
     """The stretches of speech as `speech_spans`, without the pauses around them.
 
     A model that learnt from clips without a pause before the first word mishears one that has it. So each begins and
     ends where loudness leaves that of the pause beside it.
     """
     probabilities = speech_probabilities(waveform)
-    spans = spans_of(probabilities, len(waveform), margin=0.0)
+    spans = spans_of(probabilities, len(waveform), 0.0, threshold)
     spans = [part for span in spans for part in split(probabilities, *span, longest - 2 * REACH)]
-    power = np.square(waveform[: len(waveform) // QUIET * QUIET], dtype=np.float64).reshape(-1, QUIET).mean(axis=1)
-    power += 1e-10
+    power = loudness(waveform)
     tight: list[Span] = []
     seconds = len(waveform) / SAMPLE_RATE
     for number, (start, end) in enumerate(spans):
@@ -103,6 +106,37 @@ def utterances(waveform: np.ndarray, longest: float) -> list[Span]:
         onset, offset = (onset, offset) if onset < offset else (begin, stop)
         tight.append((max(earliest, onset * QUIET / SAMPLE_RATE), min(latest, offset * QUIET / SAMPLE_RATE)))
     return tight
+
+
+def loudness(waveform: np.ndarray) -> np.ndarray:
+    """The power of each 10 ms."""
+    whole = waveform[: len(waveform) // QUIET * QUIET]
+    return np.square(whole, dtype=np.float64).reshape(-1, QUIET).mean(axis=1) + 1e-10
+
+
+def atoms(waveform: np.ndarray, span: Span) -> list[Span]:
+    """Divides a stretch of speech at every moment that may be a pause, though silero-vad takes it for speech."""
+    first, last = (round(time * SAMPLE_RATE / QUIET) for time in span)
+    power = loudness(waveform)[first:last]
+    smooth = np.convolve(power, np.ones(MOMENT_FRAMES) / MOMENT_FRAMES, mode="same")
+    edge = round(LEAST_ATOM * SAMPLE_RATE / QUIET)
+    parts: list[Span] = []
+    left = [(0, len(power))]
+    while left:
+        start, end = left.pop()
+        inner = smooth[start + edge : end - edge]
+        quiet = np.percentile(power[start:end], 80) * 10 ** (-QUIETER_DB / 10) if len(inner) else 0.0
+        if not len(inner) or inner.min() > quiet:
+            until = span[1] if end == len(power) else span[0] + end * QUIET / SAMPLE_RATE
+            parts.append((span[0] + start * QUIET / SAMPLE_RATE, until))
+            continue
+        middle = stop = begin = start + edge + int(np.argmin(inner))
+        while stop > start + edge and smooth[stop - 1] <= quiet:
+            stop -= 1
+        while begin < end - edge and smooth[begin] <= quiet:
+            begin += 1
+        left += [(max(begin, middle), end), (start, min(stop, middle))]
+    return parts
 
 
 def quiet_frames(power: np.ndarray, loud: float, pause: np.ndarray, supposed: int) -> int:

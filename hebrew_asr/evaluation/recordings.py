@@ -26,23 +26,22 @@ from hebrew_asr.command_line import Range
 from hebrew_asr.data import decoding as decoding_module
 from hebrew_asr.data import voice
 from hebrew_asr.data.decoding import AUDIO_SUFFIXES, SAMPLE_RATE, AudioError, decode_audio
+from hebrew_asr.data.voice import Span
 from hebrew_asr.errors import InputError
-from hebrew_asr.evaluation import transcription
+from hebrew_asr.evaluation import engines, transcription
+from hebrew_asr.evaluation.engines import is_endpoint, open_engine
 from hebrew_asr.evaluation.transcription import (
     Decoding,
     Piece,
     Transcriber,
     Transcript,
     batches_of,
-    load_speech_model,
     transcribe_as_it_fits,
 )
 from hebrew_asr.files import UNFINISHED, digest, put, sha256
 from hebrew_asr.model import word_times
 from hebrew_asr.processes import in_processes
 from hebrew_asr.text.subtitles import WRITERS, Segment, Word, as_json, segments_of
-
-Span = tuple[float, float]  # start and end in seconds
 
 LEAD_SECONDS = 0.03  # kept before speech
 EDGE_SECONDS = 0.3  # before the first and after the last speech of a recording, which are kept
@@ -52,7 +51,7 @@ FORMATS: tuple[Format, ...] = ("text", "json", "srt", "vtt", "tsv")
 WITHOUT_EFFECT = {"paths", "model", "formats", "output_dir", "overwrite", "num_workers", "batch_seconds"}
 BATCHES_AT_ONCE = 8  # collected before the longest of them is transcribed
 PROGRESS = "transcribing: {percentage:3.0f}% {bar} {elapsed} so far, {remaining} left{postfix}"
-CODE = (__file__, voice.__file__, decoding_module.__file__, word_times.__file__, *transcription.CODE)
+CODE = (__file__, voice.__file__, decoding_module.__file__, word_times.__file__, engines.__file__, *transcription.CODE)
 
 
 @dataclass
@@ -63,7 +62,7 @@ class TranscribeConfig(Decoding):
     paths: list[str] = field(default_factory=list)
     """Files of sound or video, and folders with all that is in them; as words before the first option too."""
     model: str | None = None
-    """A folder or a Hub id."""
+    """A folder, a Hub id, or the URL of an endpoint."""
     channel: Annotated[int, Range(0)] | None = None
     """Of recordings with several, from 0; null: their average."""
 
@@ -175,8 +174,10 @@ def stems_in(folder: Path) -> Iterator[str]:
 
 def model_key(name: str, dtype: str, config: TranscribeConfig) -> str:
     """Names what transcripts depend on beside the audio: the model's content, the settings, and the code."""
-    folder = Path(transformers.utils.cached_file(name, "config.json")).parent
-    files = [(f.name, sha256(f)) for f in sorted(folder.iterdir()) if f.is_file() and f.name != "README.md"]
+    files = [(name, "")]  # an endpoint has none to show
+    if not is_endpoint(name):
+        folder = Path(transformers.utils.cached_file(name, "config.json")).parent
+        files = [(f.name, sha256(f)) for f in sorted(folder.iterdir()) if f.is_file() and f.name != "README.md"]
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in WITHOUT_EFFECT}
     code = [version("transformers"), version("silero-vad"), *(Path(file).read_text(encoding="utf-8") for file in CODE)]
     return digest(json.dumps([files, dtype, settings, code]).encode())
@@ -506,7 +507,7 @@ def run(config: TranscribeConfig, shows_progress: bool = True) -> tuple[list[Rec
         raise InputError("give the checkpoint: --model FOLDER, a Hub id, or --demo")
     jobs, problems = find_jobs(config.paths, config.output_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_speech_model(config.model, config, device)
+    model = open_engine(config.model, config, device)
     settings_key = model_key(config.model, model.dtype, config) if config.formats else ""
 
     began = time.perf_counter()
@@ -535,7 +536,7 @@ def transcribe(
     """Transcribes recordings: files, and folders with all that is in them.
 
     Args:
-        model: a folder or a Hub id.
+        model: a folder, a Hub id, or the URL of an endpoint.
         formats: transcripts to write, of `text`, `json`, `srt`, `vtt` and `tsv`; none: nothing is written.
         output_dir: for them; None: beside each recording.
         language: of the speech, as Qwen3-ASR names it (`Hebrew`); None: the model names it.

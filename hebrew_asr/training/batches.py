@@ -43,8 +43,10 @@ class UtteranceTokens:
 
         audio = TOKENS_PER_CHUNK * np.maximum(rows.seconds, SHORTEST_CLIP)
         text, previous = text_tokens("text"), text_tokens("previous")
+        commas = pyarrow.compute.count_substring(rows.index["text"], " ").to_numpy()[rows.used]
         self.utterance = (around + audio + text).astype(np.float32)
         self.text, self.previous = text.astype(np.float32), previous.astype(np.float32)
+        self.listed = (text + commas).astype(np.float32)
 
     def of(self, epoch: int, numbers: np.ndarray) -> np.ndarray:
         tokens = self.utterance[numbers]
@@ -52,6 +54,7 @@ class UtteranceTokens:
             turns = [system_turn(self.config, epoch, number, len(self.utterance)) for number in numbers.tolist()]
             kinds, lenders = np.array([turn.kind for turn in turns]), [turn.lender for turn in turns]
             context = np.where(self.previous[numbers] > 0, self.previous[numbers], self.text[lenders])
+            context = np.where([turn.is_list for turn in turns], self.listed[lenders], context)
             tokens = tokens + (kinds == "context") * context - (kinds == "none") * self.system_turn
         return tokens
 
