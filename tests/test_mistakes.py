@@ -1,15 +1,18 @@
 """What people mistype at the start gets one sentence with a remedy, at once, and Ctrl-C one line."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import huggingface_hub
 import pytest
 from conftest import DEMO, ROOT
 
 from evaluate_hebrew_asr import parse
+from hebrew_asr.console import Bar
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.loading import load_processor
 from hebrew_asr.names import ask_the_hub, check_name
@@ -97,3 +100,14 @@ def test_a_newest_checkpoint_with_a_damaged_manifest_does_not_stop_the_start(tmp
         if text is not None:
             (folder / "manifest.json").write_text(text)
     assert not knows_its_data(tmp_path / "checkpoints"), "the one before it tells"
+
+
+def test_a_progress_bars_clock_goes_on_inside_a_long_batch(monkeypatch):
+    monkeypatch.setattr("hebrew_asr.console.TICK_SECONDS", 0.05)
+    shown = io.StringIO()
+    with Bar(total=2, file=shown) as bar:
+        time.sleep(0.5)
+    lines = shown.getvalue()
+    time.sleep(0.2)
+    assert lines.count("0/2") > 4 and shown.getvalue() == lines, "until it is closed"
+    assert bar.closed.is_set()
