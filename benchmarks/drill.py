@@ -152,13 +152,17 @@ def age(run: Path, config: TrainingConfig) -> None:
         os.utime(path, (1e9, 1e9))
 
 
-def touch_corpus(run: Path, config: TrainingConfig) -> None:
+def write_corpus(change: Callable[[pyarrow.Table], pyarrow.Table]) -> Callable[[Path, TrainingConfig], None]:
     """The same recordings, in a file written anew."""
-    folder = run.with_name("corpus-again")
-    shutil.copytree(config.train_sources[0].path, folder, copy_function=shutil.copy)
-    table = pyarrow.parquet.read_table(folder / "train.parquet")
-    pyarrow.parquet.write_table(table, folder / "train.parquet", compression="zstd", row_group_size=7)
-    config.train_sources = [Source(str(folder))]
+
+    def write(run: Path, config: TrainingConfig) -> None:
+        folder = run.with_name("corpus-again")
+        shutil.copytree(config.train_sources[0].path, folder, copy_function=shutil.copy)
+        table = change(pyarrow.parquet.read_table(folder / "train.parquet"))
+        pyarrow.parquet.write_table(table, folder / "train.parquet", compression="zstd", row_group_size=7)
+        config.train_sources = [Source(str(folder))]
+
+    return write
 
 
 def name_checkpoint(run: Path, config: TrainingConfig) -> None:
@@ -190,7 +194,8 @@ CHANGES = {  # between the run that was killed and the same command again; none 
     "the folder moved": move_run,
     "the folder copied": copy_run,
     "times set back": age,
-    "the corpus written anew": touch_corpus,
+    "the corpus written anew": write_corpus(lambda table: table),
+    "a row of the corpus twice": write_corpus(lambda table: pyarrow.concat_tables([table, table.slice(0, 1)])),
     "the checkpoint named": name_checkpoint,
     "more workers": more_workers,
 }
