@@ -170,7 +170,7 @@ def flat(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -> str:
         ("--train_sources CLIPPED", "clipped"),
     ],
 )
-def test_a_mistake_is_one_message_last_on_the_screen(tmp_path, monkeypatch, capsys, typed, said):
+def test_a_mistake_is_one_message_last_on_the_screen(tmp_path, monkeypatch, capfd, typed, said):
     (tmp_path / "data").mkdir()
     (tmp_path / "run" / "final_model").mkdir(parents=True)
     (tmp_path / "file").touch()
@@ -189,7 +189,7 @@ def test_a_mistake_is_one_message_last_on_the_screen(tmp_path, monkeypatch, caps
     began = time.monotonic()
     with pytest.raises(SystemExit) as end:
         processes.launch(lambda arguments: main(recipe(arguments)))
-    output, error = capsys.readouterr()
+    output, error = capfd.readouterr()
     problem = error[error.rindex("error: ") :].strip()
     assert end.value.code == 1 and said in problem and "\n" not in problem, error
     assert "Traceback" not in error + output
