@@ -31,13 +31,13 @@ import numpy as np
 import torch
 import transformers
 from accelerate.utils import DDPCommunicationHookType, broadcast_object_list
-from tqdm.auto import tqdm
 from transformers import Qwen3ASRProcessor
 
 from hebrew_asr.checkpoints import store
 from hebrew_asr.checkpoints.final import finish
 from hebrew_asr.checkpoints.hub import CheckpointUploader, check_upload, upload, upload_command
 from hebrew_asr.command_line import Between, Range, check_ranges, parse_config
+from hebrew_asr.console import Bar
 from hebrew_asr.data.augmentation import WaveformAugmentation
 from hebrew_asr.data.identity import identity_of
 from hebrew_asr.data.prepare import prepare
@@ -682,7 +682,7 @@ class GradualUnfreezeTrainer(StepTrainer):
         model.eval()
         loader = self.get_eval_dataloader(dataset)
         hides = self.run_log.hides_progress
-        batches = tqdm(self.while_running(loader), "evaluating", len(loader), leave=False, disable=hides)
+        batches = Bar(self.while_running(loader), "evaluating", len(loader), leave=False, disable=hides)
         heard, halved = transcribe_batches(batches, functools.partial(self.transcribe, model))
         language = None if self.config.eval_prefill_language else self.config.language
         return pool(heard, halved, dataset.rows, language, self.run_log)

@@ -36,6 +36,10 @@ NOT_OPTIONS = {  # what other trainers call an option, and where it is here
     "per_device_train_batch_size": " (did you mean --target_effective_batch, or --tokens_per_micro_batch?)",
     "num_train_epochs": " (did you mean --num_epochs?)",
     "fp16": " (did you mean --bf16?)",
+    "mixed_precision": " (did you mean --bf16?)",
+    "device": ": GPUs are used where there are any; CUDA_VISIBLE_DEVICES chooses them, and -1 the CPU",
+    "gpus": ": start with `uv run torchrun --nproc_per_node=N`, N processes with a GPU each",
+    "num_gpus": ": start with `uv run torchrun --nproc_per_node=N`, N processes with a GPU each",
 }
 
 
@@ -174,7 +178,7 @@ def options_and_words(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
     place = 0
     while place < len(argv):
         if not argv[place].startswith("--"):
-            raise InputError(f"{argv[place]!r} follows no option: options are --name value, see --help")
+            raise InputError(f"{argv[place]!r} follows no option: options are --name value{dash(argv)}, see --help")
         option, equals, word = argv[place][2:].partition("=")
         words = [word] if equals else []
         place += 1
@@ -182,6 +186,11 @@ def options_and_words(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
             words.append(argv[place])
             place += 1
         yield option, words
+
+
+def dash(words: list[str]) -> str:
+    """Says so where a text was copied in which two hyphens had become a dash."""
+    return " (with two hyphens, not a dash)" if any(word.startswith(("–", "—", "−")) for word in words) else ""
 
 
 def text_of(option: str, words: list[str], hint: Any) -> str:
@@ -197,7 +206,7 @@ def text_of(option: str, words: list[str], hint: Any) -> str:
     if len(words) == 1 and words != ["null"] and dataclasses.is_dataclass(hint):
         return item_text(words[0], dataclasses.fields(hint)[0].name)
     if len(words) != 1:
-        raise InputError(f"--{option} takes one value, got {' '.join(words) or 'none'}")
+        raise InputError(f"--{option} takes one value, got {' '.join(words) or 'none'}{dash(words)}")
     return words[0]
 
 

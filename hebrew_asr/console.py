@@ -1,11 +1,18 @@
-"""The console of a command: a full disk, a closed pipe or a narrow encoding behind it does not end the command."""
+"""The console of a command: a full disk, a closed pipe or a narrow encoding behind it does not end the command.
+
+A progress bar on it never stands still.
+"""
 
 import errno
 import os
 import re
 import sys
+import threading
 from typing import Any, TextIO
 
+from tqdm import tqdm
+
+TICK_SECONDS = 1.0
 MOST_BYTES = 1_000_000  # of text that is kept while it cannot be written; the newest
 UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # what a terminal acts on
 
@@ -58,3 +65,21 @@ class Console:
 def use_console() -> None:
     """Has this process's two streams outlive what is behind them."""
     sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
+
+
+class Bar(tqdm):
+    """A progress bar whose clock goes on while one batch or one step takes long."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.closed = threading.Event()
+        super().__init__(*args, **kwargs)
+        if not self.disable:
+            threading.Thread(target=self.tick, daemon=True).start()
+
+    def tick(self) -> None:
+        while not self.closed.wait(TICK_SECONDS):
+            self.refresh()
+
+    def close(self) -> None:
+        self.closed.set()
+        super().close()

@@ -4,8 +4,8 @@ import contextlib
 import os
 import signal
 import sys
-import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -20,9 +20,8 @@ from accelerate.utils import gather_object
 
 from hebrew_asr.console import use_console
 from hebrew_asr.errors import InputError
-from hebrew_asr.start import imported
+from hebrew_asr.start import imported, say_last
 
-REPORT_SECONDS = 60.0  # for the launcher to end after a command that failed
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # there as soon as the driver is loaded
 
 
@@ -83,7 +82,11 @@ def join_processes(timeout_minutes: int) -> accelerate.PartialState:
 
 
 def quiet_libraries(is_main: bool) -> None:
-    """Warnings of the libraries from the first process only, and their progress bars too, on a terminal."""
+    """Warnings of the libraries from the first process only, and their progress bars too, on a terminal.
+
+    What a library will change in its next version is not for the command's user.
+    """
+    warnings.simplefilter("ignore", FutureWarning)
     transformers.logging.set_verbosity_warning() if is_main else transformers.logging.set_verbosity_error()
     if not (is_main and sys.stderr.isatty()):
         transformers.logging.disable_progress_bar()
@@ -102,13 +105,11 @@ def launch(command: Callable[[list[str]], None]) -> None:
     try:
         command(sys.argv[1:])
     except InputError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            say_last(f"error: {error}")
+        say_last(f"error: {error}")
         leave_process_group()
         sys.exit(1)
     except KeyboardInterrupt:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print("\ninterrupted", file=sys.stderr, flush=True)
+        say_last("\ninterrupted")
         os._exit(128 + signal.SIGINT)
     except Exception:
         if not torch.distributed.is_initialized():
@@ -116,25 +117,6 @@ def launch(command: Callable[[list[str]], None]) -> None:
         traceback.print_exc()
         sys.stdout.flush()
         os._exit(1)
-
-
-def say_last(message: str) -> None:
-    """Prints an error where it is the last thing on the screen: under torchrun, below the report of the launcher."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        print(message, file=sys.stderr, flush=True)
-        return
-    launcher, began = os.getppid(), time.monotonic()
-    sys.stderr.flush()
-    if os.fork():
-        return
-    try:  # a process of its own, which holds nothing but the screen and outlives the launcher by a moment
-        os.setsid()
-        os.closerange(3, 4096)
-        while os.path.exists(f"/proc/{launcher}") and time.monotonic() - began < REPORT_SECONDS:
-            time.sleep(0.005)
-        os.write(2, f"{message}\n".encode())
-    finally:
-        os._exit(0)
 
 
 def leave_process_group() -> None:

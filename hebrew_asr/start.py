@@ -1,4 +1,4 @@
-"""A command's first second: a sign of life, and Ctrl-C, while the libraries are imported.
+"""A command's first second and its last: a sign of life, Ctrl-C while the libraries are imported, and the last line.
 
 Every command calls `begin` before its imports, which take seconds; `launch` (hebrew_asr/processes.py) ends it. Imports
 nothing but the standard library.
@@ -7,11 +7,14 @@ nothing but the standard library.
 import contextlib
 import os
 import signal
+import socket
 import threading
+import time
 from types import FrameType
 from typing import NoReturn
 
 BEAT_SECONDS = 3.0  # from one dot to the next
+REPORT_SECONDS = 60.0  # for the launcher to end after a command that failed
 IMPORTED = threading.Event()
 
 
@@ -40,14 +43,45 @@ def imported() -> None:
 
 def interrupted(number: int, frame: FrameType | None) -> NoReturn:
     """Ends the process at once, with a line and no traceback: an import may not let an exception through."""
-    if is_first():
-        say("\ninterrupted\n")
+    say_last("\ninterrupted")
     os._exit(128 + number)
 
 
 def say(text: str) -> None:
     with contextlib.suppress(OSError):  # a full disk or a closed pipe behind it ends no command
         os.write(2, text.encode())
+
+
+def say_last(message: str) -> None:
+    """Says once why a command ends, where it is the last thing on the screen: under torchrun, below its own report.
+
+    There it comes from the process of the first machine that is the first to meet it: the launcher may end the others
+    before they do.
+    """
+    if not is_under_torchrun():
+        if is_first():
+            say(f"{message}\n")
+        return
+    launcher, began = os.getppid(), time.monotonic()
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        claim.bind(f"\0last-line-of-{launcher}")  # until all that hold it have ended
+    except OSError:
+        return
+    if os.environ.get("GROUP_RANK", "0") != "0" or os.fork():
+        return
+    try:  # a process of its own, which holds nothing but the screen and outlives the launcher by a moment
+        os.setsid()
+        os.closerange(3, claim.fileno()), os.closerange(claim.fileno() + 1, 4096)
+        while os.path.exists(f"/proc/{launcher}") and time.monotonic() - began < REPORT_SECONDS:
+            time.sleep(0.005)
+        say(f"{message}\n")
+    finally:
+        os._exit(0)
+
+
+def is_under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def is_first() -> bool:

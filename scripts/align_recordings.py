@@ -31,9 +31,9 @@ from typing import Annotated, Any
 import numpy as np
 import soundfile
 from accelerate.utils import broadcast_object_list
-from tqdm.auto import tqdm
 
 from hebrew_asr.command_line import Range, parse_config
+from hebrew_asr.console import Bar
 from hebrew_asr.data import alignment, voice
 from hebrew_asr.data.alignment import ANOTHER, Heard, Kept, Likelihood, Refused, align
 from hebrew_asr.data.audio import SAMPLE_RATE, check_waveform, decode_audio
@@ -278,7 +278,7 @@ def main(given: Aligning) -> None:
     parts.mkdir(parents=True, exist_ok=True)
     with fail_together(), transcription_problems():
         mine = [number for number in range(rank, len(rows), processes) if not (parts / f"{number}.json").exists()]
-        for number in tqdm(mine, desc="aligning", unit="recording", disable=rank > 0 or not mine):
+        for number in Bar(mine, desc="aligning", unit="recording", disable=rank > 0 or not mine):
             row = rows[number]
             waveform = decode_audio(row["audio"], row["start"], row["end"])
             kept, refused = align_recording(model, waveform, row["reference"], given)

@@ -29,10 +29,10 @@ import pyarrow.parquet
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
-from tqdm.auto import tqdm
 
 import train_hebrew_asr_enhanced
 from hebrew_asr.command_line import help_of, parse_config, split_options
+from hebrew_asr.console import Bar
 from hebrew_asr.data.rows import SpeechRows, load_rows
 from hebrew_asr.data.utterances import SpeechDataset
 from hebrew_asr.errors import InputError
@@ -156,7 +156,7 @@ def score_what_is_left(trainer: GradualUnfreezeTrainer, folder: Path) -> int:
     mine = batches[args.process_index :: args.world_size]
     left = [batch for batch in mine if batch[0][1] not in done]
     found: list[dict] = []
-    with tqdm(total=sum(map(len, left)), desc="auditing", disable=trainer.run_log.hides_progress) as bar:
+    with Bar(total=sum(map(len, left)), desc="auditing", disable=trainer.run_log.hides_progress) as bar:
         for i, rows in enumerate(score(trainer, left), start=1):
             found += rows
             bar.update(len(rows))

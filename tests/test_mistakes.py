@@ -1,19 +1,32 @@
 """What people mistype at the start gets one sentence with a remedy, at once, and Ctrl-C one line."""
 
+import io
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import huggingface_hub
+import numpy as np
+import pyarrow.parquet
 import pytest
+import soundfile
 from conftest import DEMO, ROOT
 
 from evaluate_hebrew_asr import parse
+from hebrew_asr import processes
+from hebrew_asr.console import Bar
+from hebrew_asr.data.audio import SAMPLE_RATE, decode_audio
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.loading import load_processor
 from hebrew_asr.names import ask_the_hub, check_name
 from hebrew_asr.training.run_folder import knows_its_data, note_others, what_resume_takes
+from train_hebrew_asr_enhanced import main
+from train_round2_gradual import recipe
 
 
 def test_a_path_that_is_not_there_is_no_id_of_the_hub(tmp_path, monkeypatch):
@@ -97,3 +110,87 @@ def test_a_newest_checkpoint_with_a_damaged_manifest_does_not_stop_the_start(tmp
         if text is not None:
             (folder / "manifest.json").write_text(text)
     assert not knows_its_data(tmp_path / "checkpoints"), "the one before it tells"
+
+
+def test_a_progress_bars_clock_goes_on_inside_a_long_batch(monkeypatch):
+    monkeypatch.setattr("hebrew_asr.console.TICK_SECONDS", 0.05)
+    shown = io.StringIO()
+    with Bar(total=2, file=shown) as bar:
+        time.sleep(0.5)
+    lines = shown.getvalue()
+    time.sleep(0.2)
+    assert lines.count("0/2") > 4 and shown.getvalue() == lines, "until it is closed"
+    assert bar.closed.is_set()
+
+
+def flat(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -> str:
+    """A folder of twelve clips with their transcripts, changed."""
+    (folder / "calls").mkdir()
+    table = pyarrow.parquet.read_table(next((DEMO / "corpus").glob("*.parquet"))).slice(0, 12).to_pylist()
+    for number, row in enumerate(table):
+        waveform = change(decode_audio(row["audio"]))
+        soundfile.write(folder / "calls" / f"{number}.wav", waveform, SAMPLE_RATE)
+    lines = [f'{number}.wav,"{row["transcript"]}"' for number, row in enumerate(table)]
+    (folder / "calls" / "metadata.csv").write_text("\n".join(["file_name,text", *lines]))
+    return json.dumps([{"path": str(folder / "calls")}])
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("--bf16 fp16", "--bf16 takes true or false or null, got fp16"),
+        ("--fp16", "did you mean --bf16"),
+        ("--learning_rate 1e-4", "the learning rates are in --stages"),
+        ("--epochs 3", "did you mean --num_epochs"),
+        ("--gpus 2", "--nproc_per_node=N"),
+        ("--device cuda", "CUDA_VISIBLE_DEVICES"),
+        ("--num_epochs three", "takes a whole number, got three"),
+        ("--num_epochs=", "takes a whole number"),
+        ("--num_epochs", "takes one value, got none"),
+        ("--num_epochs -1", "give 1 or more"),
+        ("--save_total_limit 0", "at least 1, got 0"),
+        ("–-num_epochs 3", "two hyphens, not a dash"),
+        ("num_epochs 3", "--tracker takes one value, got none num_epochs 3"),
+        ("--tracker tensorboard", "takes wandb, trackio or none"),
+        ("--config nothere.yaml", "nothere.yaml cannot be read"),
+        ("--train_sources data/nothere", "data/nothere: no such folder"),
+        ('--train_sources [{"pth":"x"}]', "did you mean path"),
+        ("--language he", "language is 'he', must be a name like English, or None: Hebrew?"),
+        ("--language Hebrw", "did you mean Hebrew?"),
+        ("--resume runs/nothere", "it takes auto, never, hub, or a checkpoint"),
+        ("--model_name_or_path RUN", "is the folder of a run: name its model, "),
+        ("--model_name_or_path FILE", "is a file: name the folder of a checkpoint"),
+        ("--model_name_or_path ./nothere", "./nothere: no such folder or file"),
+        ("--output_dir FILE", "is a file: choose another --output_dir"),
+        ("--hf_repo_id mymodel --skip_hf_upload false", "hf_repo_id must be owner/name"),
+        ('--stages [{"name":"A","last_epoch":5}]', "Stage needs 'learning_rates'"),
+        ('--stages [{"name":"A","last_epoch":5,"learning_rates":{"projectr":1e-3}}]', "projector"),
+        ("--train_sources FLAT", "a folder of audio has its splits in subfolders"),
+        ("--train_sources SILENT", "silent"),
+        ("--train_sources CLIPPED", "clipped"),
+    ],
+)
+def test_a_mistake_is_one_message_last_on_the_screen(tmp_path, monkeypatch, capfd, typed, said):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "run" / "final_model").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    sources = {
+        "FLAT": lambda: flat(tmp_path, lambda waveform: waveform).replace("}]", ', "split": "test"}]'),
+        "SILENT": lambda: flat(tmp_path, lambda waveform: 0 * waveform),
+        "CLIPPED": lambda: flat(tmp_path, lambda waveform: np.clip(99 * waveform, -1, 1)),
+        "RUN": lambda: str(tmp_path / "run"),
+        "FILE": lambda: str(tmp_path / "file"),
+    }
+    words = [sources[word]() if word in sources else word for word in typed.split()]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(processes, "use_console", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["train", "--demo", "--output_dir", "new", "--tracker", "none", *words])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as end:
+        processes.launch(lambda arguments: main(recipe(arguments)))
+    output, error = capfd.readouterr()
+    problem = error[error.rindex("error: ") :].strip()
+    assert end.value.code == 1 and said in problem and "\n" not in problem, error
+    assert "Traceback" not in error + output
+    assert time.monotonic() - began < 20

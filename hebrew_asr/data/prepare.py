@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
-from tqdm.auto import tqdm
 
+from hebrew_asr.console import Bar
 from hebrew_asr.data.audio import SAMPLE_RATE, AudioError, check_waveform, decode_audio
 from hebrew_asr.data.fingerprints import FingerprintIndex, fingerprint
 from hebrew_asr.data.rows import SpeechRows
@@ -69,7 +69,7 @@ def listen_to(rows: SpeechRows, folder: Path, workers: int, label: str) -> int:
     results = in_processes(chunks, lambda chunk: [listen(rows[number]) for number in chunk], workers)
     found: list[tuple] = []
     first = 1 + max((int(file.stem.split("-")[2]) for file in folder.glob(HEARD)), default=0)
-    with tqdm(total=len(left), desc=f"listening to {label}", unit=" utterances") as bar:
+    with Bar(total=len(left), desc=f"listening to {label}", unit=" utterances") as bar:
         for i, (chunk, heard) in enumerate(zip(chunks, results, strict=True), start=1):
             found += [(names[number], *one) for number, one in zip(chunk, heard, strict=True)]
             bar.update(len(chunk))
@@ -90,7 +90,7 @@ def evaluation_sounds(heldout: SpeechRows, workers: int) -> FingerprintIndex:
     index = FingerprintIndex()
     results = in_processes(list(range(len(heldout))), sound, workers)
     recordings = heldout.column("recording")
-    for recording, sound in zip(recordings, tqdm(results, "evaluation set", len(heldout)), strict=True):
+    for recording, sound in zip(recordings, Bar(results, "evaluation set", len(heldout)), strict=True):
         index.add(recording, np.frombuffer(sound, np.uint32))
     index.build()
     return index
@@ -110,7 +110,7 @@ def compare_with(index: FingerprintIndex, folder: Path, key: str, workers: int, 
     parts = sorted(folder.glob(HEARD))
     left = [part for part in parts if not (folder / f"leaks-{key}" / part.name).exists()]
     results = in_processes(left, leaks, workers)
-    for part, table in zip(left, tqdm(results, f"comparing {label}", len(left), unit=" files"), strict=True):
+    for part, table in zip(left, Bar(results, f"comparing {label}", len(left), unit=" files"), strict=True):
         write_part(table, folder / f"leaks-{key}" / part.name)
 
 

@@ -1,6 +1,7 @@
 """Where rows come from: folders, manifests, the Hub; and the settings of the data."""
 
 import contextlib
+import difflib
 import hashlib
 import os
 import re
@@ -76,6 +77,9 @@ def check_language(language: str, where: str = "") -> None:
         meant = meant or (language.strip().capitalize() if language.strip().isascii() else "")
         hint = f": {meant}?" if re.fullmatch("[A-Z][a-z]{3,}", meant) else ""
         raise InputError(f"{where}language is {language!r}, must be a name like English, or None{hint}")
+    known = set(LANGUAGE_CODES.values())
+    if language not in known and (near := difflib.get_close_matches(language, known, 1, 0.8)):
+        raise InputError(f"{where}language is {language!r}: did you mean {near[0]}?")
 
 
 @dataclass

@@ -20,9 +20,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import transformers
-from tqdm.auto import tqdm
 
 from hebrew_asr.command_line import Range
+from hebrew_asr.console import Bar
 from hebrew_asr.data import decoding as decoding_module
 from hebrew_asr.data import voice
 from hebrew_asr.data.decoding import AUDIO_SUFFIXES, SAMPLE_RATE, AudioError, decode_audio
@@ -416,7 +416,7 @@ def from_record(job: Job, record: dict[str, Any]) -> Recording:
 class Run:
     """The recordings of one call, as they become transcripts."""
 
-    def __init__(self, jobs: list[Job], model: Transcriber, config: TranscribeConfig, bar: tqdm):
+    def __init__(self, jobs: list[Job], model: Transcriber, config: TranscribeConfig, bar: Bar):
         self.jobs, self.model, self.config, self.bar = jobs, model, config, bar
         self.recordings: dict[int, Recording] = {}
         self.waiting: dict[int, Heard] = {}
@@ -511,7 +511,7 @@ def run(config: TranscribeConfig, shows_progress: bool = True) -> tuple[list[Rec
     settings_key = model_key(config.model, model.dtype, config) if config.formats else ""
 
     began = time.perf_counter()
-    with tqdm(total=sum(job.size for job in jobs), bar_format=PROGRESS, disable=not (shows_progress and jobs)) as bar:
+    with Bar(total=sum(job.size for job in jobs), bar_format=PROGRESS, disable=not (shows_progress and jobs)) as bar:
         state = Run(jobs, model, config, bar)
         all_heard = in_processes(jobs, lambda job: hear(job, model, settings_key, config), config.num_workers)
         for number, heard in enumerate(all_heard):

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
-from tqdm.auto import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
 
 from hebrew_asr.command_line import Range
+from hebrew_asr.console import Bar
 from hebrew_asr.data import audio, utterances
 from hebrew_asr.data import decoding as audio_decoding
 from hebrew_asr.data.alignment import Likelihood
@@ -416,7 +416,7 @@ def transcribe_set(
     began = time.perf_counter()
     with (
         (folder / f"{rank}.jsonl").open("a", encoding="utf-8") as file,
-        tqdm(total=total, desc="transcribing", disable=hides_progress, bar_format=PROGRESS) as bar,
+        Bar(total=total, desc="transcribing", disable=hides_progress, bar_format=PROGRESS) as bar,
     ):
         file.write("\n" if file.tell() else "")  # after a torn line
         for batch, heard in zip(left, in_processes(left, hear, workers), strict=True):

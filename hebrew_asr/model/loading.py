@@ -110,6 +110,8 @@ def checkpoint_problems(name: str):
     """Turns what transformers raises for a checkpoint that is not there or not whole into one message."""
     if (Path(name) / "final_model").is_dir() and not (Path(name) / "config.json").exists():
         raise InputError(f"{name} is the folder of a run: name its model, {Path(name) / 'final_model'}")
+    if Path(name).is_file():
+        raise InputError(f"{name} is a file: name the folder of a checkpoint, with its config.json and weights")
     check_name(name, "model")
     try:
         yield

@@ -83,7 +83,7 @@ def check_stage_list(stages: Sequence[Stage], num_epochs: int, max_steps: int | 
             f" {last_epochs[-1]}: raise its last_epoch, or lower num_epochs"
         )
     if (num_epochs if max_steps is None else max_steps) < 1:
-        raise InputError(f"nothing to train: num_epochs is {num_epochs}, max_steps {max_steps}")
+        raise InputError(f"nothing to train: num_epochs is {num_epochs}, max_steps {max_steps}; give 1 or more")
     for stage in stages:
         if unknown := set(stage.learning_rates) - set(COMPONENTS):
             raise InputError(f"stage {stage.name}: unknown component {sorted(unknown)}, known: {list(COMPONENTS)}")

@@ -34,6 +34,7 @@ from hebrew_asr.model.costs import Work
 from hebrew_asr.model.sharding import gather_for_others, sharded_like, whole
 from hebrew_asr.model.stages import Stage
 from hebrew_asr.processes import fail_together
+from hebrew_asr.start import is_under_torchrun, say_last
 from hebrew_asr.training.feed import Feed
 from hebrew_asr.training.moving_average import MovingAverage
 from hebrew_asr.training.run_folder import PATH, changes, find_checkpoint, first_line, note_failure, settle
@@ -582,7 +583,8 @@ def ends_early(trainer: ResumableTrainer):
         step, why = trainer.state.global_step, stop_name(trainer.stopped)
         facts = {"step": step, "why": why, "checkpoint": last}
         store.write_status(run_log.folder, "preempted", **facts, **uploader.facts())
-        run_log.say(f"stopped at step {step} ({why}), {where}; the same command goes on from there")
+        line = f"stopped at step {step} ({why}), {where}; the same command goes on from there"
+        say_last(line) if is_under_torchrun() else run_log.say(line)
         if last and uploader.repo_id:
             is_there = uploader.drain(seconds) and uploader.uploaded == last
             state = "is on the Hub" if is_there else f"is not on the Hub, which has {uploader.uploaded or 'none'}"

@@ -50,6 +50,8 @@ def open_run_folder(config: Settings, state: accelerate.PartialState) -> tuple[P
     with fail_together():
         if state.is_main_process:
             try:
+                if folder.is_file():
+                    raise InputError(f"{folder} is a file: choose another --output_dir")
                 check_same_run(config, folder)
                 note_others(folder)
                 folder.mkdir(parents=True, exist_ok=True)

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
-from hebrew_asr.console import escaped, visible
+from hebrew_asr.console import Bar, escaped, visible
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import Appended
 
@@ -60,7 +59,7 @@ class RunLog:
         self.folder, self.rank, self.is_main = folder, rank, rank == 0
         self.hides_progress = True if rank else None  # None: tqdm shows itself on a terminal only
         self.rows: list[Row] = []
-        self.bar: tqdm | None = None
+        self.bar: Bar | None = None
         self.on_bar: dict[str, str] = {}
         self.tracker: Any = None  # the tracker's run
         self.library: Any = None  # wandb or trackio
@@ -135,7 +134,7 @@ class RunLog:
 
     def say(self, line: str) -> None:
         if self.is_main:
-            tqdm.write(visible(line), file=sys.stdout)
+            Bar.write(visible(line), file=sys.stdout)
             sys.stdout.flush()
 
     def append(self, name: str, text: str) -> None:
@@ -223,7 +222,7 @@ class RunLog:
     def open_progress(self, steps: int, done: int) -> None:
         if self.bar is not None:
             self.bar.close()
-        self.bar = tqdm(total=steps, initial=done, desc="training", unit="step", disable=self.hides_progress)
+        self.bar = Bar(total=steps, initial=done, desc="training", unit="step", disable=self.hides_progress)
 
 
 @contextlib.contextmanager
