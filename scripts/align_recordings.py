@@ -56,6 +56,7 @@ from hebrew_asr.text.targets import normalize_target
 
 TAIL = 0.05  # seconds that the model hears after a stretch of speech
 NEAR = 0.5  # seconds between stretches that may be one sentence
+LONGEST_DOUBT = 120.0  # seconds; where more is refused in a row, it is the transcript that lacks it
 MOST_PARTS = 6  # of a stretch that is put together anew
 CODE = (__file__, alignment.__file__, voice.__file__)
 
@@ -156,7 +157,7 @@ def align_recording(
 def doubtful(heard: list[Heard], refused: list[Refused]) -> list[tuple[int, int]]:
     """Numbers of the first and after the last stretch of each region with words that are in no piece.
 
-    A neighbour that is near belongs to it: a sentence may be cut in two between them.
+    A neighbour that is near belongs to it: a sentence may be cut in two between them. Long ones are left out.
     """
     found: list[tuple[int, int]] = []
     starts = [stretch.start for stretch in heard]
@@ -171,7 +172,7 @@ def doubtful(heard: list[Heard], refused: list[Refused]) -> list[tuple[int, int]
                 first, after = found[-1][0], max(after, found[-1][1])
                 found.pop()
             found.append((first, after))
-    return found
+    return [(a, b) for a, b in found if a == b or heard[b - 1].end - heard[a].start <= LONGEST_DOUBT]
 
 
 def other_cuts(hearing: Hearing, first: int, after: int) -> list[Span]:

@@ -279,6 +279,8 @@ def test_doubtful_is_where_words_are_left_over_with_what_is_near():
     ]
     assert align_recordings.doubtful(heard, refused) == [(0, 2), (3, 3)]
     assert align_recordings.doubtful(heard, [Refused(0.0, 13.0, ANOTHER, "אב", "אחד")]) == []
+    hour = [Heard(2.0 * i, 2.0 * i + 1, "אב") for i in range(1800)]
+    assert align_recordings.doubtful(hour, [Refused(100.0, 3500.0, NOT_IN_TRANSCRIPT, "אב", "אחד")]) == []
 
 
 def test_letters_fit_as_an_edit_distance_says():

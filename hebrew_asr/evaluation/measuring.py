@@ -154,7 +154,8 @@ def forgetting_gates(
             continue
         after, before = (measured[model, one.name] for model in models[:2])
         figures = {"WER": (before["wer"], after["wer"], 1)}
-        figures["language named right"] = (before["language_accuracy"], after["language_accuracy"], -1)
+        if after["language_accuracy"] is not None:  # Whisper, or a model that is given the language, never names one
+            figures["language named right"] = (before["language_accuracy"], after["language_accuracy"], -1)
         figures["no text where nobody speaks"] = (before["none_accuracy"], after["none_accuracy"], -1)
         for name, (old, new, sign) in figures.items():
             if old is None:
