@@ -73,11 +73,20 @@ def say_last(message: str) -> None:
     try:  # a process of its own, which holds nothing but the screen and outlives the launcher by a moment
         os.setsid()
         os.closerange(3, claim.fileno()), os.closerange(claim.fileno() + 1, 4096)
-        while os.path.exists(f"/proc/{launcher}") and time.monotonic() - began < REPORT_SECONDS:
+        while is_running(launcher) and time.monotonic() - began < REPORT_SECONDS:
             time.sleep(0.005)
         say(f"{message}\n")
     finally:
         os._exit(0)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process has not ended, though nobody may have asked how."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def is_under_torchrun() -> bool:

@@ -194,3 +194,24 @@ def test_a_mistake_is_one_message_last_on_the_screen(tmp_path, monkeypatch, capf
     assert end.value.code == 1 and said in problem and "\n" not in problem, error
     assert "Traceback" not in error + output
     assert time.monotonic() - began < 20
+
+
+LAUNCHER = """
+import os, sys
+from hebrew_asr.start import say_last
+for rank in (1, 0):
+    if not os.fork():
+        os.environ |= {"TORCHELASTIC_RUN_ID": "run", "RANK": str(rank), "GROUP_RANK": sys.argv[1]}
+        say_last("error: it is this")
+        os._exit(1)
+    os.wait()
+os.write(2, b"the launcher's own report\\n")
+"""
+
+
+@pytest.mark.parametrize(("machine", "said"), [("0", ["error: it is this"]), ("1", [])])
+def test_under_torchrun_the_first_process_that_fails_has_the_last_word(machine, said):
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, machine], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stderr.splitlines() == ["the launcher's own report", *said]
