@@ -348,7 +348,7 @@ def test_a_recording_becomes_a_corpus_that_training_reads(tmp_path, monkeypatch,
     def fails(*_):
         raise AssertionError("a recording that is done is done again")
 
-    monkeypatch.setattr(align_recordings, "hear", fails)
+    monkeypatch.setattr(align_recordings, "align_recording", fails)
     Path(tmp_path / "aligned").rename(tmp_path / "first")
     align_recordings.main(given)
     assert pyarrow.parquet.read_table(next((tmp_path / "aligned").glob("*.parquet"))).equals(table)
