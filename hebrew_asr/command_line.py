@@ -38,8 +38,8 @@ NOT_OPTIONS = {  # what other trainers call an option, and where it is here
     "fp16": " (did you mean --bf16?)",
     "mixed_precision": " (did you mean --bf16?)",
     "device": ": GPUs are used where there are any; CUDA_VISIBLE_DEVICES chooses them, and -1 the CPU",
-    "gpus": ": a process each, which torchrun starts with --nproc_per_node=N",
-    "num_gpus": ": a process each, which torchrun starts with --nproc_per_node=N",
+    "gpus": ": torchrun's --nproc_per_node=N starts N processes, with a GPU each",
+    "num_gpus": ": torchrun's --nproc_per_node=N starts N processes, with a GPU each",
 }
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import hashlib
 import os
 import re
@@ -217,7 +218,10 @@ def load_source(source: Source, streaming: bool = False) -> datasets.Dataset | d
         ) from error
     except (ValueError, OSError, StopIteration, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
-        raise InputError(f"{source.path}: {(str(cause).splitlines() or ['it has no rows'])[0]}") from error
+        remedy = ""
+        if isinstance(cause, OSError) and cause.errno == errno.ENOLCK:
+            remedy = f" in {datasets.config.HF_DATASETS_CACHE}: set HF_DATASETS_CACHE to a folder on a local disk"
+        raise InputError(f"{source.path}: {(str(cause).splitlines() or ['it has no rows'])[0]}{remedy}") from error
     if streaming and isinstance(rows, datasets.Dataset):
         rows = rows.to_iterable_dataset(num_shards=min(STREAM_SHARDS, max(1, len(rows))))
     if rows.features is None:
