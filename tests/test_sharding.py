@@ -82,6 +82,7 @@ def last(runs: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
 
 
+@pytest.mark.slow
 def test_what_trains_is_sharded_in_fp32_and_the_rest_is_not(runs):
     for name in ("sharded", "bf16"):
         zero, one = ends(runs, name, 0), ends(runs, name, 1)
@@ -96,6 +97,7 @@ def test_what_trains_is_sharded_in_fp32_and_the_rest_is_not(runs):
     assert not any(end["sharded"] for end in ends(runs, "whole").values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("one", "other"),
     [("whole", "sharded"), ("whole", "then_sharded"), ("whole", "then_whole"), ("stream_whole", "stream_sharded")],
@@ -115,6 +117,7 @@ def test_losses_evaluations_weights_and_moments_are_those_of_whole_weights(runs,
         assert torch.allclose(mine[name], theirs[name], rtol=0, atol=1e-4), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["bf16", "bf16_then_whole"])
 def test_in_bf16_it_learns_what_whole_weights_do_within_the_rounding(runs, model, other):
     """Of the norm of what training changed, the two differ by 2 %, and either differs from fp32 by 5 %."""
@@ -135,17 +138,20 @@ def test_in_bf16_it_learns_what_whole_weights_do_within_the_rounding(runs, model
     assert off < 0.04 * moved
 
 
+@pytest.mark.slow
 def test_a_sharded_bf16_run_goes_on_in_the_same_bits(runs):
     assert logged(runs, "bf16_again") == logged(runs, "bf16")
     mine, theirs = last(runs, "bf16_again"), last(runs, "bf16")
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+@pytest.mark.slow
 def test_an_exchange_in_bf16_rounds_and_no_more(runs):
     norms = [logged(runs, name)[1]["train/grad_norm"] for name in ("broken", "sharded")]
     assert norms[0] != norms[1] and norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_they_learn_and_the_stage_switch_lets_the_encoder_learn(runs, model):
     start, end = dict(model.named_parameters()), last(runs, "sharded")
     moved = {name for name in start if not torch.allclose(start[name], end[name], rtol=0, atol=1e-3)}
@@ -154,6 +160,7 @@ def test_they_learn_and_the_stage_switch_lets_the_encoder_learn(runs, model):
     assert not any("audio_tower.layers.0." in name for name in moved)
 
 
+@pytest.mark.slow
 def test_after_steps_without_a_finite_gradient_a_sharded_run_goes_back(runs):
     output = (runs / "output.txt").read_text()
     assert "2 steps in a row up to step 5 had no finite gradient" in output and "back to step 3" in output
@@ -164,6 +171,7 @@ def test_after_steps_without_a_finite_gradient_a_sharded_run_goes_back(runs):
     assert int(end["model.multi_modal_projector.linear_1.weight/step"]) == 6
 
 
+@pytest.mark.slow
 def test_the_final_model_is_a_stock_model_and_transcribes(runs, processor, config):
     folder = runs / "sharded" / "final_model"
     model, loaded = transformers.Qwen3ASRForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
