@@ -1,6 +1,6 @@
 """Kills, stops, damages and starves demo runs, lets the same command go on, and compares how they end.
 
-    uv run python benchmarks/drill.py --json drill.json --faults 100
+    uv run python benchmarks/drill.py --json drill.json --faults 113
 
 Each fault hits a run of 12 steps with a checkpoint after every second one, in 1 or 2 processes; then the same settings
 run again until the run is finished, and its weights and moments are compared with those of a run that nothing hit. The
