@@ -1,7 +1,7 @@
 """Averages a run's checkpoints, measures each average, and makes the best one the run's final model.
 
-    uv run scripts/average_checkpoints.py --run runs/NAME            the last 3, the best 3, and the moving average
-    uv run torchrun --nproc_per_node=8 scripts/average_checkpoints.py --run runs/NAME --last 5 --best 0
+    uv run scripts/average_checkpoints.py --run_dir runs/NAME            the last 3, the best 3, and the moving average
+    uv run torchrun --nproc_per_node=8 scripts/average_checkpoints.py --run_dir runs/NAME --last 5 --best 0
 
 The averages stand in runs/NAME/averages/, each a checkpoint of its own. They are measured as evaluate_hebrew_asr.py
 measures, on the run's evaluation set, with the best single checkpoint among them; the one of the lowest WER becomes
@@ -231,7 +231,7 @@ def main(run: Path, last: int, best: int) -> None:
 class AveragingOptions:
     """What is averaged"""
 
-    run: str = ""
+    run_dir: str = ""
     """The run's folder."""
     last: Annotated[int, Range(0)] = 3
     """So many of the newest checkpoints; 0: not."""
@@ -242,14 +242,14 @@ class AveragingOptions:
 def parse(argv: list[str]) -> AveragingOptions:
     """Reads the command line; raises InputError."""
     given = parse_config(argv, AveragingOptions(), about=__doc__)
-    if not given.run:
-        raise InputError("give --run, the folder of a run")
+    if not given.run_dir:
+        raise InputError("give --run_dir, the folder of a run")
     return given
 
 
 def command(argv: list[str]) -> None:
     given = parse(argv)
-    main(Path(given.run), given.last, given.best)
+    main(Path(given.run_dir), given.last, given.best)
 
 
 if __name__ == "__main__":

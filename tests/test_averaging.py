@@ -126,7 +126,7 @@ def test_averages_of_a_run_are_measured_and_the_best_is_its_final_model(copied, 
         return transcribe(model, *args)
 
     monkeypatch.setattr(average_checkpoints, "transcribe_shares", remember)
-    average_checkpoints.command(["--run", str(copied), "--last", "4", "--best", "2"])
+    average_checkpoints.command(["--run_dir", str(copied), "--last", "4", "--best", "2"])
     out = capsys.readouterr().out
     results = {one["name"]: one for one in json.loads((copied / "averages" / "results.json").read_text())}
     assert list(results) == ["best-1", "last-4", "best-2", "moving"]
@@ -144,21 +144,21 @@ def test_averages_of_a_run_are_measured_and_the_best_is_its_final_model(copied, 
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, of_last[TIED])
     before = (copied / "averages" / "last-4" / "model.safetensors").stat().st_mtime_ns
-    average_checkpoints.command(["--run", str(copied), "--last", "4", "--best", "2"])
+    average_checkpoints.command(["--run_dir", str(copied), "--last", "4", "--best", "2"])
     assert (copied / "averages" / "last-4" / "model.safetensors").stat().st_mtime_ns == before, "made once"
 
 
 def test_fewer_checkpoints_than_asked_for_are_said(copied, capsys):
     for step in range(1, 11):
         shutil.rmtree(copied / "checkpoints" / f"step-{step:08d}")
-    average_checkpoints.command(["--run", str(copied), "--last", "5", "--best", "0"])
+    average_checkpoints.command(["--run_dir", str(copied), "--last", "5", "--best", "0"])
     assert "last-5: only 2 of them are there, more are kept with a larger save_total_limit" in capsys.readouterr().out
     average = load_file(copied / "averages" / "last-2" / "model.safetensors")[TIED]
     expected = np.mean([weights(copied, step)[TIED] for step in (11, 12)], axis=0)
     assert np.array_equal(average.numpy(), expected.astype(np.float32))
     shutil.rmtree(copied / "checkpoints")
     with pytest.raises(InputError, match="no valid checkpoint is in"):
-        average_checkpoints.command(["--run", str(copied)])
+        average_checkpoints.command(["--run_dir", str(copied)])
 
 
 def test_a_decay_that_is_none_is_refused(config):

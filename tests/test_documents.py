@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed.run import get_args_parser
 
 from hebrew_asr.command_line import as_written
 from train_hebrew_asr_enhanced import TrainingConfig
@@ -35,6 +36,7 @@ PARSERS = {  # of each command, what reads its command line and starts nothing
     "scripts/train_few_hours.py": "recipe",
     "scripts/train_round3_gspo.py": "recipe",
 }
+torchrun = get_args_parser()
 TOOLS = {"hf", "wandb", "trackio", "pytest", "ruff", "lint-imports", "ty"}  # of the locked packages
 
 
@@ -107,6 +109,18 @@ def test_every_printed_command_parses(command, config_file, capsys):
     options = {word.partition("=")[0] for word in arguments if word.startswith("--")}
     settings = {f"--{one.name}" for one in fields(TrainingConfig)}  # which benchmarks/effects.py takes too
     assert not {option for option in options - settings if f'"{option}"' not in source}
+
+
+@pytest.mark.parametrize("script", PARSERS)
+def test_torchrun_passes_every_option_on(script, capsys):
+    """It refuses one that is the beginning of two of its own, even behind the script's name."""
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    with pytest.raises(SystemExit):
+        getattr(module, PARSERS[script])(["--help"])
+    options = set(re.findall(r"(?<![\w-])--\w+", capsys.readouterr().out))
+    assert len(options) > 1
+    for option in options:
+        assert torchrun.parse_args([script, option, "1"]).training_script_args == [option, "1"]
 
 
 def test_commands_are_found_in_documents_docstrings_and_messages():
