@@ -26,7 +26,7 @@ import pyarrow.parquet
 import torch
 
 from benchmarks.effects import work_off
-from benchmarks.recipes import Run, evaluation_of, found_in, said, settings, train_and_measure, wer
+from benchmarks.recipes import Run, found_in, is_measured, said, settings, train_and_measure, wer
 from hebrew_asr.data.sources import Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import DEMO
@@ -50,9 +50,8 @@ def spoil(texts: list[str], random: np.random.Generator) -> dict[int, tuple[str,
         words = texts[number].split()
         place = int(random.integers(len(words)))
         is_missing = len(words) > 1 and random.random() < 0.5
-        words[place : place + 1] = (
-            [] if is_missing else [str(random.choice(texts[random.integers(len(texts))].split()))]
-        )
+        others = texts[random.integers(len(texts))].split()
+        words[place : place + 1] = [] if is_missing else [str(random.choice(others))]
         wrong[int(number)] = ("a word missing" if is_missing else "a word changed", " ".join(words))
     return wrong
 
@@ -129,12 +128,12 @@ def command(arguments: list[str]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no run stays behind
-    work = given.work.resolve()
+    work = given.work.resolve() / f"seed-{given.seed}"
     wrong = write_corpora(work, given.seed)
     first = {SPOILT: 0.0}
     others = {f"without the worst {share:.0%}": share for share in DROPPED} | {"without": 0.0, "right": 0.0}
     for shares in (first, others):
-        left = [name for name in shares if not evaluation_of(work / name, 1).exists()]
+        left = [name for name in shares if not is_measured(work / name)]
         jobs = []
         for name in left:
             (work / name).mkdir(parents=True, exist_ok=True)

@@ -318,7 +318,7 @@ INJECTED = {  # kind, who or what
         partial(console, behind="ASCII"), "finished", "\\u05", loses_nothing=True, without=plain_console
     ),
     ("decoder dies", "by one recording"): Kind(
-        decoder_dies, "failed", "does not survive, one of", 
+        decoder_dies, "failed", "does not survive, one of",
         settings=(("dataloader_num_workers", 1), ("stall_timeout_minutes", 1.0)),  # a death is seen after 5 s
     ),
     ("evaluation file vanishes", ""): Kind(

@@ -157,6 +157,10 @@ def evaluation_of(folder: Path, beams: int) -> Path:
     return folder / f"evaluation-{beams}"
 
 
+def is_measured(folder: Path, beams: int = 1) -> bool:
+    return (evaluation_of(folder, beams) / "utterances.parquet").exists()
+
+
 def work_on(work: Path, run: Run, beams: int) -> None:
     train_and_measure(run.folder(work), settings(work, run), beams)
 
@@ -291,7 +295,7 @@ def command(arguments: list[str]) -> None:
     work = given.work.resolve()
     runs = [Run(name, rows, seed) for seed in range(given.seeds) for rows in given.rows for name in given.recipes]
     beams = given.num_beams
-    is_done = {run: (evaluation_of(run.folder(work), beams) / "utterances.parquet").exists() for run in runs}
+    is_done = {run: is_measured(run.folder(work), beams) for run in runs}
     left = [run for run in runs if not is_done[run]]
     if given.done:
         runs = [run for run in runs if is_done[run]]

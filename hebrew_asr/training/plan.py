@@ -431,6 +431,11 @@ def make_plan(config: Settings) -> Plan:
     trained: list[Callable[[str], bool]] = [
         functools.partial(lambda stage, name: trains_in(name, stage, model), stage) for stage in config.stages
     ]
+
+    def ever_trains(name: str) -> bool:
+        return any(stage(name) for stage in trained)
+
+    could_shard = processes > 1 and not config.fsdp
     plans, done, sharded_hours, advised = [], 0, np.zeros(len(ASSUMED)), ""
     for number, stage in enumerate(config.stages):
         trains = trained[number]
@@ -458,22 +463,19 @@ def make_plan(config: Settings) -> Plan:
             for is_sharded in (False, processes > 1)
         )
         needed = sharded if config.fsdp else whole
-        ever = lambda name: any(stage(name) for stage in trained)  # noqa: E731
-        costs, sharded_costs = (
-            step_costs(
-                model,
-                steps.typical,
-                trains,
-                ever,
-                Trained.of(model, weights.sizes, trains, ever),
-                processes,
-                device,
-                config.gradient_checkpointing,
-                config.bf16_exchange,
-                is_sharded,
-            )
-            for is_sharded in (config.fsdp and processes > 1, processes > 1)
+        costs_if = functools.partial(
+            step_costs,
+            model,
+            steps.typical,
+            trains,
+            ever_trains,
+            Trained.of(model, weights.sizes, trains, ever_trains),
+            processes,
+            device,
+            config.gradient_checkpointing,
+            config.bf16_exchange,
         )
+        costs = costs_if(config.fsdp and processes > 1)
         plan = StagePlan(
             name=stage.name,
             trained_parameters=weights.count(trains),
@@ -488,9 +490,10 @@ def make_plan(config: Settings) -> Plan:
             plan.advice = advice(needed, sharded, device, budget, config.gradient_checkpointing)
         plans.append(plan)
         done = max(done, end)
-        sharded_hours += plan.steps * np.array([cost.seconds for cost in sharded_costs]) / 3600
+        if could_shard:
+            sharded_hours += plan.steps * np.array([cost.seconds for cost in costs_if(True)]) / 3600
     hours = [sum(plan.hours[i] for plan in plans) for i in range(len(ASSUMED))]
-    if all(sharded_hours < WORTH_IT * np.array(hours)):
+    if could_shard and all(sharded_hours < WORTH_IT * np.array(hours)):
         low, high = min(sharded_hours), max(sharded_hours)
         advised = f"--fsdp true would take {low:.2f}–{high:.2f} h, and less memory, if Python keeps up"
     price = config.plan_price_per_hour
