@@ -26,83 +26,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import accelerate
-import numpy as np
-import torch
-import transformers
-from accelerate.utils import DDPCommunicationHookType, broadcast_object_list
-from transformers import Qwen3ASRProcessor
-
-from hebrew_asr.checkpoints import store
-from hebrew_asr.checkpoints.final import finish
-from hebrew_asr.checkpoints.hub import CheckpointUploader, check_upload, upload, upload_command
-from hebrew_asr.command_line import Between, Range, check_ranges, parse_config
-from hebrew_asr.console import Bar
-from hebrew_asr.data.augmentation import WaveformAugmentation
-from hebrew_asr.data.identity import identity_of
-from hebrew_asr.data.prepare import prepare
-from hebrew_asr.data.rows import BROKEN, SpeechRows
-from hebrew_asr.data.sources import check_language
-from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.command_line import READERS, Between, Range, check_ranges, parse_config, read_options
+from hebrew_asr.data.sources import WaveformAugmentation, check_language
 from hebrew_asr.errors import InputError
-from hebrew_asr.model.attention import is_inside_utterances
-from hebrew_asr.model.costs import work_of
-from hebrew_asr.model.generation import generate, new_token_limit
-from hebrew_asr.model.loading import load_processor, load_to_train
-from hebrew_asr.model.loss import IGNORED_LABEL, SpeechModel, label_nats
-from hebrew_asr.model.packing import FRAMES_PER_CHUNK, pack, places_of
-from hebrew_asr.model.precision import mixed_precision, runs_bf16, to_encoder
-from hebrew_asr.model.prompts import MEL_BINS, pad, padded
-from hebrew_asr.model.sharding import is_sharded, shard, whole_model
-from hebrew_asr.model.stages import (
-    Stage,
-    check_stage_list,
-    component_of,
-    ever_trained,
-    freeze_for,
-    layer_depth,
-    stage_line,
-    trainable_parameters,
-    trains_in,
-)
-from hebrew_asr.processes import fail_together, join_processes, launch, leave_process_group
-from hebrew_asr.training.batches import Collator, check_batch, collate_evaluation, evaluation_batches
-from hebrew_asr.training.feed import TrainingData, load_data, open_feed, speech_loader
-from hebrew_asr.training.final_model import evaluate_final, is_whole, write_final_model
-from hebrew_asr.training.machine import check_machine
-from hebrew_asr.training.measuring import Output, pool, transcribe_batches
-from hebrew_asr.training.moving_average import MovingAverage
-from hebrew_asr.training.plan import lines_of, make_plan
-from hebrew_asr.training.resuming import (
-    StepEvents,
-    ends_early,
-    stand_in_for_lost,
-    train,
-    training_arguments,
-)
-from hebrew_asr.training.run_folder import (
-    check_disk,
-    checkpoint_to_resume,
-    failures_noted,
-    first_line,
-    open_run_folder,
-    settle,
-)
-from hebrew_asr.training.run_log import PANELS, WORSE, RunLog, is_worse, success_criteria, tracker_here
-from hebrew_asr.training.run_report import (
-    announce,
-    describe_result,
-    facts_of_run,
-    note_changed_data,
-    report_data,
-    warn_of_a_wrong_start,
-)
-from hebrew_asr.training.settings import Settings
-from hebrew_asr.training.speed import StepClock, StepCounts, Window
-from hebrew_asr.training.step import StepTrainer
-from hebrew_asr.training.token_budget import find_token_budget
-
-SILENCE = np.zeros((MEL_BINS, FRAMES_PER_CHUNK), np.float32)  # a second, for a process without work in a step
+from hebrew_asr.model.frames import MEL_BINS
+from hebrew_asr.model.stages import Stage, check_stage_list
+from hebrew_asr.training.run_log import tracker_here
+from hebrew_asr.training.settings import Settings, check_batch
 
 
 @dataclass
@@ -311,19 +241,88 @@ MAY_CHANGE = {  # settings that a resumed run may have otherwise than before
     *("target_loss", "target_wer"),
     *("tracker", "wandb_project", "wandb_run_name", "hf_repo_id", "skip_hf_upload", "hf_private"),
     *("hub_checkpoints", "hub_save_total_limit"),
-    *(
-        "resume",
-        "accept_changed_data",
-        "save_steps",
-        "save_total_limit",
-        "preemption_grace_seconds",
-        "stall_timeout_minutes",
-    ),
-    *("max_bad_steps", "check_ranks_steps", "inspect_data", "output_dir", "process_timeout_minutes"),
+    *("resume", "accept_changed_data", "save_steps", "save_total_limit"),
+    *("preemption_grace_seconds", "stall_timeout_minutes", "max_bad_steps", "check_ranks_steps"),
+    *("inspect_data", "output_dir", "process_timeout_minutes"),
     *("tokens_per_micro_batch", "gradient_checkpointing", "fsdp", "bf16_exchange", "prepare", "prepared_dir"),
     *("plan", "plan_device", "plan_devices", "plan_hours_of_audio", "plan_mean_seconds", "plan_price_per_hour"),
     *("find_token_budget", "check_machine"),
 }
+
+
+def parse(argv: list[str]) -> TrainingConfig:
+    return parse_config(argv, TrainingConfig(), about=__doc__)
+
+
+if __name__ == "__main__":
+    READERS.append(parse)
+read_options()  # what follows takes seconds to import
+
+import accelerate
+import numpy as np
+import torch
+import transformers
+from accelerate.utils import DDPCommunicationHookType, broadcast_object_list
+from transformers import Qwen3ASRProcessor
+
+from hebrew_asr.checkpoints import store
+from hebrew_asr.checkpoints.final import finish
+from hebrew_asr.checkpoints.hub import CheckpointUploader, check_upload, upload, upload_command
+from hebrew_asr.console import Bar
+from hebrew_asr.data.identity import identity_of
+from hebrew_asr.data.prepare import prepare
+from hebrew_asr.data.rows import BROKEN, SpeechRows
+from hebrew_asr.data.utterances import SpeechDataset
+from hebrew_asr.model.attention import is_inside_utterances
+from hebrew_asr.model.costs import work_of
+from hebrew_asr.model.frames import FRAMES_PER_CHUNK
+from hebrew_asr.model.generation import generate, new_token_limit
+from hebrew_asr.model.loading import load_processor, load_to_train
+from hebrew_asr.model.loss import IGNORED_LABEL, SpeechModel, label_nats
+from hebrew_asr.model.packing import pack, places_of
+from hebrew_asr.model.precision import mixed_precision, runs_bf16, to_encoder
+from hebrew_asr.model.prompts import pad, padded
+from hebrew_asr.model.sharding import is_sharded, shard, whole_model
+from hebrew_asr.model.stages import (
+    component_of,
+    ever_trained,
+    freeze_for,
+    layer_depth,
+    stage_line,
+    trainable_parameters,
+    trains_in,
+)
+from hebrew_asr.processes import fail_together, join_processes, launch, leave_process_group
+from hebrew_asr.training.batches import Collator, collate_evaluation, evaluation_batches
+from hebrew_asr.training.feed import TrainingData, load_data, open_feed, speech_loader
+from hebrew_asr.training.final_model import evaluate_final, is_whole, write_final_model
+from hebrew_asr.training.machine import check_machine
+from hebrew_asr.training.measuring import Output, pool, transcribe_batches
+from hebrew_asr.training.moving_average import MovingAverage
+from hebrew_asr.training.plan import lines_of, make_plan
+from hebrew_asr.training.resuming import StepEvents, ends_early, stand_in_for_lost, train, training_arguments
+from hebrew_asr.training.run_folder import (
+    check_disk,
+    checkpoint_to_resume,
+    failures_noted,
+    first_line,
+    open_run_folder,
+    settle,
+)
+from hebrew_asr.training.run_log import PANELS, WORSE, RunLog, is_worse, success_criteria
+from hebrew_asr.training.run_report import (
+    announce,
+    describe_result,
+    facts_of_run,
+    note_changed_data,
+    report_data,
+    warn_of_a_wrong_start,
+)
+from hebrew_asr.training.speed import StepClock, StepCounts, Window
+from hebrew_asr.training.step import StepTrainer
+from hebrew_asr.training.token_budget import find_token_budget
+
+SILENCE = np.zeros((MEL_BINS, FRAMES_PER_CHUNK), np.float32)  # a second, for a process without work in a step
 
 
 class DataCollatorSpeechSeq2SeqWithPadding(Collator):
@@ -890,10 +889,6 @@ def publish(config: TrainingConfig, folder: Path, run_log: RunLog) -> None:
     """Uploads the final model of a finished run."""
     address = upload(config, folder / "final_model", run_log.say)
     store.update_status(folder, uploaded=address)
-
-
-def parse(argv: list[str]) -> TrainingConfig:
-    return parse_config(argv, TrainingConfig(), about=__doc__)
 
 
 if __name__ == "__main__":

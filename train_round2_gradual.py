@@ -13,27 +13,30 @@ if __name__ == "__main__":  # the imports take seconds
     begin()
 
 import functools
+import typing
 
-from hebrew_asr.command_line import help_of, parse_config, split_options
-from hebrew_asr.data.augmentation import WaveformAugmentation
-from hebrew_asr.data.sources import Source
+from hebrew_asr.command_line import READERS, help_of, parse_config, split_options
+from hebrew_asr.data.sources import Source, WaveformAugmentation
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import DEMO
-from hebrew_asr.processes import launch
 from hebrew_asr.training.strategies import RecipeOptions, stages_of, with_replay
-from train_hebrew_asr_enhanced import TrainingConfig, main
+
+if typing.TYPE_CHECKING:  # its imports take seconds
+    from train_hebrew_asr_enhanced import TrainingConfig
 
 DEMO_OPTIONS = RecipeOptions(
     english=Source(str(DEMO / "replay/english_900")), nonspeech=Source(str(DEMO / "replay/nonspeech"))
 )
 
 
-def round2(strategy: str = "b_then_a") -> TrainingConfig:
+def round2(strategy: str = "b_then_a") -> "TrainingConfig":
     """B adapts the projector and the language model's top while the encoder rests; A adds the encoder's top."""
+    from train_hebrew_asr_enhanced import TrainingConfig
+
     return TrainingConfig(stages=stages_of(strategy))
 
 
-def demo(strategy: str = "b_then_a") -> TrainingConfig:
+def demo(strategy: str = "b_then_a") -> "TrainingConfig":
     """Round 2 on the small world: fewer layers, rates 20 times as high, a batch of 16, and no account anywhere."""
     config, faster = round2(strategy), 20
     if strategy == "all_with_replay":  # what was best of some 25 runs there (docs/recipes.md)
@@ -60,7 +63,7 @@ def demo(strategy: str = "b_then_a") -> TrainingConfig:
     return config
 
 
-def recipe(arguments: list[str]) -> TrainingConfig:
+def recipe(arguments: list[str]) -> "TrainingConfig":
     mine, others = split_options(arguments, RecipeOptions)
     given = parse_config(mine, DEMO_OPTIONS if "--demo" in others else RecipeOptions())
     if mine and any(argument.split("=")[0] == "--config" for argument in others):
@@ -68,7 +71,7 @@ def recipe(arguments: list[str]) -> TrainingConfig:
             f"{mine[0]} and --config: the file has its stages and sources already, so leave one of them out"
         )
 
-    def with_what_is_replayed(config: TrainingConfig) -> TrainingConfig:
+    def with_what_is_replayed(config: "TrainingConfig") -> "TrainingConfig":
         config.train_sources = with_replay(config.train_sources, given)
         return config
 
@@ -78,4 +81,7 @@ def recipe(arguments: list[str]) -> TrainingConfig:
 
 
 if __name__ == "__main__":
+    READERS.append(recipe)
+    from train_hebrew_asr_enhanced import launch, main
+
     launch(lambda arguments: main(recipe(arguments)))

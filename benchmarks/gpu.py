@@ -56,9 +56,9 @@ from hebrew_asr.files import DEMO
 from hebrew_asr.model import attention, fused, generation
 from hebrew_asr.model import loss as loss_module
 from hebrew_asr.model.costs import Work, flops, peak_flops, real_config
+from hebrew_asr.model.frames import FRAMES_PER_CHUNK
 from hebrew_asr.model.loading import load_model, load_processor, load_to_train
 from hebrew_asr.model.loss import SpeechModel
-from hebrew_asr.model.packing import FRAMES_PER_CHUNK
 from hebrew_asr.model.roofline import DEVICES, WAITING
 from hebrew_asr.model.sharding import shard
 from hebrew_asr.model.stages import ever_trained

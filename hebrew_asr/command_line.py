@@ -23,7 +23,9 @@ from typing import Any, TypeVar
 import jsonargparse
 import yaml
 
+from hebrew_asr.console import use_console
 from hebrew_asr.errors import InputError
+from hebrew_asr.start import imported, say_last
 
 if typing.TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -106,6 +108,25 @@ def parse_config(
         print(yaml.safe_dump(as_written(config), allow_unicode=True, sort_keys=False, width=120), end="")
         sys.exit(0)
     return config
+
+
+READERS: list[Callable[[list[str]], Any]] = []  # how this process's command reads its options
+
+
+def read_options() -> None:
+    """Reads the options before torch is imported: what is wrong with them, and --help, need not wait for it.
+
+    The training script calls it between its settings and those imports; a command that reads options by these settings
+    has added to READERS how. It reads them again when everything is imported.
+    """
+    for read in READERS:
+        use_console()
+        try:
+            read(sys.argv[1:])
+        except InputError as error:
+            imported()
+            say_last(f"error: {error}")
+            sys.exit(1)
 
 
 def read_run_settings(file: Path, defaults: Config) -> Config:

@@ -64,7 +64,8 @@ class Console:
 
 def use_console() -> None:
     """Has this process's two streams outlive what is behind them."""
-    sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
+    if not isinstance(sys.stdout, Console):
+        sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
 
 
 class Bar(tqdm):

@@ -13,22 +13,27 @@ import time
 from types import FrameType
 from typing import NoReturn
 
+SILENT_SECONDS = 0.8  # before the first sign: what needs no torch is answered by then
 BEAT_SECONDS = 3.0  # from one dot to the next
 REPORT_SECONDS = 60.0  # for the launcher to end after a command that failed
 IMPORTED = threading.Event()
+SIGNS = threading.Thread(target=lambda: beat(), daemon=True)
 
 
 def begin() -> None:
     """Says what goes on, and from then on with a dot now and then; of several processes only the first says it."""
     signal.signal(signal.SIGINT, interrupted)
     if is_first():
-        say("loading torch and transformers ")
-        threading.Thread(target=beat, daemon=True).start()
+        SIGNS.start()
 
 
 def beat() -> None:
+    if IMPORTED.wait(SILENT_SECONDS):
+        return
+    say("loading torch and transformers ")
     while not IMPORTED.wait(BEAT_SECONDS):
         say(".")
+    say("\n")
 
 
 def imported() -> None:
@@ -37,8 +42,8 @@ def imported() -> None:
         return
     signal.signal(signal.SIGINT, signal.default_int_handler)
     IMPORTED.set()
-    if is_first():
-        say("\n")
+    if SIGNS.is_alive():
+        SIGNS.join()
 
 
 def interrupted(number: int, frame: FrameType | None) -> NoReturn:

@@ -39,9 +39,9 @@ from hebrew_asr.data.sources import Source
 from hebrew_asr.data.utterances import SpeechDataset
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import DEMO
+from hebrew_asr.model.frames import FRAMES_PER_CHUNK
 from hebrew_asr.model.generation import new_token_limit
 from hebrew_asr.model.loading import checkpoint_problems, load_to_train
-from hebrew_asr.model.packing import FRAMES_PER_CHUNK
 from hebrew_asr.model.stages import Stage
 from hebrew_asr.processes import launch, load_in_turn
 from hebrew_asr.rl import losses

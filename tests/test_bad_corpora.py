@@ -147,7 +147,8 @@ def test_the_hubs_parquet_copy_of_a_script(tmp_path):
         repo.commit("refs/convert/parquet", copies, "", "", "parquet-converter")
         code = """
             from hebrew_asr.data.rows import load_rows
-            from hebrew_asr.data.sources import DataConfig, Source, load_source
+            from hebrew_asr.data.sources import DataConfig, Source
+            from hebrew_asr.data.loading import load_source
             from hebrew_asr.errors import InputError
             try:
                 load_source(Source("google/fleurs", "he_il", split="test"))

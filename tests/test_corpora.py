@@ -15,10 +15,11 @@ from conftest import DEMO, first_rows
 from hebrew_asr.data import rows as hebrew_corpora
 from hebrew_asr.data import selection
 from hebrew_asr.data.audio import decode_audio
+from hebrew_asr.data.loading import load_source
 from hebrew_asr.data.mixture import Mixture
 from hebrew_asr.data.rows import load_rows
 from hebrew_asr.data.selection import load_train_and_eval
-from hebrew_asr.data.sources import DataConfig, Source, load_source
+from hebrew_asr.data.sources import DataConfig, Source
 from hebrew_asr.data.utterances import SpeechDataset
 from hebrew_asr.errors import InputError
 from hebrew_asr.training.resuming import training_arguments

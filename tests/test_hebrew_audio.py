@@ -13,9 +13,10 @@ import torch
 from hebrew_asr.data import audio as ha
 from hebrew_asr.data import fingerprints as fingerprints_module
 from hebrew_asr.data.audio import SAMPLE_RATE, check_waveform, decode_audio
-from hebrew_asr.data.augmentation import WaveformAugmentation, augment
+from hebrew_asr.data.augmentation import augment
 from hebrew_asr.data.decoding import Sound, inspect_audio
 from hebrew_asr.data.fingerprints import fingerprint
+from hebrew_asr.data.sources import WaveformAugmentation
 
 DEMO = Path(__file__).parent.parent / "demo"
 WAV, FLAC = {"format": "WAV"}, {"format": "FLAC"}

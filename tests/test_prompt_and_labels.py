@@ -12,8 +12,8 @@ from conftest import DEMO
 from hebrew_asr.data.audio import SAMPLE_RATE, decode_audio
 from hebrew_asr.data.utterances import SpeechDataset
 from hebrew_asr.errors import InputError
+from hebrew_asr.model.frames import audio_token_count
 from hebrew_asr.model.loading import load_processor
-from hebrew_asr.model.packing import audio_token_count
 from hebrew_asr.model.prompts import Prompts
 from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding
 

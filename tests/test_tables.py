@@ -14,9 +14,10 @@ from conftest import DEMO
 from test_corpora import parquet, wav
 
 from hebrew_asr.data.decoding import decode_audio
+from hebrew_asr.data.loading import load_source
 from hebrew_asr.data.rows import load_rows
 from hebrew_asr.data.selection import load_train_and_eval
-from hebrew_asr.data.sources import DataConfig, Source, load_source
+from hebrew_asr.data.sources import DataConfig, Source
 from hebrew_asr.errors import InputError
 
 DATA = Path(__file__).parent / "data"

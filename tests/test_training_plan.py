@@ -18,9 +18,10 @@ from hebrew_asr.command_line import parse_config
 from hebrew_asr.data.rows import load_rows
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.costs import PEAK_FLOPS, flops, real_config, work_of
+from hebrew_asr.model.frames import audio_token_count
 from hebrew_asr.model.generation import generate, new_token_limit
 from hebrew_asr.model.loss import SpeechModel, label_nats
-from hebrew_asr.model.packing import audio_token_count, pack, places_of
+from hebrew_asr.model.packing import pack, places_of
 from hebrew_asr.model.roofline import trace
 from hebrew_asr.model.stages import Stage, freeze_for, trains_in
 from hebrew_asr.training import plan as training_plan

@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hebrew_asr.data.utterances import SpeechDataset
 from hebrew_asr.model import attention, fused
+from hebrew_asr.model.frames import audio_token_count
 from hebrew_asr.model.generation import generate
 from hebrew_asr.model.loading import load_model
-from hebrew_asr.model.packing import audio_token_count, halves, places_of
+from hebrew_asr.model.packing import halves, places_of
 from hebrew_asr.model.roofline import WAITING, as_on_cuda
 from hebrew_asr.model.stages import freeze_for
 from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding

@@ -1,62 +1,15 @@
 """Augmentation of waveforms: speed, noise, reverberation, gain."""
 
-from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 import torchaudio.functional
 
-from hebrew_asr.data.decoding import AUDIO_SUFFIXES, SAMPLE_RATE, AudioError, decode_audio, inspect_audio
+from hebrew_asr.data.decoding import SAMPLE_RATE, decode_audio
+from hebrew_asr.data.sources import WaveformAugmentation, audio_files
 
 FFT_MULTIPLE = 4096  # samples; a convolution whose length is a multiple of it is 5 times as fast as one of any length
-
-
-@dataclass
-class WaveformAugmentation:
-    """What `augment` may do to a training utterance."""
-
-    speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
-    """Factors of speed and pitch together, each as likely, in steps of 1 % (Ko et al. 2015, Audio Augmentation)."""
-    speed_probability: float = 1.0
-    gain_db: tuple[float, float] = (-6.0, 6.0)
-    gain_probability: float = 0.5
-    noise_folder: str | None = None
-    """Recordings of noise, in subfolders too; None: white noise, pink noise and mains hum are generated."""
-    snr_db: tuple[float, float] = (5.0, 25.0)
-    """Power of the utterance over power of the noise, both over the whole clip; uniform like the gain."""
-    noise_probability: float = 0.3
-    rir_folder: str | None = None
-    """Room impulse responses; None: no reverberation."""
-    rir_probability: float = 0.3
-
-    def __post_init__(self) -> None:
-        for name in ("speed_probability", "gain_probability", "noise_probability", "rir_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be between 0 and 1")
-        if not self.speeds or not all(0.5 <= speed <= 2 for speed in self.speeds):
-            raise ValueError(f"speeds ({self.speeds}) must be one or more factors between 0.5 and 2")
-        for name in ("gain_db", "snr_db"):
-            if list(getattr(self, name)) != sorted(getattr(self, name)):
-                raise ValueError(f"{name} {getattr(self, name)} must be its lower and its upper end")
-        for folder in filter(None, (self.noise_folder, self.rir_folder)):
-            audio_files(folder)
-
-
-@lru_cache
-def audio_files(folder: str) -> dict[str, float]:
-    """A folder's audio files, each with its seconds; raises a ValueError that names the first that cannot be read."""
-    files = sorted(str(file) for file in Path(folder).rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
-    if not files:
-        raise ValueError(f"{folder}: no audio files ({', '.join(sorted(AUDIO_SUFFIXES))}) in it")
-    seconds = {}
-    for file in files:
-        try:
-            seconds[file] = inspect_audio({"path": file}).seconds
-        except AudioError as error:
-            raise ValueError(f"{file}: {error}") from error
-    return seconds
 
 
 @lru_cache(maxsize=256)

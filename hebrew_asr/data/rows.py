@@ -22,7 +22,8 @@ from hebrew_asr.data import audio as hebrew_audio
 from hebrew_asr.data import decoding, sources, tables
 from hebrew_asr.data.audio import check_blocks, check_waveform
 from hebrew_asr.data.decoding import BROKEN_AUDIO, CUT, AudioError, audio_blocks, inspect_audio
-from hebrew_asr.data.sources import DataConfig, Source, content_of, load_source, text_column
+from hebrew_asr.data.loading import content_of, load_source, text_column
+from hebrew_asr.data.sources import DataConfig, Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import digest
 from hebrew_asr.text import targets

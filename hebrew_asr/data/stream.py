@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
 
+from hebrew_asr.data.loading import load_source
 from hebrew_asr.data.rows import RowSettings, SpeechRows, describe_row, load_rows, row_settings
 from hebrew_asr.data.selection import without_too_many
 from hebrew_asr.data.shared_memory import sent
-from hebrew_asr.data.sources import DataConfig, Source, load_source
+from hebrew_asr.data.sources import DataConfig, Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import DIGEST
 

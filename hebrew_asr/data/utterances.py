@@ -9,8 +9,9 @@ import transformers
 from transformers import Qwen3ASRProcessor
 
 from hebrew_asr.data.audio import SAMPLE_RATE, AudioError, decode_audio
-from hebrew_asr.data.augmentation import WaveformAugmentation, augment
+from hebrew_asr.data.augmentation import augment
 from hebrew_asr.data.rows import SpeechRows, why_unheard
+from hebrew_asr.data.sources import WaveformAugmentation
 
 MOST_WORKERS = 256
 LISTED = 0.5  # share of the contexts that are lists of words

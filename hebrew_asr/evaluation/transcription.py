@@ -36,10 +36,10 @@ from hebrew_asr.data.utterances import log_mel
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import digest
 from hebrew_asr.model import generation, layouts, packing, precision, prompts
+from hebrew_asr.model.frames import FRAMES_PER_CHUNK
 from hebrew_asr.model.generation import as_it_fits, generate, new_token_limit
 from hebrew_asr.model.loading import check_whole, checkpoint_problems, load_model, load_processor
 from hebrew_asr.model.loss import IGNORED_LABEL, label_states
-from hebrew_asr.model.packing import FRAMES_PER_CHUNK
 from hebrew_asr.model.precision import mixed_precision, runs_bf16, to_encoder
 from hebrew_asr.model.prompts import Prompts, pad, padded
 from hebrew_asr.model.word_times import align

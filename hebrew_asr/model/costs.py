@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from hebrew_asr.model.attention import WINDOW_TOKENS, is_inside_utterances
-from hebrew_asr.model.packing import FRAMES_PER_CHUNK
+from hebrew_asr.model.frames import FRAMES_PER_CHUNK
 
 PEAK_FLOPS = {  # dense bf16 a second, of the makers' data sheets, by a part of the name CUDA gives the device
     "A100": 312e12,

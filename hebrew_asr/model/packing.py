@@ -12,19 +12,8 @@ import numpy as np
 import torch
 
 from hebrew_asr.model.attention import WINDOW_TOKENS
+from hebrew_asr.model.frames import FRAMES_PER_CHUNK, TOKENS_PER_CHUNK, audio_token_count
 from hebrew_asr.model.loss import IGNORED_LABEL, flat_audio_places, flat_label_places
-
-FRAMES_PER_CHUNK = 100  # the encoder's convolutions see the mel axis in chunks of 1 s, padded to a whole number of them
-TOKENS_PER_CHUNK = 13
-SHORTEST_CLIP = 0.5  # seconds; the extractor pads shorter ones to it
-
-
-def audio_token_count(frames: int) -> int:
-    """Placeholders for `frames` mel frames: three convolutions of stride 2 on each chunk of 100 frames."""
-    whole, rest = divmod(frames, FRAMES_PER_CHUNK)
-    for _ in range(3):
-        rest = (rest + 1) // 2
-    return whole * TOKENS_PER_CHUNK + rest
 
 
 def balanced(sizes: np.ndarray, parts: int) -> list[np.ndarray]:

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from transformers import Qwen3ASRProcessor
 
-from hebrew_asr.model.packing import FRAMES_PER_CHUNK, audio_token_count
+from hebrew_asr.model.frames import FRAMES_PER_CHUNK, MEL_BINS, audio_token_count
 from hebrew_asr.model.templates import rendered
 
-MEL_BINS = 128
 AUDIO_TOKEN = "<|audio_pad|>"
 CONTEXT = "CONTEXT OF AN UTTERANCE"  # stands for it while the template is rendered
 END_OF_TURN = "<|im_end|>"

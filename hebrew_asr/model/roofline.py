@@ -29,8 +29,9 @@ from torch.utils._pytree import tree_leaves
 
 from hebrew_asr.model import attention, fused, loss
 from hebrew_asr.model.costs import Work, work_of
+from hebrew_asr.model.frames import FRAMES_PER_CHUNK, audio_token_count
 from hebrew_asr.model.loss import SpeechModel
-from hebrew_asr.model.packing import FRAMES_PER_CHUNK, audio_token_count, pack, places_of
+from hebrew_asr.model.packing import pack, places_of
 from hebrew_asr.model.stages import LAYER
 
 BF16, FP32 = 2, 4  # bytes

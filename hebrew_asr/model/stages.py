@@ -1,15 +1,16 @@
 """What trains: components, stages, freezing."""
 
 import re
+import typing
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-import transformers
-from transformers import Qwen3ASRForConditionalGeneration
-
 from hebrew_asr.errors import InputError
+
+if typing.TYPE_CHECKING:  # a command line that names stages is read before these are imported, which takes seconds
+    import torch
+    from transformers import Qwen3ASRConfig, Qwen3ASRForConditionalGeneration
 
 COMPONENTS = ("projector", "audio_top", "llm_top", "lm_head")
 
@@ -32,7 +33,7 @@ class Stage:
 LAYER = re.compile(r"(audio_tower|language_model)\.layers\.(\d+)\.")
 
 
-def layer_depth(name: str, model_config: transformers.Qwen3ASRConfig) -> int:
+def layer_depth(name: str, model_config: "Qwen3ASRConfig") -> int:
     """How many layers lie above a parameter in its tower, or 0 for one outside of the layers."""
     if not (match := LAYER.search(name)):
         return 0
@@ -40,7 +41,7 @@ def layer_depth(name: str, model_config: transformers.Qwen3ASRConfig) -> int:
     return tower.num_hidden_layers - 1 - int(match[2])
 
 
-def component_of(name: str, stage: Stage, model_config: transformers.Qwen3ASRConfig) -> str | None:
+def component_of(name: str, stage: Stage, model_config: "Qwen3ASRConfig") -> str | None:
     """Which component a parameter belongs to in a stage, or None for what no component covers.
 
     The one place that knows: freezing, parameter groups, logging and checks all ask here.
@@ -57,11 +58,11 @@ def component_of(name: str, stage: Stage, model_config: transformers.Qwen3ASRCon
     return None
 
 
-def trains_in(name: str, stage: Stage, model_config: transformers.Qwen3ASRConfig) -> bool:
+def trains_in(name: str, stage: Stage, model_config: "Qwen3ASRConfig") -> bool:
     return component_of(name, stage, model_config) in stage.learning_rates
 
 
-def ever_trained(model: Qwen3ASRForConditionalGeneration, stages: Sequence[Stage]) -> dict[str, torch.nn.Parameter]:
+def ever_trained(model: "Qwen3ASRForConditionalGeneration", stages: Sequence[Stage]) -> "dict[str, torch.nn.Parameter]":
     """The parameters that some stage trains."""
     return {
         name: parameter
@@ -91,7 +92,7 @@ def check_stage_list(stages: Sequence[Stage], num_epochs: int, max_steps: int | 
             raise InputError(f"stage {stage.name} trains nothing: give at least one component a rate above 0")
 
 
-def check_stages(model: Qwen3ASRForConditionalGeneration, stages: Sequence[Stage]) -> None:
+def check_stages(model: "Qwen3ASRForConditionalGeneration", stages: Sequence[Stage]) -> None:
     """Raises InputError for a stage that asks for layers the model has not, or for a component without parameters."""
     for stage in stages:
         towers = (
@@ -108,18 +109,18 @@ def check_stages(model: Qwen3ASRForConditionalGeneration, stages: Sequence[Stage
             raise InputError(f"stage {stage.name}: the model has no parameter of {sorted(missing)}")
 
 
-def freeze_for(model: Qwen3ASRForConditionalGeneration, stage: Stage) -> None:
+def freeze_for(model: "Qwen3ASRForConditionalGeneration", stage: Stage) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains_in(name, stage, model.config))
         if not parameter.requires_grad:
             parameter.grad = None
 
 
-def trainable_parameters(model: Qwen3ASRForConditionalGeneration) -> int:
+def trainable_parameters(model: "Qwen3ASRForConditionalGeneration") -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def stage_line(model: Qwen3ASRForConditionalGeneration, stage: Stage) -> str:
+def stage_line(model: "Qwen3ASRForConditionalGeneration", stage: Stage) -> str:
     """One line for the log: what trains in a stage, with parameters and peak rates."""
     sizes: Counter[str] = Counter()
     for name, parameter in model.named_parameters():

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import Qwen3ASRForConditionalGeneration
 
-from hebrew_asr.model.packing import TOKENS_PER_CHUNK
+from hebrew_asr.model.frames import TOKENS_PER_CHUNK
 from hebrew_asr.model.precision import mixed_precision, to_encoder
 from hebrew_asr.model.prompts import Prompts, padded
 

@@ -12,8 +12,8 @@ import torch
 from hebrew_asr.data.mixture import Mixture
 from hebrew_asr.data.rows import SpeechRows
 from hebrew_asr.data.utterances import SystemTurns, system_turn
-from hebrew_asr.errors import InputError
-from hebrew_asr.model.packing import SHORTEST_CLIP, TOKENS_PER_CHUNK, deal_step
+from hebrew_asr.model.frames import SHORTEST_CLIP, TOKENS_PER_CHUNK
+from hebrew_asr.model.packing import deal_step
 from hebrew_asr.model.prompts import Prompts
 from hebrew_asr.training.settings import Settings
 
@@ -119,27 +119,6 @@ def evaluation_batches(seconds: np.ndarray, longest: float, batch_size: int) -> 
             size = min(4 * batch_size, max(1, int(budget / seconds[row])))
         batches[-1].append((0, row))
     return batches
-
-
-def check_batch(config: Settings, processes: int) -> None:
-    """Raises InputError for a batch that cannot be cut as the settings say."""
-    if config.streaming and config.target_effective_batch % processes:
-        raise InputError(
-            f"streaming needs a target_effective_batch ({config.target_effective_batch}) that is a multiple of the"
-            f" number of processes ({processes})"
-        )
-    target, at_once = config.target_effective_batch, config.batch_size * processes
-    if config.tokens_per_micro_batch is not None or target % at_once == 0:
-        return
-    sizes = [size for size in range(1, target + 1) if target % (size * processes) == 0]
-    nearest_sizes = sorted(sorted(sizes, key=lambda size: abs(size - config.batch_size))[:2])
-    targets = sorted({max(1, target // at_once) * at_once, (target // at_once + 1) * at_once})
-    raise InputError(
-        f"target_effective_batch ({target}) is not a multiple of batch_size × processes"
-        f" ({config.batch_size} × {processes} = {at_once}). Nearest that divide: batch_size"
-        f" {' or '.join(map(str, nearest_sizes)) or '(none)'}, or target_effective_batch"
-        f" {' or '.join(map(str, targets))}"
-    )
 
 
 class GlobalBatchSampler(torch.utils.data.Sampler):

@@ -26,8 +26,9 @@ from accelerate.utils import gather_object
 from hebrew_asr.checkpoints.hub import check_upload
 from hebrew_asr.data import shared_memory
 from hebrew_asr.data.audio import AudioError, decode_audio
+from hebrew_asr.data.loading import load_source
 from hebrew_asr.data.rows import load_rows
-from hebrew_asr.data.sources import Source, load_source
+from hebrew_asr.data.sources import Source
 from hebrew_asr.data.utterances import log_mel
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import UNFINISHED

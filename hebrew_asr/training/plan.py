@@ -23,17 +23,11 @@ from hebrew_asr.data.mixture import Mixture
 from hebrew_asr.data.rows import load_rows
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.costs import Work, real_config, small_config
+from hebrew_asr.model.frames import FRAMES_PER_CHUNK, SHORTEST_CLIP, TOKENS_PER_CHUNK
 from hebrew_asr.model.layouts import in_transformers_layout
 from hebrew_asr.model.loading import checkpoint_problems
 from hebrew_asr.model.loss import LOGITS_AT_ONCE
-from hebrew_asr.model.packing import (
-    FRAMES_PER_CHUNK,
-    SHORTEST_CLIP,
-    TOKENS_PER_CHUNK,
-    WINDOW_TOKENS,
-    deal_step,
-    rows_of,
-)
+from hebrew_asr.model.packing import WINDOW_TOKENS, deal_step, rows_of
 from hebrew_asr.model.roofline import (
     DEVICES,
     OPTIMISTIC,

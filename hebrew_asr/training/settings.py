@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from hebrew_asr.command_line import Range
-from hebrew_asr.data.augmentation import WaveformAugmentation
-from hebrew_asr.data.sources import DataConfig
+from hebrew_asr.data.sources import DataConfig, WaveformAugmentation
+from hebrew_asr.errors import InputError
 from hebrew_asr.model.stages import Stage
 
 
@@ -108,3 +108,24 @@ class Settings(PlanSettings, DataConfig):
 
     def gradient_accumulation_steps(self, processes: int) -> float:
         raise NotImplementedError
+
+
+def check_batch(config: Settings, processes: int) -> None:
+    """Raises InputError for a batch that cannot be cut as the settings say."""
+    if config.streaming and config.target_effective_batch % processes:
+        raise InputError(
+            f"streaming needs a target_effective_batch ({config.target_effective_batch}) that is a multiple of the"
+            f" number of processes ({processes})"
+        )
+    target, at_once = config.target_effective_batch, config.batch_size * processes
+    if config.tokens_per_micro_batch is not None or target % at_once == 0:
+        return
+    sizes = [size for size in range(1, target + 1) if target % (size * processes) == 0]
+    nearest_sizes = sorted(sorted(sizes, key=lambda size: abs(size - config.batch_size))[:2])
+    targets = sorted({max(1, target // at_once) * at_once, (target // at_once + 1) * at_once})
+    raise InputError(
+        f"target_effective_batch ({target}) is not a multiple of batch_size × processes"
+        f" ({config.batch_size} × {processes} = {at_once}). Nearest that divide: batch_size"
+        f" {' or '.join(map(str, nearest_sizes)) or '(none)'}, or target_effective_batch"
+        f" {' or '.join(map(str, targets))}"
+    )

@@ -10,8 +10,9 @@ import torch
 from torch.autograd import Variable
 
 from hebrew_asr.model.costs import Work, flops, peak_flops
+from hebrew_asr.model.frames import FRAMES_PER_CHUNK
 from hebrew_asr.model.loss import IGNORED_LABEL
-from hebrew_asr.model.packing import FRAMES_PER_CHUNK, useful_tokens
+from hebrew_asr.model.packing import useful_tokens
 
 
 @dataclass

@@ -15,8 +15,9 @@ import torch
 from accelerate.utils import find_executable_batch_size, gather_object
 
 from hebrew_asr.errors import InputError
+from hebrew_asr.model.frames import FRAMES_PER_CHUNK, SHORTEST_CLIP, TOKENS_PER_CHUNK
 from hebrew_asr.model.loss import SpeechModel
-from hebrew_asr.model.packing import FRAMES_PER_CHUNK, SHORTEST_CLIP, TOKENS_PER_CHUNK, pack, places_of
+from hebrew_asr.model.packing import pack, places_of
 from hebrew_asr.model.stages import freeze_for
 from hebrew_asr.processes import fail_together
 from hebrew_asr.training.plan import TEXT_TOKENS_PER_SECOND, USABLE
