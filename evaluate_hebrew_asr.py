@@ -25,19 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import accelerate
-from accelerate.utils import broadcast_object_list
-
-from hebrew_asr.checkpoints import store
-from hebrew_asr.command_line import Range, parse_config
-from hebrew_asr.data.rows import SpeechRows
+from hebrew_asr.command_line import READERS, Range, parse_config, read_options
 from hebrew_asr.errors import InputError
-from hebrew_asr.evaluation.engines import decoding_for, open_engine, ways_of
-from hebrew_asr.evaluation.results import Cells, display_names, read_files, report, score_files
-from hebrew_asr.evaluation.sets import DEMO_SETS, LEADERBOARD, QUOTED, EvaluationConfig, load_set, read_set
-from hebrew_asr.evaluation.transcription import Decoding, Transcriber, transcribe_shares
+from hebrew_asr.evaluation.settings import DEMO_SETS, LEADERBOARD, QUOTED, Decoding, EvaluationConfig, read_set
 from hebrew_asr.files import DEMO, digest
-from hebrew_asr.processes import fail_together, join_processes, launch, leave_process_group, load_in_turn
 
 BASE = str(DEMO / "base")  # what the demo's run begins from
 
@@ -99,7 +90,7 @@ def demo_model(runs: Path) -> str:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # of another command, or damaged
             settings = json.loads((folder / "config.yaml").read_text(encoding="utf-8"))
             began = (settings["model_name_or_path"], [source["path"] for source in settings["train_sources"]])
-            if store.read_status(folder)["state"] == "finished" and began == (BASE, [str(DEMO / "corpus")]):
+            if json.loads(status.read_text())["state"] == "finished" and began == (BASE, [str(DEMO / "corpus")]):
                 return str(folder / "final_model")
     return str(DEMO / "tuned")
 
@@ -150,6 +141,21 @@ def parse(argv: list[str]) -> EvaluationConfig:
     settings = json.dumps(dataclasses.asdict(config), default=str).encode()
     config.output_dir = given.output_dir or f"runs/evaluation-{digest(settings)[:10]}"
     return config
+
+
+if __name__ == "__main__":
+    READERS.append(parse)
+    read_options()  # what follows takes seconds to import
+
+import accelerate
+from accelerate.utils import broadcast_object_list
+
+from hebrew_asr.data.rows import SpeechRows
+from hebrew_asr.evaluation.engines import decoding_for, open_engine, ways_of
+from hebrew_asr.evaluation.results import Cells, display_names, read_files, report, score_files
+from hebrew_asr.evaluation.sets import load_set
+from hebrew_asr.evaluation.transcription import Transcriber, transcribe_shares
+from hebrew_asr.processes import fail_together, join_processes, launch, leave_process_group, load_in_turn
 
 
 def main(config: EvaluationConfig) -> None:

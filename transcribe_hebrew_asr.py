@@ -18,18 +18,10 @@ import io
 import itertools
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet
-import soundfile
-
-from hebrew_asr.command_line import parse_config
+from hebrew_asr.command_line import READERS, parse_config, read_options
 from hebrew_asr.errors import InputError
-from hebrew_asr.evaluation.recordings import Recording, TranscribeConfig, run
+from hebrew_asr.evaluation.settings import TranscribeConfig
 from hebrew_asr.files import DEMO
-from hebrew_asr.processes import launch, quiet_libraries
-
-MOST_NAMED = 20  # problems in the message at the end
-DEMO_PAUSE_SECONDS = 2.5  # between the sentences of the demo's long recording
 
 
 def demo() -> TranscribeConfig:
@@ -41,6 +33,21 @@ def parse(argv: list[str]) -> TranscribeConfig:
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
     options = argv[len(words) :]
     return parse_config([*(["--paths", *words] if words else []), *options], TranscribeConfig(), demo, __doc__)
+
+
+if __name__ == "__main__":
+    READERS.append(parse)
+    read_options()  # what follows takes seconds to import
+
+import numpy as np
+import pyarrow.parquet
+import soundfile
+
+from hebrew_asr.evaluation.recordings import Recording, run
+from hebrew_asr.processes import launch, quiet_libraries
+
+MOST_NAMED = 20  # problems in the message at the end
+DEMO_PAUSE_SECONDS = 2.5  # between the sentences of the demo's long recording
 
 
 def write_demo_clips(folder: Path) -> None:

@@ -22,7 +22,8 @@ from demo.recordings import DEMO, Recording, clips, join
 from hebrew_asr.data import voice
 from hebrew_asr.data.alignment import Kept
 from hebrew_asr.data.audio import SAMPLE_RATE
-from hebrew_asr.evaluation.transcription import Decoding, load_speech_model
+from hebrew_asr.evaluation.settings import Decoding
+from hebrew_asr.evaluation.transcription import load_speech_model
 from hebrew_asr.text.scoring import ErrorCounts, count_errors, leaderboard_normalize
 from scripts.align_recordings import Aligning, align_recording
 

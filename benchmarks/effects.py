@@ -67,7 +67,7 @@ from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation import measuring as measuring_module
 from hebrew_asr.evaluation import results as results_module
 from hebrew_asr.evaluation import sets as sets_module
-from hebrew_asr.evaluation.sets import EvaluationConfig, EvaluationSet
+from hebrew_asr.evaluation.settings import EvaluationConfig, EvaluationSet
 from hebrew_asr.model.loss import IGNORED_LABEL
 from hebrew_asr.model.packing import places_of
 from hebrew_asr.model.stages import COMPONENTS, Stage

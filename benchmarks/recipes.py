@@ -45,8 +45,7 @@ from hebrew_asr.data.sources import Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation import results as results_module
 from hebrew_asr.evaluation.measuring import clusters, counted
-from hebrew_asr.evaluation.sets import DEMO_SETS, EvaluationConfig
-from hebrew_asr.evaluation.transcription import Decoding
+from hebrew_asr.evaluation.settings import DEMO_SETS, Decoding, EvaluationConfig
 from hebrew_asr.files import DEMO, digest
 from hebrew_asr.model.roofline import DEVICES
 from hebrew_asr.model.stages import Stage

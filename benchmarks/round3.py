@@ -47,7 +47,8 @@ from hebrew_asr.checkpoints import store
 from hebrew_asr.data.audio import decode_audio
 from hebrew_asr.data.rows import load_rows
 from hebrew_asr.data.sources import DataConfig, Source
-from hebrew_asr.evaluation.transcription import Decoding, load_speech_model
+from hebrew_asr.evaluation.settings import Decoding
+from hebrew_asr.evaluation.transcription import load_speech_model
 from hebrew_asr.model.stages import Stage
 from hebrew_asr.processes import launch
 from hebrew_asr.text.intervals import compare

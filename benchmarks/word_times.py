@@ -23,7 +23,8 @@ import torch
 
 from hebrew_asr.data.utterances import log_mel
 from hebrew_asr.evaluation.recordings import pieces_of
-from hebrew_asr.evaluation.transcription import Decoding, QwenModel
+from hebrew_asr.evaluation.settings import Decoding
+from hebrew_asr.evaluation.transcription import QwenModel
 from hebrew_asr.model.word_times import align, within_speech
 from hebrew_asr.text.scoring import score
 from hebrew_asr.text.subtitles import spread

@@ -42,14 +42,8 @@ from hebrew_asr.data.rows import RowSettings, SpeechRows, load_rows, row_setting
 from hebrew_asr.data.sources import DataConfig, Source
 from hebrew_asr.data.voice import Span
 from hebrew_asr.errors import InputError
-from hebrew_asr.evaluation.transcription import (
-    Decoding,
-    QwenModel,
-    Transcriber,
-    key,
-    load_speech_model,
-    transcription_problems,
-)
+from hebrew_asr.evaluation.settings import Decoding
+from hebrew_asr.evaluation.transcription import QwenModel, Transcriber, key, load_speech_model, transcription_problems
 from hebrew_asr.files import digest, put
 from hebrew_asr.processes import fail_together, join_processes, launch, leave_process_group, load_in_turn
 from hebrew_asr.text.targets import normalize_target

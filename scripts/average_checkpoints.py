@@ -38,13 +38,8 @@ from hebrew_asr.data.selection import load_train_and_eval, without_too_many
 from hebrew_asr.data.sources import Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation.measuring import compare_models, measure
-from hebrew_asr.evaluation.sets import EvaluationSet
-from hebrew_asr.evaluation.transcription import (
-    Decoding,
-    load_speech_model,
-    read_transcripts,
-    transcribe_shares,
-)
+from hebrew_asr.evaluation.settings import Decoding, EvaluationSet
+from hebrew_asr.evaluation.transcription import load_speech_model, read_transcripts, transcribe_shares
 from hebrew_asr.files import flush, put, sha256
 from hebrew_asr.processes import fail_together, join_processes, launch, leave_process_group, load_in_turn
 from hebrew_asr.training.watch import take_lock

@@ -18,7 +18,8 @@ import torch
 
 from hebrew_asr.data.audio import SAMPLE_RATE
 from hebrew_asr.evaluation.engines import decoding_for, open_engine
-from hebrew_asr.evaluation.transcription import Decoding, cut_at_pauses
+from hebrew_asr.evaluation.settings import Decoding
+from hebrew_asr.evaluation.transcription import cut_at_pauses
 
 
 def create_app(model_path: str, device: str = "auto") -> Callable[[dict[str, Any]], tuple[str, float]]:

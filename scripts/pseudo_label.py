@@ -35,14 +35,8 @@ from hebrew_asr.data.corpus import corpus_row, piece_of_audio, whole_audio, writ
 from hebrew_asr.data.rows import RowSettings, SpeechRows, load_rows, row_settings, why_unusable
 from hebrew_asr.data.sources import DataConfig, Source
 from hebrew_asr.errors import InputError
-from hebrew_asr.evaluation.transcription import (
-    Decoding,
-    Transcript,
-    load_speech_model,
-    plan,
-    read_transcripts,
-    transcribe_shares,
-)
+from hebrew_asr.evaluation.settings import Decoding
+from hebrew_asr.evaluation.transcription import Transcript, load_speech_model, plan, read_transcripts, transcribe_shares
 from hebrew_asr.files import put
 from hebrew_asr.processes import fail_together, join_processes, launch, leave_process_group, load_in_turn
 from hebrew_asr.text.scoring import count_errors, leaderboard_normalize, repeats

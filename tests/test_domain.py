@@ -11,7 +11,7 @@ from test_languages import sentences
 from hebrew_asr.data.sources import DataConfig, Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation import measuring
-from hebrew_asr.evaluation import sets as sets_module
+from hebrew_asr.evaluation.settings import EvaluationSet, read_set
 from scripts import train_domain
 from scripts.train_domain import ENGLISH, demo, domain, mixed, recipe
 from train_round2_gradual import round2
@@ -40,7 +40,7 @@ def test_the_recipe_replays_the_general_mix_by_its_shares_at_low_rates():
 
 def test_the_gates_are_the_general_set_english_and_silence():
     config, arguments = recipe(["--demo"])
-    sets = [sets_module.read_set(text, {}) for text in arguments[1 : arguments.index("--max_wer_rise")]]
+    sets = [read_set(text, {}) for text in arguments[1 : arguments.index("--max_wer_rise")]]
     assert [(one.name, one.language, one.guarded) for one in sets] == [
         ("domain-1", "Hebrew", False),
         ("heldout", "Hebrew", True),
@@ -69,7 +69,7 @@ def test_local_data_need_no_hub(tmp_path):
 
 def test_a_hebrew_set_is_a_gate_only_where_it_is_guarded():
     def gates(guarded: bool) -> list[dict]:
-        one = sets_module.EvaluationSet("heldout", Source("x"), guarded=guarded)
+        one = EvaluationSet("heldout", Source("x"), guarded=guarded)
         results = [
             {"model": model, "set": "heldout", "reason": None, "wer": {"value": wer}}
             | {"language_accuracy": 100.0, "none_accuracy": None}

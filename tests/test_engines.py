@@ -28,8 +28,7 @@ from hebrew_asr.evaluation import engines, transcription
 from hebrew_asr.evaluation import sets as sets_module
 from hebrew_asr.evaluation.engines import EndpointModel, open_engine
 from hebrew_asr.evaluation.recordings import transcribe
-from hebrew_asr.evaluation.sets import EvaluationSet
-from hebrew_asr.evaluation.transcription import Decoding
+from hebrew_asr.evaluation.settings import LEADERBOARD, Decoding, EvaluationSet, read_set
 
 CPU = torch.device("cpu")
 
@@ -276,12 +275,12 @@ def test_common_voice_from_its_archive(tmp_path, heldout):
             (folder / "clips" / f"{split}{i}.ogg").write_bytes(row["audio"]["bytes"])
             lines.append(f"c{i}\t{split}{i}.ogg\ts{i}\t{row['transcript']}\t2\t0\n")
         (folder / f"{split}.tsv").write_text(header + "".join(lines))
-    known = {one.name: one for one in sets_module.LEADERBOARD}
-    one = sets_module.read_set(f"common-voice={folder}", known)
+    known = {one.name: one for one in LEADERBOARD}
+    one = read_set(f"common-voice={folder}", known)
     found = sets_module.load_set(one, settings(tmp_path, heldout))
     assert found.column("reference") == [row["transcript"] for row in rows[2:7]] and len(found) == 5
     with pytest.raises(InputError, match="no set 'coommon'"):
-        sets_module.read_set(f"coommon={folder}", known)
+        read_set(f"coommon={folder}", known)
 
 
 def test_the_harness_of_the_leaderboard_finds_the_same_rate(tmp_path, heldout):

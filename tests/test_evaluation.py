@@ -31,9 +31,8 @@ from hebrew_asr.data.sources import Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation import measuring
 from hebrew_asr.evaluation import sets as sets_module
-from hebrew_asr.evaluation.sets import EvaluationSet
+from hebrew_asr.evaluation.settings import Decoding, EvaluationSet
 from hebrew_asr.evaluation.transcription import (
-    Decoding,
     Transcript,
     batches_of,
     cut_at_pauses,

@@ -40,7 +40,8 @@ from hebrew_asr.data.shared_memory import advice, needed, sent
 from hebrew_asr.data.sources import Source
 from hebrew_asr.data.utterances import SpeechDataset
 from hebrew_asr.errors import InputError
-from hebrew_asr.evaluation.transcription import Decoding, key, load_speech_model
+from hebrew_asr.evaluation.settings import Decoding
+from hebrew_asr.evaluation.transcription import key, load_speech_model
 from hebrew_asr.files import Appended
 from hebrew_asr.model.loading import load_processor
 from hebrew_asr.processes import launch

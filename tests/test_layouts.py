@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from hebrew_asr.checkpoints.model_card import SERVE
 from hebrew_asr.errors import InputError
-from hebrew_asr.evaluation.transcription import Decoding, load_speech_model
+from hebrew_asr.evaluation.settings import Decoding
+from hebrew_asr.evaluation.transcription import load_speech_model
 from hebrew_asr.model import layouts
 from hebrew_asr.model.costs import real_config
 from hebrew_asr.model.layouts import convert, expected_shapes, in_transformers_layout, layout_of, renamed

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import soundfile
+import yaml
 from conftest import DEMO, ROOT
 
 from evaluate_hebrew_asr import parse
@@ -92,13 +93,45 @@ def test_a_command_shows_a_sign_of_life_and_ctrl_c_is_one_line():
     """While it imports, which takes seconds."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "transcribe_hebrew_asr.py", "--help"],
+        [sys.executable, "transcribe_hebrew_asr.py", "nowhere.wav", "--model", "demo/tuned"],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stderr.read(7) == "loading"
     process.send_signal(signal.SIGINT)
     output, said = process.communicate(timeout=60)
     assert (process.returncode, output) == (130, "") and said.splitlines()[1:] == ["interrupted"]
+
+
+@pytest.mark.parametrize(
+    ("command", "right", "wrong"),
+    [
+        ("train_round2_gradual", [], "num_epohcs"),
+        ("train_hebrew_asr_enhanced", [], "num_epohcs"),
+        ("evaluate_hebrew_asr", ["--model", "x"], "num_beans"),
+        ("transcribe_hebrew_asr", ["x", "--model", "x"], "num_beans"),
+    ],
+)
+def test_options_are_answered_before_torch_is_imported(tmp_path, command, right, wrong):
+    for library in ("torch", "transformers", "datasets", "accelerate"):
+        (tmp_path / f"{library}.py").write_text("raise ImportError(__name__ + ' was imported')")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+
+    def answer(*options: str) -> tuple[int, str, str]:
+        line = [sys.executable, str(ROOT / f"{command}.py"), *options]
+        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout, done.stderr
+
+    status, shown, said = answer("--help")
+    assert (status, said) == (0, "") and "--config FILE" in shown
+    meant = {"num_epohcs": "num_epochs", "num_beans": "num_beams"}[wrong]
+    assert answer(*right, f"--{wrong}", "2") == (
+        1,
+        "",
+        f"error: there is no option --{wrong} (did you mean --{meant}?)\n",
+    )
+    status, printed, said = answer(*right, f"--{meant}", "2", "--print_config")
+    assert (status, said) == (0, "") and yaml.safe_load(printed)[meant] == 2
+    assert "was imported" in answer(*right)[2]  # so a command that goes on meets them
 
 
 @pytest.mark.parametrize("manifest", [None, "", "null", "[]", "{}"])

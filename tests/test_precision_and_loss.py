@@ -9,7 +9,8 @@ import transformers
 
 from hebrew_asr.data.audio import AudioError
 from hebrew_asr.data.utterances import SpeechDataset
-from hebrew_asr.evaluation.transcription import Decoding, load_speech_model, read_transcripts, transcribe_set
+from hebrew_asr.evaluation.settings import Decoding
+from hebrew_asr.evaluation.transcription import load_speech_model, read_transcripts, transcribe_set
 from hebrew_asr.model.loading import load_to_train
 from hebrew_asr.model.stages import trains_in
 from hebrew_asr.text.scoring import score
@@ -211,7 +212,7 @@ def test_a_loop_is_scored_as_the_model_wrote_it(config, model, make_trainer, pro
     heard = trainer.transcribe(model, evaluation_batch(trainer))
     assert [(text, language) for text, language, _, _ in heard] == [(loop, "Hebrew")] * 4
 
-    decoding = transcription.Decoding(max_new_tokens=1000, dtype="float32")
+    decoding = Decoding(max_new_tokens=1000, dtype="float32")
     user = transcription.QwenModel(config.model_name_or_path, decoding, torch.device("cpu"), bf16=False)
     written = user.transcribe([np.zeros((128, 100), np.float32)] * 4, [1.0] * 4)
     assert [(one.text, one.language, one.truncated) for one in written] == [(loop, "Hebrew", False)] * 4

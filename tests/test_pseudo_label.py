@@ -19,7 +19,8 @@ from hebrew_asr.data.rows import load_rows
 from hebrew_asr.data.sources import DataConfig, Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation import transcription
-from hebrew_asr.evaluation.transcription import Decoding, Transcript, load_speech_model
+from hebrew_asr.evaluation.settings import Decoding
+from hebrew_asr.evaluation.transcription import Transcript, load_speech_model
 from scripts import pseudo_label
 from scripts.pseudo_label import Labelling, confidence, distance, fate
 

@@ -24,8 +24,9 @@ from hebrew_asr.data.utterances import log_mel
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation import recordings
 from hebrew_asr.evaluation.engines import open_engine
-from hebrew_asr.evaluation.recordings import TranscribeConfig, find_jobs, run, transcribe
-from hebrew_asr.evaluation.transcription import Decoding, QwenModel, load_speech_model
+from hebrew_asr.evaluation.recordings import find_jobs, run, transcribe
+from hebrew_asr.evaluation.settings import Decoding, TranscribeConfig
+from hebrew_asr.evaluation.transcription import QwenModel, load_speech_model
 from hebrew_asr.model import word_times
 
 DEMO = files.DEMO

@@ -19,7 +19,7 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from hebrew_asr.data import audio as hebrew_audio
-from hebrew_asr.data import decoding, sources, tables
+from hebrew_asr.data import decoding, loading, tables
 from hebrew_asr.data.audio import check_blocks, check_waveform
 from hebrew_asr.data.decoding import BROKEN_AUDIO, CUT, AudioError, audio_blocks, inspect_audio
 from hebrew_asr.data.loading import content_of, load_source, text_column
@@ -38,7 +38,7 @@ from hebrew_asr.text.targets import (
     without_prefix,
 )
 
-MODULES = (decoding, hebrew_audio, sources, tables, targets)
+MODULES = (decoding, hebrew_audio, loading, tables, targets)
 CODE = (__file__, *(module.__file__ for module in MODULES))  # what an index depends on
 INDEX = datasets.Features(
     {

@@ -24,16 +24,8 @@ from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from hebrew_asr.data.audio import SAMPLE_RATE
 from hebrew_asr.errors import InputError
-from hebrew_asr.evaluation.sets import EvaluationConfig
-from hebrew_asr.evaluation.transcription import (
-    HEBREW,
-    Decoding,
-    QwenModel,
-    Transcriber,
-    Transcript,
-    files_of,
-    load_speech_model,
-)
+from hebrew_asr.evaluation.settings import Decoding, EvaluationConfig
+from hebrew_asr.evaluation.transcription import HEBREW, QwenModel, Transcriber, Transcript, files_of, load_speech_model
 from hebrew_asr.model.loading import checkpoint_problems
 from hebrew_asr.model.prompts import END_OF_LANGUAGE, PROMPT_FORMS
 

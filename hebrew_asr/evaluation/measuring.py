@@ -6,7 +6,7 @@ from typing import Any
 
 from hebrew_asr.data.rows import SpeechRows
 from hebrew_asr.errors import InputError
-from hebrew_asr.evaluation.sets import EvaluationSet
+from hebrew_asr.evaluation.settings import EvaluationSet
 from hebrew_asr.evaluation.transcription import Transcribed, Transcript
 from hebrew_asr.text import error_classes
 from hebrew_asr.text.intervals import MIN_RECORDINGS, Interval, compare, error_rate_interval, verdict

@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 
-from hebrew_asr.command_line import Range
 from hebrew_asr.console import Bar
 from hebrew_asr.data import decoding as decoding_module
 from hebrew_asr.data import voice
@@ -30,14 +29,8 @@ from hebrew_asr.data.voice import Span
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation import engines, transcription
 from hebrew_asr.evaluation.engines import is_endpoint, open_engine
-from hebrew_asr.evaluation.transcription import (
-    Decoding,
-    Piece,
-    Transcriber,
-    Transcript,
-    batches_of,
-    transcribe_as_it_fits,
-)
+from hebrew_asr.evaluation.settings import FORMATS, Format, TranscribeConfig
+from hebrew_asr.evaluation.transcription import Piece, Transcriber, Transcript, batches_of, transcribe_as_it_fits
 from hebrew_asr.files import UNFINISHED, digest, put, sha256
 from hebrew_asr.model import word_times
 from hebrew_asr.processes import in_processes
@@ -45,38 +38,11 @@ from hebrew_asr.text.subtitles import WRITERS, Segment, Word, as_json, segments_
 
 LEAD_SECONDS = 0.03  # kept before speech
 EDGE_SECONDS = 0.3  # before the first and after the last speech of a recording, which are kept
-Format = Literal["text", "json", "srt", "vtt", "tsv"]
-FORMATS: tuple[Format, ...] = ("text", "json", "srt", "vtt", "tsv")
 # of a config, on what the model writes
 WITHOUT_EFFECT = {"paths", "model", "formats", "output_dir", "overwrite", "num_workers", "batch_seconds"}
 BATCHES_AT_ONCE = 8  # collected before the longest of them is transcribed
 PROGRESS = "transcribing: {percentage:3.0f}% {bar} {elapsed} so far, {remaining} left{postfix}"
 CODE = (__file__, voice.__file__, decoding_module.__file__, word_times.__file__, engines.__file__, *transcription.CODE)
-
-
-@dataclass
-class TranscribeConfig(Decoding):
-    """What is transcribed, and what becomes of it."""
-
-    # Recordings
-    paths: list[str] = field(default_factory=list)
-    """Files of sound or video, and folders with all that is in them; as words before the first option too."""
-    model: str | None = None
-    """A folder, a Hub id, or the URL of an endpoint."""
-    channel: Annotated[int, Range(0)] | None = None
-    """Of recordings with several, from 0; null: their average."""
-
-    # Transcripts
-    formats: list[Format] = field(default_factory=lambda: ["text", "srt"])
-    """The JSON is always written. An empty list: nothing is written, and nothing is kept."""
-    output_dir: str | None = None
-    """null: beside each recording."""
-    word_times: bool = True
-    """Only Qwen3-ASR has them; without, subtitles spread a segment's text over it by its characters."""
-    overwrite: bool = False
-    """Replace files that this command did not write, or that were changed since."""
-    num_workers: Annotated[int, Range(0)] = 4
-    """Processes that read and cut recordings."""
 
 
 @dataclass

@@ -21,7 +21,8 @@ from hebrew_asr.data.sources import Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation.measuring import FORGOTTEN, compare_models, forgetting_gates, measure, record, summarize
 from hebrew_asr.evaluation.page import markdown_table, write_page
-from hebrew_asr.evaluation.sets import EvaluationConfig, EvaluationSet, describe_set
+from hebrew_asr.evaluation.sets import describe_set
+from hebrew_asr.evaluation.settings import EvaluationConfig, EvaluationSet
 from hebrew_asr.evaluation.transcription import Transcribed, Transcript, read_transcripts
 from hebrew_asr.text import error_classes
 from hebrew_asr.text.scoring import ErrorCounts, leaderboard_normalize

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import accelerate
 import numpy as np
@@ -25,7 +25,6 @@ from accelerate.utils import broadcast_object_list
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
 
-from hebrew_asr.command_line import Range
 from hebrew_asr.console import Bar
 from hebrew_asr.data import audio, utterances
 from hebrew_asr.data import decoding as audio_decoding
@@ -34,8 +33,9 @@ from hebrew_asr.data.audio import SAMPLE_RATE, AudioError, decode_audio
 from hebrew_asr.data.rows import SpeechRows
 from hebrew_asr.data.utterances import log_mel
 from hebrew_asr.errors import InputError
+from hebrew_asr.evaluation.settings import Decoding
 from hebrew_asr.files import digest
-from hebrew_asr.model import generation, layouts, packing, precision, prompts
+from hebrew_asr.model import frames, generation, layouts, packing, precision, prompts
 from hebrew_asr.model.frames import FRAMES_PER_CHUNK
 from hebrew_asr.model.generation import as_it_fits, generate, new_token_limit
 from hebrew_asr.model.loading import check_whole, checkpoint_problems, load_model, load_processor
@@ -45,38 +45,13 @@ from hebrew_asr.model.prompts import Prompts, pad, padded
 from hebrew_asr.model.word_times import align
 from hebrew_asr.processes import fail_together, in_processes
 
-MODULES = (audio, audio_decoding, utterances, packing, precision, prompts, generation, layouts)
+MODULES = (audio, audio_decoding, utterances, frames, packing, precision, prompts, generation, layouts)
 CODE = [__file__, *(module.__file__ for module in MODULES)]
 MOST_AT_ONCE = 256  # pieces of a batch, however short
 PROGRESS = "{desc}: {percentage:3.0f}% {bar} {n:.0f}/{total:.0f} s of audio, {elapsed} so far, {remaining} left"
 FRAME = 320  # samples in which loudness is measured: 20 ms
 HEBREW = "Hebrew"  # where nobody says what is spoken
 PAUSE_FRAMES = 15  # averaged: the quietest 0.3 s, not the quietest closure of a plosive
-
-
-@dataclass
-class Decoding:
-    """How transcripts are written."""
-
-    language: str | None = None
-    """Given to the model (`Hebrew`); None: it names the language itself, as users call it."""
-    context: str = ""
-    """Hot words or other text for the system turn, where Qwen3-ASR takes context."""
-    system_turn: bool = True
-    """Of Qwen3-ASR's prompt; false, as the transcription endpoints of vLLM and SGLang ask: no context either."""
-    num_beams: Annotated[int, Range(1)] = 1
-    max_new_tokens: Annotated[int, Range(1)] | None = None
-    """None: 64, and 12 a second."""
-    longest_seconds: Annotated[float, Range(1)] = 30.0
-    """Longer recordings are cut at pauses."""
-    batch_seconds: Annotated[float, Range(0)] = 240.0
-    """Of audio in a batch, padding included."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """auto: bfloat16 where the GPU has it."""
-    temperature: Annotated[float, Range(0)] = 0.0
-    """0: the likeliest token at each step; above: sampled, from all tokens. Only with Qwen3-ASR."""
-    seed: int = 0
-    """Of the samples. The same command samples the same; another `batch_seconds` does not."""
 
 
 class Piece(NamedTuple):
