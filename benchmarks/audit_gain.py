@@ -26,7 +26,7 @@ import pyarrow.parquet
 import torch
 
 from benchmarks.effects import work_off
-from benchmarks.recipes import Run, found_in, is_measured, said, settings, train_and_measure, wer
+from benchmarks.recipes import TEST, Run, found_in, said, settings, train_and_measure, wer
 from hebrew_asr.data.sources import Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import DEMO
@@ -133,7 +133,7 @@ def command(arguments: list[str]) -> None:
     first = {SPOILT: 0.0}
     others = {f"without the worst {share:.0%}": share for share in DROPPED} | {"without": 0.0, "right": 0.0}
     for shares in (first, others):
-        left = [name for name in shares if not is_measured(work / name)]
+        left = [name for name in shares if not TEST.is_done(work / name)]
         jobs = []
         for name in left:
             (work / name).mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Measures recipes against the amount of data: what to train, how fast, and with what replayed beside it.
 
-    uv run python benchmarks/recipes.py --json docs/recipes.json --plot docs/recipes.png       everything: many hours
+    uv run --group demo --with peft python benchmarks/recipes.py                             everything: many hours
+    uv run --group demo python benchmarks/recipes.py --recipes all@0.5 all all@2 --rows 2309 --seeds 1 --on dev
     uv run python benchmarks/recipes.py --recipes b_then_a all --rows 175 2309 --seeds 3
     uv run python benchmarks/recipes.py --list                                                 what there is
     uv run python benchmarks/recipes.py --real --processes 8 --device H100 --hours_of_audio 200 --price 2.5
@@ -15,6 +16,7 @@ utterances, as in effects.py.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -40,13 +42,15 @@ import train_hebrew_asr_enhanced as training
 import train_round2_gradual as round2
 from benchmarks.effects import lean, measured, work_off, write_last
 from benchmarks.effects_report import change
+from benchmarks.recipes_data import dev_sets, larger_corpus
+from benchmarks.recipes_lora import adapters
 from benchmarks.recipes_real import lines_of_real
 from hebrew_asr.data.sources import Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation import results as results_module
 from hebrew_asr.evaluation.measuring import clusters, counted
 from hebrew_asr.evaluation.settings import DEMO_SETS, Decoding, EvaluationConfig
-from hebrew_asr.files import DEMO, digest
+from hebrew_asr.files import digest
 from hebrew_asr.model.roofline import DEVICES
 from hebrew_asr.model.stages import Stage
 from hebrew_asr.processes import launch
@@ -54,7 +58,7 @@ from hebrew_asr.training.plan import ASSUMED_HOURS
 from hebrew_asr.training.strategies import STRATEGIES, everything, with_replay
 from train_hebrew_asr_enhanced import TrainingConfig
 
-EPOCHS = {175: 20, 700: 10, 2309: 5}  # by utterances
+EPOCHS = {175: 20, 700: 10, 2309: 5, 10_000: 2}  # by utterances
 SPEECH = ("heldout", "heldout-noisy", "english")
 
 
@@ -68,6 +72,16 @@ class Recipe:
     """Shares of an epoch: english, nonspeech."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Fields of TrainingConfig."""
+    epochs: float = 1.0
+    """Times those of EPOCHS."""
+    lora_rank: int | None = None
+    """Adapters of this rank train, in all linear layers of both towers and of the projector, and are merged."""
+
+    def faster(self, factor: float) -> "Recipe":
+        """With all rates times `factor`."""
+        rates = [{component: factor * rate for component, rate in rates.items()} for _, rates, _ in self.stages]
+        stages = zip(self.stages, rates, strict=True)
+        return dataclasses.replace(self, stages=tuple((share, faster, top) for (share, _, top), faster in stages))
 
 
 def of_strategy(name: str) -> Recipe:
@@ -80,16 +94,31 @@ def of_strategy(name: str) -> Recipe:
     return Recipe(stages, replay, {setting: getattr(config, setting) for setting in own})
 
 
+ADAPTED = {component: rate for component, rate in everything(2e-3).items() if component != "lm_head"}
 B, A = (rates for _, rates, _ in of_strategy("b_then_a").stages)
 RECIPES = {
     **{name: of_strategy(name) for name in STRATEGIES},
     "b_then_a_2": Recipe(((0.4, B, 2), (1.0, A, 2))),
     "projector_then_all": Recipe(((0.2, {"projector": 4e-3}, 1), (1.0, everything(1e-3), None))),
-    "all_5e-4": Recipe(((1.0, everything(5e-4), None),)),
-    "all_2e-3": Recipe(((1.0, everything(2e-3), None),)),
     "all_no_masks": Recipe(((1.0, everything(1e-3), None),), settings={"use_specaugment": False}),  # as ms-swift has it
     "all_decay": Recipe(((1.0, everything(1e-3), None),), settings={"layerwise_lr_decay_rate": 0.7}),
+    "lora_8": Recipe(((1.0, ADAPTED, None),), lora_rank=8),
+    "lora_32": Recipe(((1.0, ADAPTED, None),), lora_rank=32),
 }
+
+
+def recipe_of(name: str) -> Recipe:
+    """A recipe by its name, or `NAME@2`: with twice the rates."""
+    known, _, factor = name.partition("@")
+    return RECIPES[known].faster(float(factor)) if factor else RECIPES[known]
+
+
+def known_recipe(name: str) -> str:
+    try:
+        recipe_of(name)
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(RECIPES)}") from None
+    return name
 
 
 @dataclass(frozen=True)
@@ -100,7 +129,7 @@ class Run:
 
     def folder(self, work: Path) -> Path:
         """Named after the recipe's settings too, so that a changed recipe is run anew."""
-        recipe = digest(repr(RECIPES[self.name]).encode())[:8]
+        recipe = digest(repr(recipe_of(self.name)).encode())[:8]
         return work / f"{self.name}-{recipe}" / f"{self.rows}-{self.seed}"
 
     def __str__(self) -> str:
@@ -111,17 +140,17 @@ def sources(work: Path, run: Run) -> list[Source]:
     """The utterances that the seed draws, and what the recipe replays beside them."""
     folder = work / "data" / f"{run.rows}-{run.seed}"
     if not folder.exists():
-        (file,) = (DEMO / "corpus").glob("*.parquet")
-        corpus = pyarrow.parquet.read_table(file)
+        corpus = larger_corpus(work / "data", run.rows)
         drawn = np.random.default_rng([run.seed, len(corpus)]).permutation(len(corpus))[: run.rows]
         folder.mkdir(parents=True)
         pyarrow.parquet.write_table(corpus.take(np.sort(drawn)), folder / "train.parquet")
-    shares = {f"replay_{name}": share for name, share in RECIPES[run.name].replay.items()}
+    shares = {f"replay_{name}": share for name, share in recipe_of(run.name).replay.items()}
     return with_replay([Source(str(folder))], dataclasses.replace(round2.DEMO_OPTIONS, **shares))
 
 
 def settings(work: Path, run: Run) -> TrainingConfig:
-    recipe, config, epochs = RECIPES[run.name], round2.demo(), EPOCHS[run.rows]
+    recipe, config = recipe_of(run.name), round2.demo()
+    epochs = round(EPOCHS[run.rows] * recipe.epochs)
     config.train_sources = sources(work, run)
     config.num_epochs, config.seed = epochs, run.seed
     config.stages = [
@@ -135,42 +164,58 @@ def settings(work: Path, run: Run) -> TrainingConfig:
     return config
 
 
-def train_and_measure(folder: Path, config: TrainingConfig, beams: int = 1) -> None:
-    """Does what is not done yet, in this process."""
+@dataclass(frozen=True)
+class Measured:
+    """What is measured of a run, and how."""
+
+    on: str = "test"
+    """The demo's test sets, or `dev`: sets that are made to choose by."""
+    beams: int = 1
+
+    def folder(self, run: Path) -> Path:
+        return run / "-".join(["evaluation", *([] if self.on == "test" else [self.on]), str(self.beams)])
+
+    def is_done(self, run: Path) -> bool:
+        return (self.folder(run) / "utterances.parquet").exists()
+
+
+TEST = Measured()
+
+
+def train_and_measure(
+    folder: Path, config: TrainingConfig, how: Measured = TEST, data: Path | None = None, lora_rank: int | None = None
+) -> None:
+    """Does what is not done yet, in this process; `data` has the sets to choose by."""
     if not (folder / "seconds.json").exists():
         shutil.rmtree(folder / "run", ignore_errors=True)  # half a run has half a time
-        with lean(), measured() as spent:
+        adapted = adapters(lora_rank, folder / "last") if lora_rank else contextlib.nullcontext()
+        with adapted, lean(), measured() as spent:
             training.main(config)
-        write_last(folder, 1)
+        if not lora_rank:
+            write_last(folder, 1)
         (folder / "seconds.json").write_text(json.dumps(dataclasses.asdict(spent)))
         for name in ("run/checkpoints", "run/final_model"):
             shutil.rmtree(folder / name, ignore_errors=True)
-    measuring = EvaluationConfig([str(folder / "last")], DEMO_SETS, Decoding(num_beams=beams), quoted=[])
-    measuring.output_dir, measuring.num_workers = str(evaluation_of(folder, beams)), 0
+    sets = DEMO_SETS if data is None or how.on == "test" else dev_sets(data)
+    measuring = EvaluationConfig([str(folder / "last")], sets, Decoding(num_beams=how.beams), quoted=[])
+    measuring.output_dir, measuring.num_workers = str(how.folder(folder)), 0
     with lean():
         evaluation.main(measuring)
-    shutil.rmtree(evaluation_of(folder, beams) / "transcripts", ignore_errors=True)
+    shutil.rmtree(how.folder(folder) / "transcripts", ignore_errors=True)
 
 
-def evaluation_of(folder: Path, beams: int) -> Path:
-    return folder / f"evaluation-{beams}"
+def work_on(work: Path, run: Run, how: Measured) -> None:
+    recipe = recipe_of(run.name)
+    train_and_measure(run.folder(work), settings(work, run), how, work / "data", recipe.lora_rank)
 
 
-def is_measured(folder: Path, beams: int = 1) -> bool:
-    return (evaluation_of(folder, beams) / "utterances.parquet").exists()
+def read(work: Path, run: Run, how: Measured) -> dict[str, Any]:
+    return dataclasses.asdict(run) | found_in(run.folder(work), how)
 
 
-def work_on(work: Path, run: Run, beams: int) -> None:
-    train_and_measure(run.folder(work), settings(work, run), beams)
-
-
-def read(work: Path, run: Run, beams: int) -> dict[str, Any]:
-    return dataclasses.asdict(run) | found_in(run.folder(work), beams)
-
-
-def found_in(folder: Path, beams: int = 1) -> dict[str, Any]:
+def found_in(folder: Path, how: Measured = TEST) -> dict[str, Any]:
     """A run's errors of every utterance, the share of non-speech answered with no text, steps and seconds."""
-    records = pyarrow.parquet.read_table(evaluation_of(folder, beams) / "utterances.parquet").to_pylist()
+    records = pyarrow.parquet.read_table(how.folder(folder) / "utterances.parquet").to_pylist()
     sets = {}
     for name in SPEECH:
         mine = [record for record in records if record["set"] == name and record["words"]]
@@ -260,10 +305,15 @@ def draw(table: list[dict[str, Any]], file: Path) -> None:
 
 def command(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("recipes.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES), metavar="NAME")
+    about = "%(metavar)s, or NAME@2 for twice its rates"
+    parser.add_argument("--recipes", nargs="+", type=known_recipe, default=list(RECIPES), metavar="NAME", help=about)
     parser.add_argument("--rows", nargs="+", type=int, choices=list(EPOCHS), default=list(EPOCHS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--against", choices=list(RECIPES), default="b_then_a", metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=3, help="so many, from --first_seed on")
+    parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument("--against", type=known_recipe, default="b_then_a", metavar="NAME")
+    parser.add_argument(
+        "--on", choices=("test", "dev"), default="test", help="dev: the sets that are made to choose by"
+    )
     parser.add_argument("--num_beams", type=int, default=1, help="of the measuring; what is trained is kept")
     parser.add_argument("--work", type=Path, default=Path("runs/recipes"), help="what is done, a folder for each run")
     parser.add_argument("--at_once", type=int, default=len(os.sched_getaffinity(0)), help="runs at once")
@@ -286,15 +336,16 @@ def command(arguments: list[str]) -> None:
         return
     if given.list:
         for name in given.recipes:
-            print(name, RECIPES[name])
+            print(name, recipe_of(name))
         return
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no run stays behind
     work = given.work.resolve()
-    runs = [Run(name, rows, seed) for seed in range(given.seeds) for rows in given.rows for name in given.recipes]
-    beams = given.num_beams
-    is_done = {run: is_measured(run.folder(work), beams) for run in runs}
+    seeds = range(given.first_seed, given.first_seed + given.seeds)
+    runs = [Run(name, rows, seed) for seed in seeds for rows in given.rows for name in given.recipes]
+    how = Measured(given.on, given.num_beams)
+    is_done = {run: how.is_done(run.folder(work)) for run in runs}
     left = [run for run in runs if not is_done[run]]
     if given.done:
         runs = [run for run in runs if is_done[run]]
@@ -302,10 +353,12 @@ def command(arguments: list[str]) -> None:
         for run in left:
             run.folder(work).mkdir(parents=True, exist_ok=True)
             sources(work, run)
-        jobs = [(str(run), functools.partial(work_on, work, run, beams), run.folder(work) / "log.txt") for run in left]
-        if failed := work_off(jobs, given.at_once, lambda number: said(read(work, left[number], beams))):
+        if how.on == "dev":
+            dev_sets(work / "data")
+        jobs = [(str(run), functools.partial(work_on, work, run, how), run.folder(work) / "log.txt") for run in left]
+        if failed := work_off(jobs, given.at_once, lambda number: said(read(work, left[number], how))):
             raise InputError(f"{len(failed)} runs failed: {'; '.join(failed)}. The same command tries them again")
-    results = [read(work, run, beams) for run in runs]
+    results = [read(work, run, how) for run in runs]
     table = table_of(results, given.against)
     print(*lines_of(table, given.against), sep="\n")
     if given.json:
