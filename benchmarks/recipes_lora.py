@@ -23,7 +23,7 @@ def adapters(rank: int, last: Path) -> Iterator[None]:
     try:
         import peft
     except ImportError as error:
-        raise InputError(f"{error}: run this with `uv run --with peft python`") from error
+        raise InputError(f"{error}: start it by `uv run --with peft python benchmarks/recipes.py`") from error
     load, train, component_of = training.load_to_train, training.train, stages.component_of
 
     def load_with_adapters(config: Any, use_bf16: bool) -> Any:

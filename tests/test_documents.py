@@ -70,7 +70,7 @@ def commands() -> list[str]:
 def words_of(command: str, config: Path) -> list[str]:
     """The words after `uv run`, its own options, python and torchrun; placeholders are filled in."""
     words = shlex.split(command)[2:]
-    if words[0] == "--group":
+    while words[0] in ("--group", "--with"):
         words = words[2:]
     words = words[1:] if words[0] == "--no-sync" else words
     if words[0] in ("torchrun", "python"):
