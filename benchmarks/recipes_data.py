@@ -1,8 +1,8 @@
 """Speech that recipes.py needs and the repository does not hold: a set to choose recipes by, and a larger corpus.
 
 Spoken by espeak-ng as demo/make_demo.py has it (`uv run --group demo python benchmarks/recipes.py`), the same for every
-run. The sentences are new: in none of the demo's sets, and none of the one in the other. The voices of the set to choose
-by are in no other set.
+run. The sentences are new: in none of the demo's sets, and none of the one in the other. The voices of the set to
+choose by are in no other set.
 """
 
 import dataclasses
