@@ -1,5 +1,6 @@
 """Corpora of every form become the same rows, what is dropped is counted, and nothing is remembered wrongly."""
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -150,6 +151,36 @@ def test_without_an_evaluation_set_whole_recordings_are_held_out(corpus, tmp_pat
     assert [(drop.reason, drop.utterances) for drop in thinned.dropped] == [
         ("more than max_eval_utterances (5)", len(heldout) - 5)
     ]
+
+
+def test_what_is_set_aside_is_measured_at_the_end_alone(tmp_path, config):
+    """Whole recordings, neither trained on nor evaluated before; the model's card has both rates."""
+    config.train_sources = [Source(str(first_rows("corpus", 300, tmp_path / "c")))]
+    config.eval_sources, config.eval_fraction, config.confirm_share = [], 0.3, 0.5
+    train, chooses = load_train_and_eval(config, config.seed)
+    aside = chooses.set_aside
+    groups = [set(rows.column("recording")) for rows in (train, chooses, aside)]
+    assert all(groups) and sum(map(len, groups)) == len(set.union(*groups))
+    assert 0.25 < aside.hours / (chooses.hours + aside.hours) < 0.75
+    assert [drop.utterances for drop in chooses.dropped if drop.reason.startswith("set aside")] == [len(aside)]
+    whole = dataclasses.replace(config, confirm_share=0.0)
+    assert sorted(chooses.column("text") + aside.column("text")) == sorted(
+        load_train_and_eval(whole, config.seed)[1].column("text")
+    )
+    config.max_steps, config.eval_steps = 2, 1
+    main(config)
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    utterances = [row[name] for row in logged for name in row if name.endswith("/utterances")]
+    assert utterances == [len(chooses)] * 4 + [len(aside)]  # steps 0, 1, 2, the final model; and what was set aside
+    (confirmed,) = [row for row in logged if "confirm/wer" in row]
+    card = (tmp_path / "run" / "final_model" / "README.md").read_text()
+    assert f"set aside: it chose nothing | {len(aside)} | {confirmed['confirm/wer']:.2f} (" in card
+    (tmp_path / "one").mkdir()
+    rows = pyarrow.parquet.read_table(next((DEMO / "heldout").glob("*.parquet"))).slice(0, 40).to_pylist()
+    rows = [row | {"metadata": row["metadata"] | {"entry_id": "one"}} for row in rows]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "one" / "test.parquet")
+    with pytest.raises(InputError, match="the evaluation set is one recording"):
+        load_train_and_eval(dataclasses.replace(config, eval_sources=[Source(str(tmp_path / "one"), split="test")]), 1)
 
 
 def test_where_recordings_have_no_ids_whole_sessions_or_transcribers_are_held_out(tmp_path):

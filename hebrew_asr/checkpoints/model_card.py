@@ -34,6 +34,7 @@ if tokens[-1] not in model.generation_config.eos_token_id:
     raise SystemExit(f"the transcript of {{file}} does not end: the model repeats itself")
 print(processor.decode(tokens, return_format="transcription_only"))
 """
+SET_ASIDE = "set aside: it chose nothing"
 COMMAND = """\
 Recordings of any length, folders of them, subtitles and the times of words: the project that trained this has a command
 and a function for them.
@@ -97,7 +98,7 @@ def write_model_card(
         model_id: what the snippet loads: the repository on the Hub, or the folder, of which only the name is shown.
         eval_names: datasets and folders that the metrics are of.
         final: the metrics of the checkpoint as it is stored, `final/wer`, `final/cer`, `final/wer_raw`, …;
-            `final/wer_low` and `final/wer_high` where there is an interval.
+            `final/wer_low` and `final/wer_high` where there is an interval; `confirm/…` where there are some.
         origin: a sentence that says which weights these are.
         settings: the run's, without secrets; names of folders and projects are left out.
     """
@@ -126,16 +127,13 @@ def write_model_card(
     )
     private = ("hf_repo_id", "output_dir", "wandb_project", "wandb_run_name")
     settings = {name: public(value, name) for name, value in settings.items() if name not in private}
-    is_known = "final/wer_low" in final
-    interval = f" ({final['final/wer_low']:.2f}–{final['final/wer_high']:.2f})" if is_known else ""
     language = "given" if settings["eval_prefill_language"] else "left to the model"
     folder.joinpath("README.md").write_text(
         f"---\n{data.to_yaml()}\n---\n\n"
         f"# {model_id.split('/')[-1]}\n\n"
         f"`{base_model}` fine-tuned to Hebrew speech recognition.\n\n"
         "| set | utterances | WER % (95 % interval) | CER % | WER % on raw text |\n|---|---|---|---|---|\n"
-        f"| {eval_name} | {final['final/utterances']} | {final['final/wer']:.2f}{interval} | {final['final/cer']:.2f} |"
-        f" {final['final/wer_raw']:.2f} |\n\n"
+        f"{row_of(final, 'final', eval_name)}{row_of(final, 'confirm', f'{eval_name}, {SET_ASIDE}')}\n"
         f"Measured on this checkpoint as it is stored here, greedy decoding, the language {language}, text normalised"
         " as the ivrit.ai leaderboard does.\n\n"
         f"## Transcribe\n\n```python\n{SNIPPET.format(model_id=model_id)}```\n\n{COMMAND.format(model_id=model_id)}\n"
@@ -144,6 +142,16 @@ def write_model_card(
         f"```json\n{json.dumps(settings, indent=2, ensure_ascii=False)}\n```\n",
         encoding="utf-8",
     )
+
+
+def row_of(final: dict[str, float], kind: str, name: str) -> str:
+    """A line of the card's table, or nothing where there are no such numbers."""
+    if f"{kind}/wer" not in final:
+        return ""
+    is_known = f"{kind}/wer_low" in final
+    interval = f" ({final[f'{kind}/wer_low']:.2f}–{final[f'{kind}/wer_high']:.2f})" if is_known else ""
+    wer, cer, raw = (f"{final[f'{kind}/{metric}']:.2f}" for metric in ("wer", "cer", "wer_raw"))
+    return f"| {name} | {final[f'{kind}/utterances']} | {wer}{interval} | {cer} | {raw} |\n"
 
 
 class NamedSource(Protocol):

@@ -309,6 +309,7 @@ class SpeechRows:
         self.sources, self.index, self.used, self.dropped = sources, index, used, dropped
         self.notes: list[str] = []  # for the report's reader
         self.identity: np.ndarray | None = None  # where another one's rows are stood in for, see identity.py
+        self.set_aside: SpeechRows | None = None  # of an evaluation set: what chooses nothing, see `confirm_share`
         self.seconds = index["seconds"].to_numpy()[used] if seconds is None else seconds  # (pieces,)
         self.source_numbers = index["source"].to_numpy()[used]  # (pieces,)
 

@@ -263,13 +263,37 @@ def load_train_and_eval(config: DataConfig, seed: int) -> tuple[SpeechRows, Spee
     if config.audit_scores:
         train = without_worst(train, config)
     check_sound(train, config)
-    heldout = without_too_many(heldout, config)
-    if not config.eval_sources:
-        heldout = drop(heldout, config.train_sources, ~np.array([decodes(row) for row in heldout]), "does not decode")
+    heldout = to_choose_by(heldout, config, seed)
     used = set(np.unique(train.source_numbers).tolist())
     if lost := [source.path for number, source in enumerate(config.train_sources) if number not in used]:
         raise InputError(f"nothing is left to train on of {', '.join(lost)}, after the split and the removal of leaks")
     return train, heldout
+
+
+def to_choose_by(heldout: SpeechRows, config: DataConfig, seed: int) -> SpeechRows:
+    """What is evaluated while training; its `set_aside` is what is measured once, at the end (`confirm_share`)."""
+    if not config.confirm_share:
+        return evaluated(heldout, config)
+    groups = heldout.arrow("group")
+    if pyarrow.compute.count_distinct(groups).as_py() < 2:
+        raise InputError(
+            f"confirm_share is {config.confirm_share:g}, but the evaluation set is one recording (or session, or"
+            " transcriber), which is not divided: leave confirm_share out, and measure the final model on another set"
+        )
+    aside = held_out_groups(groups, heldout.seconds, config.confirm_share, seed)
+    is_aside = pyarrow.compute.is_in(groups, pyarrow.array(aside)).to_numpy()
+    sources = config.eval_sources or config.train_sources
+    chooses = drop(heldout, sources, is_aside, "set aside, to confirm the final model")
+    chooses = evaluated(chooses, config)
+    chooses.set_aside = evaluated(heldout.keep(is_aside), config)
+    return chooses
+
+
+def evaluated(heldout: SpeechRows, config: DataConfig) -> SpeechRows:
+    heldout = without_too_many(heldout, config)
+    if config.eval_sources:
+        return heldout
+    return drop(heldout, config.train_sources, ~np.array([decodes(row) for row in heldout]), "does not decode")
 
 
 def without_too_many(heldout: SpeechRows, config: DataConfig) -> SpeechRows:

@@ -88,6 +88,9 @@ class DataConfig:
     where a corpus has no ids of them, sessions or transcribers."""
     eval_fraction: Annotated[float, Range(0, 1)] = 0.02
     """Share of the hours held out when there is no evaluation source."""
+    confirm_share: Annotated[float, Range(0, 0.9)] = 0.0
+    """Share of the evaluation set, whole recordings, that chooses nothing: the final model is measured on it once, at
+    the end (`confirm/wer`). The WER that chose a checkpoint is too low: it is the lowest of several, by chance too."""
     max_eval_utterances: int | None = 2000
     """At most so many utterances are evaluated, taken evenly over the set; None: all."""
     text_rules: TextRules = field(default_factory=TextRules)

@@ -20,7 +20,7 @@ from datasets.distributed import split_dataset_by_node
 
 from hebrew_asr.data.loading import load_source
 from hebrew_asr.data.rows import RowSettings, SpeechRows, describe_row, load_rows, row_settings
-from hebrew_asr.data.selection import without_too_many
+from hebrew_asr.data.selection import to_choose_by
 from hebrew_asr.data.shared_memory import sent
 from hebrew_asr.data.sources import DataConfig, Source
 from hebrew_asr.errors import InputError
@@ -50,7 +50,7 @@ def load_streams_and_eval(config: DataConfig, seed: int) -> tuple[list[StreamedS
     heldout = load_rows(config.eval_sources, config, for_training=False)
     leaks = Leaks(heldout, config)  # of all of it, however much of it is evaluated
     streams = [open_stream(source, config, leaks) for source in config.train_sources]
-    return streams, without_too_many(heldout, config)
+    return streams, to_choose_by(heldout, config, seed)
 
 
 class Leaks:

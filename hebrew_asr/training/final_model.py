@@ -11,6 +11,7 @@ from transformers import Qwen3ASRForConditionalGeneration
 from hebrew_asr.checkpoints import store
 from hebrew_asr.checkpoints.averages import model_of, newest
 from hebrew_asr.checkpoints.final import damage_of, save_for_use
+from hebrew_asr.data.utterances import SpeechDataset
 from hebrew_asr.errors import InputError
 from hebrew_asr.processes import fail_together
 from hebrew_asr.training.resuming import ResumableTrainer
@@ -49,18 +50,31 @@ def write_average(trainer: ResumableTrainer, folder: Path) -> str:
     return f"The moving average of the weights at step {checkpoint.step}."
 
 
-def evaluate_stored(trainer: ResumableTrainer, folder: Path, metric_key_prefix: str) -> dict[str, float]:
-    """Evaluates a model as it is on the disk."""
-    model = Qwen3ASRForConditionalGeneration.from_pretrained(folder, dtype="auto")
-    return trainer.evaluate(metric_key_prefix=metric_key_prefix, model=model.to(trainer.args.device))
+def evaluate_stored(
+    trainer: ResumableTrainer, folder: Path, metric_key_prefix: str, dataset: SpeechDataset | None = None
+) -> dict[str, float]:
+    """Evaluates a model as it is on the disk, on the evaluation set or another one."""
+    model = Qwen3ASRForConditionalGeneration.from_pretrained(folder, dtype="auto").to(trainer.args.device)
+    return trainer.evaluate(dataset, metric_key_prefix=metric_key_prefix, model=model)
 
 
 def evaluate_final(trainer: ResumableTrainer) -> dict[str, float]:
     """Evaluates the final model as it is on the disk: the best checkpoint, or the moving average if that is better.
 
     Returns:
-        The numbers of the one that is in `final_model` afterwards, as `final/wer` and so on.
+        The numbers of the one that is in `final_model` afterwards, as `final/wer` and so on, and `confirm/wer` and so
+        on of what was set aside (`confirm_share`).
     """
+    final = evaluate_chosen(trainer)
+    rows = trainer.eval_dataset.rows.set_aside
+    if rows is None:
+        return final
+    dataset = SpeechDataset(rows, trainer.processor, trainer.config, training=False)
+    return final | evaluate_stored(trainer, trainer.final_folder, "confirm", dataset)
+
+
+def evaluate_chosen(trainer: ResumableTrainer) -> dict[str, float]:
+    """Evaluates what may become the final model, which it is afterwards: the checkpoint, or the moving average."""
     folder, average = trainer.final_folder, trainer.final_folder.with_name("moving_average")
     if trainer.moving_average is None:
         return evaluate_stored(trainer, folder, "final")

@@ -278,9 +278,11 @@ def wer_summary(rows: list[Row], stage_ends: dict[int, str], last_stage: str) ->
     names = {0: "before training"} | {step: f"after {stage}" for step, stage in stage_ends.items()}
     names = {max(wers): f"after {last_stage}, at the end"} | names
     lines = [f"WER {wers[step]:6.2f} %  {name}" for step, name in sorted(names.items()) if step in wers]
-    low, high = curve(rows, "final/wer_low"), curve(rows, "final/wer_high")
-    interval = f" (95 % interval {low[-1][1]:.2f}–{high[-1][1]:.2f})" if low else ""
-    lines += [f"WER {wer:6.2f} %  final model, reloaded from disk{interval}" for _, wer in curve(rows, "final/wer")]
+    for kind, what in (("final", ""), ("confirm", ", on what was set aside and chose nothing")):
+        low, high = curve(rows, f"{kind}/wer_low"), curve(rows, f"{kind}/wer_high")
+        interval = f" (95 % interval {low[-1][1]:.2f}–{high[-1][1]:.2f})" if low else ""
+        found = curve(rows, f"{kind}/wer")
+        lines += [f"WER {wer:6.2f} %  final model, reloaded from disk{what}{interval}" for _, wer in found]
     return lines
 
 
