@@ -217,6 +217,10 @@ class TrainingConfig(Settings):
         index = self.stages.index(stage)
         return self.stages[index - 1].last_epoch + 1 if index else 1
 
+    def check_early(self) -> None:
+        """`check` before any process has joined another: as many as torchrun started, or as are planned."""
+        self.check(self.plan_devices if self.plan else int(os.environ.get("WORLD_SIZE", "1")))
+
     def check(self, processes: int) -> None:
         """Raises InputError for settings that cannot mean what they say, before anything is loaded."""
         check_language(self.language)
@@ -255,7 +259,7 @@ def parse(argv: list[str]) -> TrainingConfig:
 
 
 if __name__ == "__main__":
-    READERS.append(parse)
+    READERS.append(lambda arguments: parse(arguments).check_early())
 read_options()  # what follows takes seconds to import
 
 import accelerate

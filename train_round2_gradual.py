@@ -81,7 +81,7 @@ def recipe(arguments: list[str]) -> "TrainingConfig":
 
 
 if __name__ == "__main__":
-    READERS.append(recipe)
+    READERS.append(lambda arguments: recipe(arguments).check_early())
     from train_hebrew_asr_enhanced import launch, main
 
     launch(lambda arguments: main(recipe(arguments)))

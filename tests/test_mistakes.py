@@ -131,6 +131,15 @@ def test_options_are_answered_before_torch_is_imported(tmp_path, command, right,
     )
     status, printed, said = answer(*right, f"--{meant}", "2", "--print_config")
     assert (status, said) == (0, "") and yaml.safe_load(printed)[meant] == 2
+    if command.startswith("train"):
+        assert answer("--hf_repo_id", "mine") == (
+            1,
+            "",
+            "error: hf_repo_id must be owner/name, got 'mine' (from HF_REPO_ID?)\n",
+        )
+        assert answer("--plan", "--plan_devices", "7", "--tokens_per_micro_batch", "null")[2].startswith(
+            "error: target_"
+        )
     assert "was imported" in answer(*right)[2]  # so a command that goes on meets them
 
 
