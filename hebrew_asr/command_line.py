@@ -123,9 +123,11 @@ def read_options() -> None:
         use_console()
         try:
             read(sys.argv[1:])
-        except InputError as error:
-            imported()
-            say_last(f"error: {error}")
+        except (InputError, SystemExit) as end:
+            imported()  # ends the sign of life
+            if isinstance(end, SystemExit):  # of --help
+                raise
+            say_last(f"error: {end}")
             sys.exit(1)
 
 
