@@ -26,7 +26,7 @@ from hebrew_asr.files import DEMO
 from hebrew_asr.text.scoring import leaderboard_normalize
 
 sys.path.insert(0, str(DEMO))
-from speech import HELDOUT_VOICES, RATE, delivery  # noqa: E402 - found in demo/
+from speech import HELDOUT_VOICES, RATE, delivery
 
 END_SECONDS = 0.08  # of silence behind the last word, as Espeak leaves it
 BATCH = 16
@@ -34,7 +34,7 @@ ENDS = ("right", "beginning", "other", "more", "nothing")
 
 
 def spoken(espeak: TimedEspeak, texts: list[str], rng: random.Random) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Text, wave, and the wave up to the middle of its last word; without those whose words espeak-ng counts otherwise."""
+    """Text, wave, and the wave up to the middle of its last word; only where espeak-ng counts the words as we do."""
     for number, text in enumerate(texts):
         wave, starts = espeak.timed(text, "he+" + HELDOUT_VOICES[number % len(HELDOUT_VOICES)], **delivery(rng))
         if len(starts) == len(text.split()) > 1:
