@@ -43,7 +43,9 @@ def texts_of(folder: Path) -> list[str]:
 
 def new_sentences(make: Any, count: int) -> list[str]:
     """So many new Hebrew sentences, those to choose by first."""
-    known = {text.replace(",", "").rstrip(".") for part in ("corpus", "heldout") for text in texts_of(DEMO / part)}
+    texts = [text for part in ("corpus", "heldout") for text in texts_of(DEMO / part)]
+    spoken = [part for text in texts for part in make.TIMESTAMP.split(text)]
+    known = {part.replace(",", "").rstrip(".") for part in spoken}
     rng = random.Random(SEED)
     return make.distinct(lambda: make.hebrew_sentence(rng, (0, 1)), count, known)
 

@@ -1,12 +1,18 @@
 """The benchmark of recipes: what a run is, and what its table says."""
 
+import argparse
 import dataclasses
+import re
+import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from benchmarks import recipes, recipes_real
+from benchmarks import recipes, recipes_data, recipes_lora, recipes_real
 from benchmarks.recipes import RECIPES, Run
+from hebrew_asr.errors import InputError
+from hebrew_asr.files import DEMO
 
 
 def test_every_recipe_is_a_run_that_can_be_and_a_changed_one_is_run_anew(tmp_path, monkeypatch):
@@ -19,6 +25,37 @@ def test_every_recipe_is_a_run_that_can_be_and_a_changed_one_is_run_anew(tmp_pat
     before = Run("all", 175, 3).folder(tmp_path)
     monkeypatch.setitem(RECIPES, "all", dataclasses.replace(RECIPES["all"], settings={"weight_decay": 0.1}))
     assert Run("all", 175, 3).folder(tmp_path) != before
+
+
+def test_a_factor_in_a_name_is_one_of_all_rates_and_another_run(tmp_path):
+    rates, twice = (recipes.recipe_of(name).stages[-1][1] for name in ("b_then_a", "b_then_a@2"))
+    assert twice == {component: pytest.approx(2 * rate) for component, rate in rates.items()}
+    assert Run("b_then_a@2", 175, 3).folder(tmp_path) != Run("b_then_a", 175, 3).folder(tmp_path)
+    for name in ("nothing@2", "all@much"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is none of b_then_a"):
+            recipes.known_recipe(name)
+
+
+def test_new_sentences_are_none_of_the_demos_and_those_to_choose_by_stay_as_they_are(monkeypatch):
+    monkeypatch.setitem(sys.modules, "espeakng_loader", mock.MagicMock())  # nothing is spoken here
+    make = recipes_data.speech()
+    few, many = (recipes_data.new_sentences(make, count) for count in (600, 1_000))
+    assert many[:600] == few and len(set(many)) == 1_000
+    stamp = re.compile(r"<\|[\d.]+\|>")
+    texts = [text for part in ("corpus", "heldout") for text in recipes_data.texts_of(DEMO / part)]
+    known = {part.replace(",", "").rstrip(".").strip() for text in texts for part in stamp.split(text)}
+    overlap = known & set(many)
+    assert not overlap
+    assert not set(recipes_data.DEV_VOICES) & {*make.BASE_VOICES, *make.CORPUS_VOICES, *make.HELDOUT_VOICES}
+
+
+def test_what_is_not_installed_is_said_with_the_command_that_has_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "speech", None)
+    with pytest.raises(InputError, match="uv run --with peft"), recipes_lora.adapters(8, tmp_path):
+        pass
+    with pytest.raises(InputError, match="uv run --group demo"):
+        recipes_data.speech()
 
 
 def test_what_is_replayed_has_its_share(tmp_path):
