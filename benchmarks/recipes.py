@@ -105,6 +105,13 @@ RECIPES = {
     "lora_8": Recipe(((1.0, ADAPTED, None),), lora_rank=8),
     "lora_32": Recipe(((1.0, ADAPTED, None),), lora_rank=32),
 }
+REPLAYS = ((0, 2), (5, 2), (10, 2), (20, 2), (10, 1), (10, 3), (10, 10))  # percent of English, and without speech
+RECIPES |= {
+    f"all_{english}_{nonspeech}": dataclasses.replace(
+        RECIPES["all"], replay={"english": english / 100, "nonspeech": nonspeech / 100}
+    )
+    for english, nonspeech in REPLAYS
+}
 
 
 def recipe_of(name: str) -> Recipe:

@@ -62,6 +62,8 @@ def test_what_is_replayed_has_its_share(tmp_path):
     sources = recipes.sources(tmp_path, Run("all_with_replay", 175, 0))
     assert [source.probability for source in sources] == [pytest.approx(0.82), 0.16, 0.02]
     assert [source.replay for source in sources] == [None, True, True]
+    sources = recipes.sources(tmp_path, Run("all_0_2", 175, 0))
+    assert [source.probability for source in sources] == [pytest.approx(0.98), 0.02], "no English is no source"
 
 
 def test_the_table_has_means_over_the_seeds_and_changes_against_the_same_seeds():
