@@ -114,9 +114,73 @@ def test_generation_and_rows_of_one_utterance_are_transformers_own(load, batches
     assert torch.equal(*written)
 
 
+@pytest.fixture
+def graphs(monkeypatch):
+    """Has the fused functions run as on a GPU up to the kernels; the graphs that are compiled."""
+    found = []
+
+    def take(graph, _):
+        found.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(fused, "run", fused.launch)
+    monkeypatch.setattr(fused, "KERNELS", {})
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda _: take)
+    return found
+
+
+def test_kernels_are_taken_for_what_they_were_made_for(graphs):
+    def calls(tokens, width=8, dtype=torch.float32, eps=1e-6):
+        x, g = torch.randn(2, tokens, width).to(dtype)
+        weight = torch.rand(width)
+        return (fused.norm_gradient, (g, x, x, weight, eps)), (fused.norm_weight_gradient, (g, x, eps))
+
+    def transposed(call):
+        function, (first, *others) = call
+        return function, (first.t().contiguous().t(), *others)
+
+    def check(kinds, *calls):
+        for ours, theirs in zip(fused.run(*calls), fused.as_they_stand(*calls), strict=True):
+            assert torch.equal(ours, theirs)
+        assert len(graphs) == kinds
+
+    for tokens in (1, 5, 3000):
+        check(1, *calls(tokens))
+    check(1, *map(transposed, calls(7)))
+    check(2, *calls(5, dtype=torch.bfloat16))
+    check(3, *calls(5, width=6))
+    check(4, *calls(5, eps=1e-3))
+    check(5, *reversed(calls(5)))
+    check(5, *calls(9))
+
+
+def test_a_tensor_that_kernels_cannot_count_is_computed_without_them(graphs, monkeypatch):
+    monkeypatch.setattr(fused, "INDEXED", 40)
+    for rows in (6, 5):
+        gate, up = torch.randn(2, rows, 8)
+        assert torch.equal(*fused.run((fused.gated, (gate, up))), fused.gated(gate, up))
+        assert len(graphs) == (rows == 5)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_kernels_give_the_gradients_of_the_functions(load, batches, graphs, monkeypatch, stage):
+    model, calls = load(True, stage, use_bf16=True), []
+    found = [gradients(model, batches[0], True)]
+    kinds = len(graphs)
+    found += [gradients(model, batch, True) for batch in batches[1:3]]
+    assert len(graphs) == kinds, "whatever the number of tokens"
+    monkeypatch.setattr(fused, "run", lambda *several: calls.append(several) or fused.as_they_stand(*several))
+    for batch, (loss, ours) in zip(batches, found, strict=False):
+        calls.clear()
+        expected, theirs = gradients(model, batch, True)
+        assert len(calls) == 8 * len(model.model.language_model.layers), "what the host pays for"
+        assert loss == expected and ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], gradient) for name, gradient in theirs.items())
+
+
 @pytest.mark.slow
 def test_compiled_functions_compute_the_same(monkeypatch):
-    monkeypatch.setattr(fused, "run", lambda function, *args: fused.compiled(function)(*args))
+    monkeypatch.setattr(fused, "run", fused.launch)
     assert fused.kernel_error(torch.device("cpu")) is None
 
 
@@ -138,12 +202,13 @@ def test_each_function_is_one_kernel_of_a_gpu(monkeypatch):
     monkeypatch.setattr(GraphLowering, "save_output_code", staticmethod(stop_at))
     kernels = {}
 
-    def count(function, *args):
+    def count(call):
         with pytest.raises(Exception, match="it cannot run here"):
-            torch.compile(function, fullgraph=True)(*args)
-        kernels[function.__name__] = len(re.findall(r"^@triton\.jit$", code.pop(), re.MULTILINE))
-        return function(*args)
+            fused.launch(call)
+        kernels[call[0].__name__] = len(re.findall(r"^@triton\.jit$", code.pop(), re.MULTILINE))
+        return fused.as_they_stand(call)
 
+    monkeypatch.setattr(fused, "KERNELS", {})
     monkeypatch.setattr(fused, "run", count)
     assert fused.kernel_error(torch.device("cpu")) is None
     assert len(kernels) == 10
@@ -154,12 +219,13 @@ def test_a_kernel_that_is_wrong_on_this_device_is_found_out(monkeypatch):
     cpu = torch.device("cpu")
     assert fused.kernel_error(cpu) is None
     plain = fused.run
-    off = {"gated": lambda out: 1.1 * out, "turned": lambda out: out.roll(1, 0)}
-    for name, change in off.items():
-        monkeypatch.setattr(
-            fused, "run", lambda f, *args, n=name, c=change: c(plain(f, *args)) if f.__name__ == n else plain(f, *args)
-        )
-        assert fused.kernel_error(cpu).startswith(f"{name} is off by")
+    for wrong, change in ((fused.gated, lambda out: 1.1 * out), (fused.turned, lambda out: out.roll(1, 0))):
+
+        def run(call, wrong=wrong, change=change):
+            return [change(out) if call[0] is wrong else out for out in plain(call)]
+
+        monkeypatch.setattr(fused, "run", run)
+        assert fused.kernel_error(cpu).startswith(f"{wrong.__name__} is off by")
 
     def no_compiler(*_):
         raise RuntimeError("Failed to find C compiler")

@@ -1,7 +1,7 @@
 """Norms, rotary positions and the gated product of a packed row, each in one kernel forward and one backward.
 
 As transformers writes them they are about sixty kernels a layer, most of which read and write fp32: half of a step's
-time on a GPU. Here each is a plain function of tensors with its gradient beside it. On a GPU torch.compile makes a
+time on a GPU. Here each is a plain function of tensors with its gradient beside it. On a GPU PyTorch's compiler makes a
 kernel of it; elsewhere it runs as it stands, which is how tests compare it with transformers' form. Within a kernel all
 is fp32. What is written for a matrix product has its type (bf16 under autocast), so that nothing is cast afterwards.
 """
@@ -19,21 +19,83 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from hebrew_asr.model.attention import VARLEN, flash
 
 TOLERANCE = 0.02  # of the norm; bf16 alone is off by less than 0.01
-RECOMPILE_LIMIT = 32  # kinds of one kernel: its types, with and without a gradient, the first length and then any
+EXAMPLE_TOKENS = 2048  # of tensors for whose size a kernel is chosen; it then takes any number
+INDEXED = 2**31 - 1  # numbers of a tensor that a kernel can count; one of 300,000 tokens would have more
+
+Call = tuple[Callable, tuple[Any, ...]]
+"""One of the functions below, and its arguments, of which no tensor is larger than the first."""
 
 
-@functools.cache
-def compiled(function: Callable) -> Callable:
-    limit: int = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
-    torch._dynamo.config.recompile_limit = limit  # ty: ignore[invalid-assignment]
-    return torch.compile(function, fullgraph=True)
+def run(*calls: Call) -> list[torch.Tensor]:
+    """The tensors that calls return, one after the other; none needs what another returns. On a GPU each is a kernel.
+
+    What is run together costs the host about what one call does.
+    """
+    return launch(*calls) if calls[0][1][0].is_cuda else as_they_stand(*calls)
 
 
-def run(function: Callable, *args: Any) -> Any:
-    """Calls one of the functions below, as one kernel on a GPU."""
-    if args[0].is_cuda:
-        return compiled(function)(*args)
-    return function(*args)
+def as_they_stand(*calls: Call) -> list[torch.Tensor]:
+    returned = (function(*args) for function, args in calls)
+    return [tensor for out in returned for tensor in (out if isinstance(out, tuple) else (out,))]
+
+
+KERNELS: dict[tuple, Callable[..., Any]] = {}
+"""By functions and by all of their arguments that a kernel is made for: types, widths, numbers, but not tokens."""
+
+
+def launch(*calls: Call) -> list[torch.Tensor]:
+    """Runs calls as kernels, which are compiled for the first calls of their kind.
+
+    They are called past torch.compile: what it does at each call costs the host more than all else here.
+    """
+    first = calls[0][1][0]
+    if first.numel() > INDEXED:
+        return as_they_stand(*calls)
+    kind, tensors = [first.device], []
+    for function, args in calls:
+        kind.append(function)
+        for arg in args:
+            if isinstance(arg, torch.Tensor):
+                tensors.append(arg.contiguous())
+                kind += arg.dtype, arg.shape[1:] or arg.shape  # (tokens, …), or a weight
+            else:
+                kind.append(arg)
+    key = tuple(kind)
+    if key not in KERNELS:
+        KERNELS[key] = compiled(calls)
+    return KERNELS[key](*tensors)
+
+
+class Together(torch.nn.Module):
+    """Calls as a function of their tensors."""
+
+    def __init__(self, calls: tuple[Call, ...]):
+        super().__init__()
+        self.calls = calls
+
+    def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        given = iter(tensors)
+        return as_they_stand(
+            *(
+                (f, tuple(next(given) if isinstance(arg, torch.Tensor) else arg for arg in args))
+                for f, args in self.calls
+            )
+        )
+
+
+def compiled(calls: tuple[Call, ...]) -> Callable[..., Any]:
+    """What PyTorch's compiler makes of calls: a function of their tensors, for any number of tokens."""
+    examples, lengths = [], []
+    for tensor in (arg for _, args in calls for arg in args if isinstance(arg, torch.Tensor)):
+        is_weight = tensor.dim() == 1
+        shape = tensor.shape if is_weight else (EXAMPLE_TOKENS, *tensor.shape[1:])
+        examples.append(torch.empty(shape, dtype=tensor.dtype, device=tensor.device))
+        lengths.append(None if is_weight else {0: torch.export.Dim.DYNAMIC})
+    with torch.no_grad(), torch.autocast(examples[0].device.type, enabled=False):
+        exported = torch.export.export(Together(calls), tuple(examples), dynamic_shapes={"tensors": tuple(lengths)})
+        graph = exported.graph_module
+        inputs = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+        return torch._dynamo.lookup_backend("inductor")(graph, inputs)
 
 
 # -------------------------------------------------------------------------------------------------------------- Kernels
@@ -152,15 +214,20 @@ class Norm(Function):
     def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype):
         ctx.save_for_backward(hidden, weight)
         ctx.eps = eps
-        return hidden, run(norm, hidden, weight, eps, dtype)
+        return hidden, *run((norm, (hidden, weight, eps, dtype)))
 
     @staticmethod
     def backward(ctx, of_hidden: torch.Tensor, of_normed: torch.Tensor):
         hidden, weight = ctx.saved_tensors
         wants_hidden, wants_weight, *_ = ctx.needs_input_grad
-        gradient = run(norm_gradient, of_normed, of_hidden, hidden, weight, ctx.eps) if wants_hidden else None
-        of_weight = run(norm_weight_gradient, of_normed, hidden, ctx.eps) if wants_weight else None
-        return gradient, None if of_weight is None else of_weight.to(weight.dtype), None, None
+        calls: list[Call] = []
+        if wants_hidden:
+            calls.append((norm_gradient, (of_normed, of_hidden, hidden, weight, ctx.eps)))
+        if wants_weight:
+            calls.append((norm_weight_gradient, (of_normed, hidden, ctx.eps)))
+        gradients = run(*calls)
+        gradient = gradients[0] if wants_hidden else None
+        return gradient, gradients[-1].to(weight.dtype) if wants_weight else None, None, None
 
 
 class AddNorm(Function):
@@ -168,7 +235,7 @@ class AddNorm(Function):
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype):
-        total, normed = run(add_norm, hidden, branch, weight, eps, dtype)
+        total, normed = run((add_norm, (hidden, branch, weight, eps, dtype)))
         ctx.save_for_backward(total, weight)
         ctx.eps, ctx.branch_type = eps, branch.dtype
         return total, normed
@@ -176,41 +243,55 @@ class AddNorm(Function):
     @staticmethod
     def backward(ctx, of_total: torch.Tensor, of_normed: torch.Tensor):
         total, weight = ctx.saved_tensors
-        of_hidden, of_branch = run(norms_gradient, of_normed, of_total, total, weight, ctx.eps, ctx.branch_type)
-        of_weight = None
+        calls: list[Call] = [(norms_gradient, (of_normed, of_total, total, weight, ctx.eps, ctx.branch_type))]
         if ctx.needs_input_grad[2]:
-            of_weight = run(norm_weight_gradient, of_normed, total, ctx.eps).to(weight.dtype)
-        return of_hidden, of_branch, of_weight, None, None
+            calls.append((norm_weight_gradient, (of_normed, total, ctx.eps)))
+        of_hidden, of_branch, *of_weight = run(*calls)
+        return of_hidden, of_branch, of_weight[0].to(weight.dtype) if of_weight else None, None, None
 
 
 class Turned(Function):
-    """Queries or keys (tokens, heads, width), normed and turned."""
+    """Queries and keys (tokens, heads, width), normed and turned."""
 
     @staticmethod
-    def forward(ctx, heads: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float):
-        ctx.save_for_backward(heads, weight, cos, sin)
+    def forward(
+        ctx,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        query_weight: torch.Tensor,
+        key_weight: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        eps: float,
+    ):
+        ctx.save_for_backward(query, key, query_weight, key_weight, cos, sin)
         ctx.eps = eps
-        return run(turned, heads, weight, cos, sin, eps, heads.dtype)
+        both = ((query, query_weight), (key, key_weight))
+        return tuple(run(*((turned, (heads, weight, cos, sin, eps, heads.dtype)) for heads, weight in both)))
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
-        heads, weight, cos, sin = ctx.saved_tensors
-        of_heads = run(turned_gradient, gradient, heads, weight, cos, sin, ctx.eps)
-        of_weight = None
-        if ctx.needs_input_grad[1]:
-            of_weight = run(turned_weight_gradient, gradient, heads, cos, sin, ctx.eps).to(weight.dtype)
-        return of_heads, of_weight, None, None, None
+    def backward(ctx, of_query: torch.Tensor, of_key: torch.Tensor):
+        query, key, query_weight, key_weight, cos, sin = ctx.saved_tensors
+        both = ((of_query, query, query_weight), (of_key, key, key_weight))
+        calls: list[Call] = [(turned_gradient, (g, heads, weight, cos, sin, ctx.eps)) for g, heads, weight in both]
+        if not any(ctx.needs_input_grad[2:4]):
+            return *run(*calls), None, None, None, None, None
+        calls += [(turned_weight_gradient, (g, heads, cos, sin, ctx.eps)) for g, heads, _ in both]
+        *gradients, of_query_weight, of_key_weight = run(*calls)
+        of_weights = of_query_weight.to(query_weight.dtype), of_key_weight.to(key_weight.dtype)
+        return *gradients, *of_weights, None, None, None
 
 
 class Gated(Function):
     @staticmethod
     def forward(ctx, gate: torch.Tensor, up: torch.Tensor):
         ctx.save_for_backward(gate, up)
-        return run(gated, gate, up)
+        [out] = run((gated, (gate, up)))
+        return out
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        return run(gated_gradient, gradient, *ctx.saved_tensors)
+        return tuple(run((gated_gradient, (gradient, *ctx.saved_tensors))))
 
 
 # --------------------------------------------------------------------------------------------------------------- Layers
@@ -220,7 +301,10 @@ APPLIED = Norm.apply, AddNorm.apply, Turned.apply, Gated.apply
 TRACED = (  # for a compiler that sees the whole layer, and makes gradients and kernels itself
     lambda hidden, *args: (hidden, norm(hidden, *args)),
     add_norm,
-    lambda heads, *args: turned(heads, *args, heads.dtype),
+    lambda query, key, query_weight, key_weight, *args: (
+        turned(query, query_weight, *args, query.dtype),
+        turned(key, key_weight, *args, key.dtype),
+    ),
     gated,
 )
 
@@ -244,8 +328,7 @@ class FusedLayer(Qwen3DecoderLayer):
             project(normed).unflatten(1, (-1, attention.head_dim))
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        query = turned_of(query, attention.q_norm.weight, cos, sin, eps)
-        key = turned_of(key, attention.k_norm.weight, cos, sin, eps)
+        query, key = turned_of(query, key, attention.q_norm.weight, attention.k_norm.weight, cos, sin, eps)
         attended = flash(query, key, value, ends, kwargs["max_length_q"], attention.scaling, True)
         branch = attention.o_proj(attended.flatten(1))
         hidden, normed = sum_normed(hidden, branch, self.post_attention_layernorm.weight, eps, narrow)
@@ -310,11 +393,10 @@ def kernel_error(device: torch.device) -> str | None:
     ]
     for function, args in examples:
         try:
-            found = run(function, *args)
+            found = run((function, args))
         except Exception as error:  # a compiler that is missing fails in many ways
             return f"{getattr(function, '__name__', function)}: {(str(error).strip() or repr(error)).splitlines()[0]}"
-        expected = function(*args)
-        for ours, exact in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (found, expected)), strict=True):
+        for ours, exact in zip(found, as_they_stand((function, args)), strict=True):
             off = ((ours.float() - exact.float()).norm() / exact.float().norm()).item()
             if not off < TOLERANCE:
                 return f"{getattr(function, '__name__', function)} is off by {off:.1%} in a small example"

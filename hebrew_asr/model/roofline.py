@@ -267,16 +267,20 @@ class Recorder(TorchDispatchMode):
             self.saved.setdefault(storage._cdata, (self.inside[-1], storage))
         return tensor
 
-    def run(self, function: Callable, *args: Any) -> Any:
-        """Runs one of the fused functions, which is one kernel; a sum over all tokens is two."""
-        self.inside_one = True
-        out = function(*args)
-        self.inside_one = False
-        node = torch._C._current_autograd_node()
-        self.note(getattr(function, "__name__", ""), args, {}, out, node)
-        if function in (fused.norm_weight_gradient, fused.turned_weight_gradient):
-            self.notes.append((self._where(node), Kernel("", "sum over blocks", True, 0, 0, in_bf16=False)))
-        return out
+    def run(self, *calls: fused.Call) -> list[torch.Tensor]:
+        """Runs fused functions, each of which is one kernel; a sum over all tokens is two."""
+        returned = []
+        for call in calls:
+            self.inside_one = True
+            out = fused.as_they_stand(call)
+            self.inside_one = False
+            returned += out
+            function, args = call
+            node = torch._C._current_autograd_node()
+            self.note(getattr(function, "__name__", ""), args, {}, out, node)
+            if function in (fused.norm_weight_gradient, fused.turned_weight_gradient):
+                self.notes.append((self._where(node), Kernel("", "sum over blocks", True, 0, 0, in_bf16=False)))
+        return returned
 
     def _enter(self, name: str) -> None:
         self.inside.append(name)
