@@ -151,7 +151,9 @@ def test_kernels_are_taken_for_what_they_were_made_for(graphs):
     check(3, *calls(5, width=6))
     check(4, *calls(5, eps=1e-3))
     check(5, *reversed(calls(5)))
-    check(5, *calls(9))
+    for number, function in enumerate((torch.add, torch.mul)):
+        check(6 + number, (function, tuple(torch.randn(2, 5, 8))))
+    check(7, *calls(9))
 
 
 def test_a_tensor_that_kernels_cannot_count_is_computed_without_them(graphs, monkeypatch):
