@@ -140,8 +140,7 @@ def test_kernels_are_taken_for_what_they_were_made_for(graphs):
         return function, (first.t().contiguous().t(), *others)
 
     def check(kinds, *calls):
-        for ours, theirs in zip(fused.run(*calls), fused.as_they_stand(*calls), strict=True):
-            assert torch.equal(ours, theirs)
+        torch.testing.assert_close(fused.run(*calls), fused.as_they_stand(*calls))
         assert len(graphs) == kinds
 
     for tokens in (1, 5, 3000):
