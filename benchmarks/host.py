@@ -5,9 +5,8 @@
 A model of the 1.7B's depth (24 and 28 layers) and tiny widths runs a GPU's way on a CPU, in stage B of Round 2, where a
 kernel on so small tensors takes microseconds: what is left is the host's. Attention is a stand-in of one operator. The
 fused functions (hebrew_asr/model/fused.py) are an operator for each tensor they return. With --compiled they are called
-through torch.compile, as on a GPU, and these operators stand in for its kernels. `before` has neither the fused
-functions, nor places found beforehand, nor weights' copies that stay for all micro-batches of a step, nor the head's
-few passes. The two take turns.
+as on a GPU, and these operators stand in for the kernels. `before` has neither the fused functions, nor places found
+beforehand, nor weights' copies that stay for all micro-batches of a step, nor the head's few passes. Both take turns.
 """
 
 import argparse
@@ -133,7 +132,7 @@ def seconds(model: SpeechModel, batch: dict[str, torch.Tensor], keeps_copies: bo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--compiled", action="store_true", help="with what torch.compile does at each call")
+    parser.add_argument("--compiled", action="store_true", help="with what is done to call a kernel")
     options = parser.parse_args()
     torch.set_num_threads(1)
     models = {"before": tiny_model(is_fused=False), "now": tiny_model(is_fused=True)}
