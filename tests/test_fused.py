@@ -180,9 +180,17 @@ def test_kernels_give_the_gradients_of_the_functions(load, batches, graphs, monk
 
 
 @pytest.mark.slow
-def test_compiled_functions_compute_the_same(monkeypatch):
+def test_compiled_functions_compute_the_same(load, batches, monkeypatch):
+    model = load(True, 1)
+    expected = [gradients(model, batch, False) for batch in batches[:3]]
     monkeypatch.setattr(fused, "run", fused.launch)
+    monkeypatch.setattr(fused, "KERNELS", {})
     assert fused.kernel_error(torch.device("cpu")) is None
+    for batch, (loss, theirs) in zip(batches, expected, strict=False):
+        found, ours = gradients(model, batch, False)
+        assert found == pytest.approx(loss, rel=5e-6)
+        for name, gradient in theirs.items():
+            assert (ours[name] - gradient).norm() <= 3e-5 * gradient.norm(), name
 
 
 def test_each_function_is_one_kernel_of_a_gpu(monkeypatch):
