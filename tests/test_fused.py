@@ -1,6 +1,7 @@
 """Norms, rotary positions and gated products in few kernels are transformers' own: loss, gradients, ten steps."""
 
 import re
+import warnings
 from types import SimpleNamespace
 
 import gpu_stand_ins
@@ -191,6 +192,30 @@ def test_compiled_functions_compute_the_same(load, batches, monkeypatch):
         assert found == pytest.approx(loss, rel=5e-6)
         for name, gradient in theirs.items():
             assert (ours[name] - gradient).norm() <= 3e-5 * gradient.norm(), name
+
+
+def test_a_kernel_that_cannot_be_made_during_a_run_does_not_end_it(monkeypatch):
+    """The first one says whether there is a compiler at all."""
+    gate, up = torch.randn(2, 5, 64)
+
+    def broken(calls):
+        raise RuntimeError("out of resources")
+
+    monkeypatch.setattr(fused, "compiled", broken)
+    monkeypatch.setattr(fused, "KERNELS", {})
+    with pytest.raises(RuntimeError, match="out of resources"):
+        fused.launch((fused.gated, (gate, up)))
+    monkeypatch.setattr(fused, "KERNELS", {"another": None})
+    with pytest.warns(UserWarning, match="gated: runs unfused, which is slower: out of resources"):
+        [found] = fused.launch((fused.gated, (gate, up)))
+    assert torch.equal(found, fused.gated(gate, up))
+    with warnings.catch_warnings():  # it is said once
+        warnings.simplefilter("error")
+        assert torch.equal(fused.launch((fused.gated, (up, gate)))[0], fused.gated(up, gate))
+    monkeypatch.setattr(fused, "KERNELS", {"another": None})
+    monkeypatch.setattr(fused, "compiled", lambda calls: (_ for _ in ()).throw(torch.OutOfMemoryError("at once")))
+    with pytest.raises(torch.OutOfMemoryError):
+        fused.launch((fused.gated, (gate, up)))
 
 
 def test_each_function_is_one_kernel_of_a_gpu(monkeypatch):

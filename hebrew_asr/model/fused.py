@@ -62,8 +62,25 @@ def launch(*calls: Call) -> list[torch.Tensor]:
                 kind.append(arg)
     key = tuple(kind)
     if key not in KERNELS:
-        KERNELS[key] = compiled(calls)
+        KERNELS[key] = tried(calls, tensors)
     return KERNELS[key](*tensors)
+
+
+def tried(calls: tuple[Call, ...], tensors: list[torch.Tensor]) -> Callable[..., Any]:
+    """A kernel that has run, or the calls as they stand, with a warning; raises what the very first one raises."""
+    try:
+        kernel = compiled(calls)
+        kernel(*tensors)
+        return kernel
+    except torch.OutOfMemoryError:  # the step is tried again, with less
+        raise
+    except Exception as error:
+        if not KERNELS:  # `kernel_error` says so, and nothing is fused
+            raise
+        names = ", ".join(getattr(function, "__name__", str(function)) for function, _ in calls)
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        warnings.warn(f"{names}: runs unfused, which is slower: {reason}", stacklevel=3)
+        return Together(calls)
 
 
 class Together(torch.nn.Module):
