@@ -31,7 +31,7 @@ DEMO_OPTIONS = RecipeOptions(
 
 def round2(strategy: str = "b_then_a") -> "TrainingConfig":
     """B adapts the projector and the language model's top while the encoder rests; A adds the encoder's top."""
-    from train_hebrew_asr_enhanced import TrainingConfig
+    from train_hebrew_asr_enhanced import TrainingConfig  # here, since it is also called while that is imported
 
     return TrainingConfig(stages=stages_of(strategy))
 
@@ -81,7 +81,7 @@ def recipe(arguments: list[str]) -> "TrainingConfig":
 
 
 if __name__ == "__main__":
-    READERS.append(lambda arguments: recipe(arguments).check_early())
+    READERS.append(lambda arguments: recipe(arguments).check_early())  # called where the script has its config
     from train_hebrew_asr_enhanced import launch, main
 
     launch(lambda arguments: main(recipe(arguments)))
