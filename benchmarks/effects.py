@@ -66,8 +66,7 @@ from hebrew_asr.data.sources import Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation import measuring as measuring_module
 from hebrew_asr.evaluation import results as results_module
-from hebrew_asr.evaluation import sets as sets_module
-from hebrew_asr.evaluation.settings import EvaluationConfig, EvaluationSet
+from hebrew_asr.evaluation.settings import LEADERBOARD, EvaluationConfig, EvaluationSet, read_set
 from hebrew_asr.model.loss import IGNORED_LABEL
 from hebrew_asr.model.packing import places_of
 from hebrew_asr.model.stages import COMPONENTS, Stage
@@ -386,7 +385,7 @@ def write_data(options: Options, seeds: Sequence[int]) -> None:
 
 def test_sets(options: Options) -> list[EvaluationSet]:
     small = [EvaluationSet(n, Source(str(options.work / "data" / n), split="test")) for n in ("clean", "noisy")]
-    return list(options.sets) or (list(sets_module.LEADERBOARD) if options.real else small)
+    return list(options.sets) or (list(LEADERBOARD) if options.real else small)
 
 
 @functools.cache
@@ -812,8 +811,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Options]:
     chosen = [BY_NAME[name] for name in given.variants or everything]
     names = [v.against for v in chosen] + [v.name for v in chosen] if not given.here else [v.name for v in chosen]
     given.variants = [v for v in VARIANTS if v.name in names]  # with what they are compared with
-    known = {one.name: one for one in sets_module.LEADERBOARD}
-    sets = tuple(sets_module.read_set(text, known) for text in given.sets)
+    known = {one.name: one for one in LEADERBOARD}
+    sets = tuple(read_set(text, known) for text in given.sets)
     options = Options(
         given.work.resolve(), given.real, given.rows, given.test_sentences, given.processes, tuple(changes), sets
     )
