@@ -301,7 +301,8 @@ def draw(table: list[dict[str, Any]], file: Path) -> None:
         axes.set_yscale("log")
         axes.set_xticks(list(EPOCHS), [str(size) for size in EPOCHS])
         axes.minorticks_off()
-        ticks = [tick for tick in (2, 3, 5, 7, 10, 15, 20, 30, 40, 60) if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]
+        low, high = axes.get_ylim()
+        ticks = [tick for tick in (2, 3, 5, 7, 10, 15, 20, 30, 40, 60) if low <= tick <= high]
         axes.set_yticks(ticks, [str(tick) for tick in ticks])
         axes.set_xlabel("training utterances")
         axes.set_ylabel(f"WER on {name}, %")
