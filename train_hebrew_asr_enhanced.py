@@ -242,6 +242,7 @@ MAY_CHANGE = {  # settings that a resumed run may have otherwise than before
     *("bf16", "attention", "torch_compile", "final_dtype", "batch_size"),
     *("dataloader_num_workers", "preprocessing_num_workers"),
     *("eval_steps", "eval_batch_size", "generation_max_new_tokens", "num_logged_predictions", "logging_steps"),
+    "confirm_share",  # another evaluation set, which is noticed as such
     *("target_loss", "target_wer"),
     *("tracker", "wandb_project", "wandb_run_name", "hf_repo_id", "skip_hf_upload", "hf_private"),
     *("hub_checkpoints", "hub_save_total_limit"),

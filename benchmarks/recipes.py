@@ -105,6 +105,15 @@ RECIPES = {
     "lora_8": Recipe(((1.0, ADAPTED, None),), lora_rank=8),
     "lora_32": Recipe(((1.0, ADAPTED, None),), lora_rank=32),
 }
+RECIPES |= {  # cheaper forms of what the demo has
+    "all_with_replay_3": dataclasses.replace(RECIPES["all_with_replay"], epochs=0.6),
+    "all_with_replay_4": dataclasses.replace(RECIPES["all_with_replay"], epochs=0.8),
+    "all_with_replay_3_top": dataclasses.replace(
+        RECIPES["all_with_replay"],
+        stages=tuple((share, rates, 2) for share, rates, _ in RECIPES["all_with_replay"].stages),
+        epochs=0.6,
+    ),
+}
 REPLAYS = ((0, 2), (5, 2), (10, 2), (20, 2), (10, 1), (10, 3), (10, 10))  # percent of English, and without speech
 RECIPES |= {
     f"all_{english}_{nonspeech}": dataclasses.replace(

@@ -24,6 +24,7 @@ from hebrew_asr.data.sources import DataConfig, Source
 from hebrew_asr.data.utterances import SpeechDataset
 from hebrew_asr.errors import InputError
 from hebrew_asr.training.resuming import training_arguments
+from hebrew_asr.training.run_folder import folder_of
 from hebrew_asr.training.run_log import RunLog
 from train_hebrew_asr_enhanced import DataCollatorSpeechSeq2SeqWithPadding, GradualUnfreezeTrainer, main
 
@@ -167,6 +168,8 @@ def test_what_is_set_aside_is_measured_at_the_end_alone(tmp_path, config):
     assert sorted(chooses.column("text") + aside.column("text")) == sorted(
         load_train_and_eval(whole, config.seed)[1].column("text")
     )
+    unnamed = dataclasses.replace(config, output_dir=None)
+    assert folder_of(unnamed) == folder_of(dataclasses.replace(unnamed, confirm_share=0.0)), "a run of before is found"
     config.max_steps, config.eval_steps = 2, 1
     main(config)
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -175,6 +178,9 @@ def test_what_is_set_aside_is_measured_at_the_end_alone(tmp_path, config):
     (confirmed,) = [row for row in logged if "confirm/wer" in row]
     card = (tmp_path / "run" / "final_model" / "README.md").read_text()
     assert f"set aside: it chose nothing | {len(aside)} | {confirmed['confirm/wer']:.2f} (" in card
+    (tmp_path / "run" / "status.json").write_text('{"state": "preempted"}')
+    with pytest.raises(InputError, match="evaluation"):  # of another division the lowest WER is another
+        main(dataclasses.replace(config, confirm_share=0.0))
     (tmp_path / "one").mkdir()
     rows = pyarrow.parquet.read_table(next((DEMO / "heldout").glob("*.parquet"))).slice(0, 40).to_pylist()
     rows = [row | {"metadata": row["metadata"] | {"entry_id": "one"}} for row in rows]

@@ -19,7 +19,7 @@ def test_every_recipe_is_a_run_that_can_be_and_a_changed_one_is_run_anew(tmp_pat
     for name in RECIPES:
         config = recipes.settings(tmp_path, Run(name, 175, 3))
         config.check(processes=1)
-        assert config.stages[-1].last_epoch == config.num_epochs == 20
+        assert config.stages[-1].last_epoch == config.num_epochs == round(20 * RECIPES[name].epochs)
     drawn = {seed: recipes.sources(tmp_path, Run("all", 175, seed))[0].path for seed in (3, 4)}
     assert drawn[3] == config.train_sources[0].path != drawn[4]
     before = Run("all", 175, 3).folder(tmp_path)
