@@ -38,6 +38,7 @@ import transformers
 from hub_server import HubServer
 
 from hebrew_asr.checkpoints import hub as hub_upload
+from hebrew_asr.checkpoints.hub import CheckpointUploader
 from hebrew_asr.data.rows import load_rows
 from hebrew_asr.data.sources import Source
 from hebrew_asr.model.loading import load_to_train
@@ -143,8 +144,25 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(hub_upload, "SILENT_SECONDS", 2.0)
         hub_upload.prepare_library()
         huggingface_hub.utils._http.close_session()
+        begun = noted(monkeypatch)
         yield server
+        for uploader in begun:
+            uploader.stop()
+    for uploader in begun:
+        uploader.join()
     huggingface_hub.utils._http.close_session()
+
+
+def noted(monkeypatch) -> list[CheckpointUploader]:
+    """The uploaders that are made from now on. One that goes on after its test ends the connections of the next."""
+    begun, make = [], CheckpointUploader.__init__
+
+    def note(uploader, *rest):
+        begun.append(uploader)
+        make(uploader, *rest)
+
+    monkeypatch.setattr(CheckpointUploader, "__init__", note)
+    return begun
 
 
 class HastyClock:

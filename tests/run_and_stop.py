@@ -4,7 +4,8 @@
 
 SETTINGS.json holds a TrainingConfig. After STEP steps the process stops itself: `kill` as when the machine ends, once
 the checkpoint before it is written; `TERM` as when a scheduler asks the last one to; `TERM-to-the-agent` as when it
-asks that one's torchrun to; with -1 it runs to its end.
+asks that one's torchrun to; `TERM-while-writing` as when it asks while the first checkpoint is written to a disk that
+takes a minute; with -1 it runs to its end.
 """
 
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from hebrew_asr.checkpoints import store
 from hebrew_asr.command_line import parse_config
 from hebrew_asr.processes import launch
 from hebrew_asr.training.resuming import CheckpointEvents
@@ -38,7 +40,15 @@ def stop_at(stop_step: int, how: str) -> None:
     CheckpointEvents.on_step_begin = stop_first
 
 
+def stop_while_writing() -> None:
+    write = store.write
+    store.write = lambda *rest: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60), write(*rest))
+
+
 if __name__ == "__main__":
     settings, step, how = sys.argv[1:]
-    stop_at(int(step), how)
+    if how == "TERM-while-writing":
+        stop_while_writing()
+    else:
+        stop_at(int(step), how)
     launch(lambda _: main(parse_config(["--config", settings], TrainingConfig())))

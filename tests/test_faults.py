@@ -23,6 +23,7 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from conftest import ROOT, small_config
+from forked import forked
 from tqdm import tqdm
 
 from hebrew_asr.checkpoints import hub as hub_upload
@@ -393,13 +394,10 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
 
 def test_a_slow_disk_at_a_signal_is_a_preemption(config, tmp_path):
     config = short(config, preemption_grace_seconds=1.0)
-    if not (pid := os.fork()):
-        write = store.write
-        store.write = lambda *rest: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60), write(*rest))
-        with contextlib.suppress(BaseException):
-            main(config)
-        os._exit(77)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGTERM
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(dataclasses.asdict(config)))
+    done = forked("tests/run_and_stop.py", file, -1, "TERM-while-writing", timeout=120)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
     assert status_of(config)["state"] == "preempted"
 
 

@@ -128,6 +128,22 @@ def test_a_run_without_a_repository_starts_no_thread(run):
     assert (uploader.numbers(3), uploader.facts()) == ({}, {})
 
 
+def test_an_upload_that_keeps_failing_ends_with_its_run(hub, run, monkeypatch):
+    monkeypatch.setattr(hub_upload, "FIRST_WAIT_SECONDS", 300.0)
+    monkeypatch.setattr(hub_upload, "LAST_CHECKPOINT_SECONDS", 0.1)
+    uploader = uploader_of(run)
+    hub.fail("*", "/", 500, times=10_000)
+    save(run, 2)
+    uploader.wake()
+    wait_for(lambda: uploader.failures)
+    uploader.finish()
+    uploader.join()
+    asked = len(hub.requests)
+    uploader.wake()
+    time.sleep(0.1)
+    assert len(hub.requests) == asked and "is not on the Hub, which has none" in uploader.say
+
+
 def test_a_checkpoint_that_is_being_uploaded_is_not_pruned(hub, run):
     uploader = uploader_of(run)
     first = save(run, 2)

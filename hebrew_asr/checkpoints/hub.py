@@ -288,6 +288,7 @@ class CheckpointUploader:
         self.problem: str | None = None  # why the last attempt failed, if it did
         self._damaged: set[str] = set()
         self._woken, self._hurry, self._idle = threading.Event(), threading.Event(), threading.Event()
+        self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
@@ -337,12 +338,26 @@ class CheckpointUploader:
         """Waits a little for the last checkpoint; the model is on the Hub by then."""
         if self.repo_id and not self.drain(LAST_CHECKPOINT_SECONDS):
             self.say(f"warning: the last checkpoint is not on the Hub, which has {self.uploaded or 'none'}")
+        self.stop()
+
+    def stop(self) -> None:
+        """Makes no further attempt: one that fails closes the connections that all threads of the process share."""
+        self._stopping.set()
+        self._hurry.set()
+        self._woken.set()
+
+    def join(self) -> None:
+        """Waits for the attempt that was under way when it was stopped."""
+        if self._thread is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         wait = FIRST_WAIT_SECONDS
         while True:
             self._woken.wait()
             self._woken.clear()
+            if self._stopping.is_set():
+                return
             try:
                 self._bring_up_to_date()
                 wait, self.problem = FIRST_WAIT_SECONDS, None
@@ -353,7 +368,7 @@ class CheckpointUploader:
                 pause = max(wait, asked_wait(error))
                 self._failed(reason(error), pause)
                 if self._hurry.wait(pause):
-                    time.sleep(1)
+                    self._stopping.wait(1)
                 self._woken.set()
                 wait = min(2 * wait, LONGEST_WAIT_SECONDS)
 
