@@ -106,7 +106,9 @@ class TrainingConfig(Settings):
     """Of what trains each process holds only a part, with its gradient and moments; in bf16 the weights are gathered
     in bf16. Less memory, and on many GPUs a shorter step."""
 
-    # Optimizer: AdamW
+    # Optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of layers and projector, AdamW for the rest (docs/recipes.md: where it won)."""
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
@@ -243,12 +245,11 @@ MAY_CHANGE = {  # settings that a resumed run may have otherwise than before
     *("dataloader_num_workers", "preprocessing_num_workers"),
     *("eval_steps", "eval_batch_size", "generation_max_new_tokens", "num_logged_predictions", "logging_steps"),
     "confirm_share",  # another evaluation set, which is noticed as such
-    *("target_loss", "target_wer"),
-    *("tracker", "wandb_project", "wandb_run_name", "hf_repo_id", "skip_hf_upload", "hf_private"),
-    *("hub_checkpoints", "hub_save_total_limit"),
-    *("resume", "accept_changed_data", "save_steps", "save_total_limit"),
-    *("preemption_grace_seconds", "stall_timeout_minutes", "max_bad_steps", "check_ranks_steps"),
-    *("inspect_data", "output_dir", "process_timeout_minutes"),
+    *("target_loss", "target_wer", "tracker", "wandb_project", "wandb_run_name"),
+    *("hf_repo_id", "skip_hf_upload", "hf_private", "hub_checkpoints", "hub_save_total_limit"),
+    *("resume", "accept_changed_data", "save_steps", "save_total_limit", "preemption_grace_seconds"),
+    *("stall_timeout_minutes", "max_bad_steps", "check_ranks_steps", "process_timeout_minutes"),
+    *("inspect_data", "output_dir"),
     *("tokens_per_micro_batch", "gradient_checkpointing", "fsdp", "bf16_exchange", "prepare", "prepared_dir"),
     *("plan", "plan_device", "plan_devices", "plan_hours_of_audio", "plan_mean_seconds", "plan_price_per_hour"),
     *("find_token_budget", "check_machine"),
@@ -284,6 +285,7 @@ from hebrew_asr.model.frames import FRAMES_PER_CHUNK
 from hebrew_asr.model.generation import generate, new_token_limit
 from hebrew_asr.model.loading import load_processor, load_to_train
 from hebrew_asr.model.loss import IGNORED_LABEL, SpeechModel, label_nats
+from hebrew_asr.model.muon import Muon, by_muon
 from hebrew_asr.model.packing import pack, places_of
 from hebrew_asr.model.precision import mixed_precision, runs_bf16, to_encoder
 from hebrew_asr.model.prompts import pad, padded
@@ -514,30 +516,27 @@ class GradualUnfreezeTrainer(StepTrainer):
     # Optimizer and schedule
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over every parameter that some stage trains, one group for each component, layer and decay.
+        """Every parameter that some stage trains, one group for each component, layer and decay.
 
-        Frozen ones have no gradient, and AdamW leaves a parameter without gradient, and its moments, alone.
+        Frozen ones have no gradient, and a parameter without gradient is left alone, as are its moments.
         """
         if self.optimizer is None:
             groups: dict[tuple, dict[str, Any]] = {}
             decayed = set(self.get_decay_parameter_names(self.model))
-            for name, parameter in self.model.named_parameters():
-                components = {
+            for name, parameter in ever_trained(self.model, self.config.stages).items():
+                (component,) = {
                     component_of(name, stage, self.model.config)
                     for stage in self.config.stages
                     if trains_in(name, stage, self.model.config)
                 }
-                if not components:
-                    continue
-                (component,) = components
-                key = (component, layer_depth(name, self.model.config), name in decayed)
+                matrices = self.config.optimizer == "muon" and by_muon(name, parameter.dim())
+                key = (component, layer_depth(name, self.model.config), name in decayed, matrices)
                 weight_decay = self.config.weight_decay if name in decayed else 0.0
-                group = groups.setdefault(
-                    key, {"component": component, "depth": key[1], "weight_decay": weight_decay, "params": []}
-                )
-                group["params"].append(parameter)
+                new = {"component": component, "depth": key[1], "weight_decay": weight_decay, "matrices": matrices}
+                groups.setdefault(key, new | {"params": []})["params"].append(parameter)
             # The base learning rate is 1, and the lambda of create_scheduler returns the learning rate.
-            self.optimizer = torch.optim.AdamW(list(groups.values()), lr=1.0, fused=torch.cuda.is_available() or None)
+            optimizer = Muon if self.config.optimizer == "muon" else torch.optim.AdamW
+            self.optimizer = optimizer(list(groups.values()), lr=1.0, fused=torch.cuda.is_available() or None)
         return self.optimizer
 
     def create_scheduler(

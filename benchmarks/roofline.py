@@ -127,10 +127,10 @@ def main() -> None:
     for model in options.models:
         config = MODELS[model]()
         config.audio_token_id = 151_676
-        sizes = Weights.of(config).sizes
+        shapes = Weights.of(config).shapes
         for stage in stages:
             trains = trains_by(config, stage)
-            trained = Trained.of(config, sizes, trains, trains_by(config, *stages))
+            trained = Trained.of(config, shapes, trains, trains_by(config, *stages))
             for ranks in options.ranks:
                 traces = traces_of(config, stages, stage, ranks, options.budget, options.fsdp and ranks > 1)
                 counted = sum(sum(flops(config, t.work, trains).values()) for t in traces)

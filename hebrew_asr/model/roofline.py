@@ -31,6 +31,7 @@ from hebrew_asr.model import attention, fused, loss
 from hebrew_asr.model.costs import Work, work_of
 from hebrew_asr.model.frames import FRAMES_PER_CHUNK, audio_token_count
 from hebrew_asr.model.loss import SpeechModel
+from hebrew_asr.model.muon import by_muon, operations
 from hebrew_asr.model.packing import pack, places_of
 from hebrew_asr.model.stages import LAYER
 
@@ -501,22 +502,31 @@ class Trained:
     """Of them, those outside of the layers: sharded, they are gathered and reduced at once."""
     gathered: int = 0
     """What some stage trains: sharded, all of it is gathered."""
+    by_muon: int = 0
+    """Of them, in matrices that Muon moves."""
+    muon_operations: float = 0.0
+    """Floating-point, of a step, to make those matrices orthogonal."""
 
     @classmethod
     def of(
         cls,
         config: transformers.Qwen3ASRConfig,
-        sizes: dict[str, int],
+        shapes: dict[str, torch.Size],
         trains: Callable[[str], bool],
         ever_trains: Callable[[str], bool],
+        is_muon: bool = False,
     ) -> "Trained":
+        sizes = {name: shape.numel() for name, shape in shapes.items()}
+        matrices = [n for n, shape in shapes.items() if is_muon and trains(n) and by_muon(n, len(shape))]
+
         def count(chosen: Callable[[str], bool]) -> int:
             return sum(number for name, number in sizes.items() if chosen(name))
 
         embedding = "model.language_model.embed_tokens.weight"
         last = sizes[embedding] if config.tie_word_embeddings and trains(embedding) else 0
         outside = count(lambda name: trains(name) and not LAYER.search(name))
-        return cls(count(trains), last, outside, count(ever_trains))
+        its = sum(sizes[name] for name in matrices), sum(operations(shapes[name]) for name in matrices)
+        return cls(count(trains), last, outside, count(ever_trains), *its)
 
 
 @dataclass
@@ -551,14 +561,15 @@ def step(
     its norm is read before. DistributedDataParallel copies gradients into its buckets, where they stay; to exchange
     them in bf16 it makes a copy, divides it and copies it back, which is four passes' worth. All else is fp32.
     """
+    muon = muon_seconds(trained, ranks, device, efficiency, traces[0].sharded)
     first, *others = traces
     kernels = first.kernels + [k for t in others for k in t.kernels if not k.is_copy_of_weight]
     parts = {part: sum(k.seconds(device, efficiency) for k in kernels if k.part == part) for part in PARTS}
     if first.sharded:
-        parts |= sharded_parts(traces, trained, ranks, device, efficiency, BF16 if bf16_exchange else FP32)
+        parts |= sharded_parts(traces, trained, ranks, device, efficiency, BF16 if bf16_exchange else FP32) | muon
         return Step(parts, sum(t.operations for t in traces), sum(k.times for k in kernels))
     one_pass = FP32 * trained.numbers / (device.bandwidth * efficiency.memory)
-    parts |= {"adding up gradients": 3 * len(others) * one_pass, "AdamW": 8 * one_pass, "clip": one_pass}
+    parts |= {"adding up gradients": 3 * len(others) * one_pass, "AdamW": 8 * one_pass, "clip": one_pass} | muon
     parts |= {"copies to exchange": 0.0, "exchange": 0.0}
     if ranks > 1:
         share = 2 * (ranks - 1) / ranks * (BF16 if bf16_exchange else FP32) / device.exchange
@@ -567,6 +578,20 @@ def step(
         parts["copies to exchange"] = (6 if bf16_exchange else 2) * one_pass
         parts["exchange"] = share * trained.last + max(0.0, early - hidden * efficiency.overlapped)
     return Step(parts, sum(t.operations for t in traces), sum(k.times for k in kernels))
+
+
+def muon_seconds(
+    trained: Trained, ranks: int, device: Device, efficiency: Efficiency, sharded: bool
+) -> dict[str, float]:
+    """What Muon takes beyond AdamW's passes, which are counted for its matrices too: one moment less is not.
+
+    The ranks share the products; each direction goes to all of them in bf16, and sharded it is gathered before.
+    """
+    if not trained.by_muon:
+        return {}
+    products = trained.muon_operations / ranks / (device.bf16 * efficiency.matrix)
+    times = (2 if sharded else 1) if ranks > 1 else 0
+    return {"Muon": products + times * BF16 * trained.by_muon / device.exchange}
 
 
 def sharded_parts(

@@ -27,6 +27,7 @@ from hebrew_asr.model.frames import FRAMES_PER_CHUNK, SHORTEST_CLIP, TOKENS_PER_
 from hebrew_asr.model.layouts import in_transformers_layout
 from hebrew_asr.model.loading import checkpoint_problems
 from hebrew_asr.model.loss import LOGITS_AT_ONCE
+from hebrew_asr.model.muon import by_muon
 from hebrew_asr.model.packing import WINDOW_TOKENS, deal_step, rows_of
 from hebrew_asr.model.roofline import (
     DEVICES,
@@ -161,7 +162,7 @@ def passing(
 class Weights:
     """Sizes of a model's parameters, in numbers."""
 
-    sizes: dict[str, int]
+    shapes: dict[str, torch.Size]
     matrices: set[str]
     """Of them, those that products read, for which autocast has bf16 copies."""
 
@@ -171,7 +172,11 @@ class Weights:
             model = transformers.Qwen3ASRForConditionalGeneration(config)
         parameters = dict(model.named_parameters())
         matrices = {name for name, parameter in parameters.items() if parameter.dim() > 1}
-        return cls({name: parameter.numel() for name, parameter in parameters.items()}, matrices)
+        return cls({name: parameter.shape for name, parameter in parameters.items()}, matrices)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: shape.numel() for name, shape in self.shapes.items()}
 
     def count(self, wanted: Callable[[str], bool]) -> int:
         return sum(size for name, size in self.sizes.items() if wanted(name))
@@ -186,11 +191,12 @@ def standing(
     is_averaged: bool = False,
     sharded: bool = False,
     in_parts: bool = True,
+    is_muon: bool = False,
 ) -> dict[str, int]:
     """Bytes of each part that stays from one micro-batch to the next, in a stage given by its place.
 
     Args:
-        stages: of each stage, whether a parameter trains; Adam's moments are those of all stages so far.
+        stages: of each stage, whether a parameter trains; moments are those of all stages so far.
         is_averaged: a moving average of what trains is kept.
         sharded: over the processes, as `hebrew_asr/model/sharding.py` does.
         in_parts: a step has several micro-batches. Else DDP's buckets hold the only gradients there are.
@@ -199,13 +205,16 @@ def standing(
     trains = stages[number]
     ever = weights.count(lambda name: any(stage(name) for stage in stages))
     moved = weights.count(lambda name: any(stage(name) for stage in stages[: number + 1]))
+    once = weights.count(  # has one moment
+        lambda name: is_muon and by_muon(name, len(weights.shapes[name])) and any(s(name) for s in stages[: number + 1])
+    )
     now = weights.count(trains)
     copied = weights.count(lambda name: trains(name) and name in weights.matrices)
     return {
         "weights that train in some stage, fp32": FP32 * ever // share,
         "weights that never train": element * (weights.count(lambda name: True) - ever),
         "gradients": FP32 * now // share,
-        "Adam's moments": 2 * FP32 * moved // share,
+        "moments": FP32 * (2 * moved - once) // share,
         "moving average": FP32 * ever // share if is_averaged else 0,
         "DDP's buckets": FP32 * now if processes > 1 and in_parts and not sharded else 0,
         "bf16 copies for autocast": element * copied if element < FP32 and not sharded else 0,  # the graph keeps them
@@ -448,6 +457,7 @@ def make_plan(config: Settings) -> Plan:
                     config.ema_decay is not None,
                     is_sharded,
                     steps.most > budget,
+                    config.optimizer == "muon",
                 ),
                 seconds,
                 Gathered.of(weights, trained, number, steps.most) if is_sharded else None,
@@ -463,7 +473,7 @@ def make_plan(config: Settings) -> Plan:
             steps.typical,
             trains,
             ever_trains,
-            Trained.of(model, weights.sizes, trains, ever_trains),
+            Trained.of(model, weights.shapes, trains, ever_trains, config.optimizer == "muon"),
             processes,
             device,
             config.gradient_checkpointing,

@@ -30,11 +30,13 @@ from hebrew_asr.training.watch import take_lock
 PATH = re.compile(r"(train|eval)_sources\.\d+\.path: ")  # of `changes`: data that moved are the same data
 
 BEFORE = {"no_system_prob": 0.0}  # what runs did before there was the setting
+LATER = {"optimizer": "adamw"}  # settings that came later: with these the folder's name is what it was
 
 
 def folder_of(config: Settings) -> Path:
     """Where a run of these settings is; with `resume` never another one each second."""
-    name = f"hebrew-asr-{store.fingerprint(config.identity())}"
+    settings = {key: value for key, value in config.identity().items() if key not in LATER or value != LATER[key]}
+    name = f"hebrew-asr-{store.fingerprint(settings)}"
     if config.resume == "never":
         name += time.strftime("-%Y%m%d-%H%M%S")
     return Path(config.output_dir or f"runs/{name}")

@@ -51,6 +51,7 @@ class Settings(PlanSettings, DataConfig):
     warmup_steps: int
     max_grad_norm: float
     ema_decay: float | None
+    optimizer: str
 
     # Data
     seed: int

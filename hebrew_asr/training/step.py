@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.generation import new_token_limit
 from hebrew_asr.model.loss import IGNORED_LABEL
+from hebrew_asr.model.muon import Muon
 from hebrew_asr.model.packing import halves
 from hebrew_asr.model.sharding import is_sharded
 from hebrew_asr.model.stages import ever_trained
@@ -161,7 +162,7 @@ class StepTrainer(ResumableTrainer):
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
         """Has the fused optimizer scale the gradients as it reads them, which saves a pass over all of them."""
         optimizer = self.optimizer.optimizer
-        if not optimizer.defaults["fused"] or is_sharded(model):
+        if not optimizer.defaults["fused"] or is_sharded(model) or isinstance(optimizer, Muon):
             return super()._clip_grad_norm(model)
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)

@@ -17,6 +17,7 @@ from accelerate.utils import find_executable_batch_size, gather_object
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.frames import FRAMES_PER_CHUNK, SHORTEST_CLIP, TOKENS_PER_CHUNK
 from hebrew_asr.model.loss import SpeechModel
+from hebrew_asr.model.muon import by_muon
 from hebrew_asr.model.packing import pack, places_of
 from hebrew_asr.model.stages import freeze_for
 from hebrew_asr.processes import fail_together
@@ -151,7 +152,9 @@ def search(
         freeze_for(model, stage)
         moved |= {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
-        kept = [*moved.values(), *moved.values(), *averaged]  # Adam's two moments, and the moving average
+        is_muon = config.optimizer == "muon"
+        twice = [p for name, p in moved.items() if not (is_muon and by_muon(name, p.dim()))]
+        kept = [*moved.values(), *twice, *averaged]  # one moment or two, and the moving average
 
         def attempt(tokens: int, kept: Sequence[torch.Tensor] = kept) -> None:
             for batch in utterances.fillings(tokens):

@@ -1,0 +1,90 @@
+"""Muon for the matrices of a model, AdamW for all else (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
+
+Muon turns the momentum of a matrix into the nearest matrix whose singular values are one (about: between 0.7 and 1.2),
+and moves along that. Its step is scaled to the root mean square that AdamW's has (Liu et al. 2025, arXiv:2502.16982),
+so that rates mean the same. `torch.optim.Muon` computes the same on one device; here the processes share the work, and
+sharded weights are gathered.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed
+
+from hebrew_asr.model.sharding import sharded_like, whole
+
+MOMENTUM = 0.95
+ITERATIONS = 5
+A, B, C = 3.4445, -4.775, 2.0315  # of Jordan et al.: a polynomial that is steepest at zero
+RMS_OF_ADAMW = 0.2
+BUFFER = "momentum_buffer"
+
+
+def by_muon(name: str, dimensions: int) -> bool:
+    """Whether a parameter is a matrix between vectors: no table of embeddings, bias, norm or convolution."""
+    return dimensions == 2 and not re.search(r"(^|\.)(embed_tokens|lm_head)\.", name)
+
+
+def operations(shape: Iterable[int]) -> float:
+    """Floating-point operations of `orthogonal` for a matrix."""
+    short, long = sorted(shape)
+    return ITERATIONS * (4.0 * short * short * long + 2.0 * short**3)
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """The nearest matrix with all singular values about one, by Newton and Schulz's iteration in bf16."""
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    found = matrix.mT if is_tall else matrix
+    found = found / found.norm().clamp(min=1e-7)  # so that no singular value is above one
+    for _ in range(ITERATIONS):
+        square = found @ found.mT
+        found = torch.addmm(found, torch.addmm(square, square, square, beta=B, alpha=C), found, beta=A)
+    return found.mT if is_tall else found
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but for groups with `matrices`; those have one moment, `momentum_buffer`, where AdamW has two.
+
+    Of as many matrices as there are processes, each process makes one orthogonal and sends it to the others, so that
+    all move by the same bits. Gradients must be reduced by then.
+    """
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["matrices"]]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        self.move([(matrix, group) for group in groups if group["matrices"] for matrix in group["params"]])
+        return loss
+
+    @torch.no_grad()
+    def move(self, matrices: list[tuple[torch.Tensor, dict[str, Any]]]) -> None:
+        alone = not torch.distributed.is_initialized()
+        rank, processes = (0, 1) if alone else (torch.distributed.get_rank(), torch.distributed.get_world_size())
+        moving = sorted((pair for pair in matrices if pair[0].grad is not None), key=lambda pair: -pair[0].numel())
+        for first in range(0, len(moving), processes):  # not all at once, which would need as much memory
+            part = moving[first : first + processes]
+            directions = [self.direction(matrix) for matrix, _ in part]
+            if rank < len(part):
+                directions[rank] = orthogonal(directions[rank])
+            for owner, ((matrix, group), direction) in enumerate(zip(part, directions, strict=True)):
+                if processes > 1:
+                    direction = direction.contiguous()
+                    torch.distributed.broadcast(direction, owner)
+                length = group["lr"] * RMS_OF_ADAMW * math.sqrt(max(matrix.shape))
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(sharded_like(direction.to(matrix.dtype), matrix), alpha=-length)
+
+    def direction(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Momentum as Nesterov has it, in bf16, of a sharded matrix gathered."""
+        gradient, state = matrix.grad, self.state[matrix]
+        assert gradient is not None
+        if BUFFER not in state:
+            state[BUFFER] = torch.zeros_like(gradient)
+        state[BUFFER].lerp_(gradient, 1 - MOMENTUM)
+        return whole(gradient.lerp(state[BUFFER], MOMENTUM).bfloat16())
