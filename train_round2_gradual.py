@@ -19,7 +19,7 @@ from hebrew_asr.command_line import READERS, help_of, parse_config, split_option
 from hebrew_asr.data.sources import Source, WaveformAugmentation
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import DEMO
-from hebrew_asr.training.strategies import RecipeOptions, stages_of, with_replay
+from hebrew_asr.training.strategies import STRATEGIES, RecipeOptions, stages_of, with_replay
 
 if typing.TYPE_CHECKING:  # its imports take seconds
     from train_hebrew_asr_enhanced import TrainingConfig
@@ -33,14 +33,14 @@ def round2(strategy: str = "b_then_a") -> "TrainingConfig":
     """B adapts the projector and the language model's top while the encoder rests; A adds the encoder's top."""
     from train_hebrew_asr_enhanced import TrainingConfig  # here, since it is also called while that is imported
 
-    return TrainingConfig(stages=stages_of(strategy))
+    stages = stages_of(strategy)
+    return TrainingConfig(stages=stages, num_epochs=stages[-1].last_epoch, optimizer=STRATEGIES[strategy].optimizer)
 
 
 def demo(strategy: str = "b_then_a") -> "TrainingConfig":
     """Round 2 on the small world: fewer layers, rates 20 times as high, a batch of 16, and no account anywhere."""
-    config, faster = round2(strategy), 20
-    if strategy == "all_with_replay":  # what was best of some 25 runs there (docs/recipes.md)
-        faster = 30
+    config, faster = round2(strategy), {"all_with_replay": 30, "muon_with_replay": 60}.get(strategy, 20)
+    if strategy.endswith("with_replay"):  # what was best of some 40 runs there (docs/recipes.md)
         config.num_time_masks = 0  # its clips have 1.7 s: a mask hides whole words
         config.use_waveform_augmentation = True
         config.waveform_augmentation = WaveformAugmentation((1.0,), 0, gain_probability=0, noise_probability=0.1)

@@ -90,8 +90,9 @@ def of_strategy(name: str) -> Recipe:
     last = config.stages[-1].last_epoch
     stages = tuple((stage.last_epoch / last, stage.learning_rates, stage.llm_top_layers) for stage in config.stages)
     replay = {"english": strategy.replay_english, "nonspeech": strategy.replay_nonspeech}
-    own = ("num_time_masks", "use_waveform_augmentation", "waveform_augmentation")
-    return Recipe(stages, replay, {setting: getattr(config, setting) for setting in own})
+    own = ["num_time_masks", "use_waveform_augmentation", "waveform_augmentation"]
+    own += ["optimizer"] if strategy.optimizer != "adamw" else []
+    return Recipe(stages, replay, {setting: getattr(config, setting) for setting in own}, last / EPOCHS[2309])
 
 
 ADAPTED = {component: rate for component, rate in everything(2e-3).items() if component != "lm_head"}
@@ -105,15 +106,10 @@ RECIPES = {
     "lora_8": Recipe(((1.0, ADAPTED, None),), lora_rank=8),
     "lora_32": Recipe(((1.0, ADAPTED, None),), lora_rank=32),
 }
-RECIPES |= {  # cheaper forms of what the demo has
-    "all_with_replay_3": dataclasses.replace(RECIPES["all_with_replay"], epochs=0.6),
-    "all_with_replay_4": dataclasses.replace(RECIPES["all_with_replay"], epochs=0.8),
-    "all_with_replay_3_top": dataclasses.replace(
-        RECIPES["all_with_replay"],
-        stages=tuple((share, rates, 2) for share, rates, _ in RECIPES["all_with_replay"].stages),
-        epochs=0.6,
-    ),
-}
+RECIPES["all_with_replay_top"] = dataclasses.replace(
+    RECIPES["all_with_replay"],
+    stages=tuple((share, rates, 2) for share, rates, _ in RECIPES["all_with_replay"].stages),
+)
 REPLAYS = ((0, 2), (5, 2), (10, 2), (20, 2), (10, 1), (10, 3), (10, 10))  # percent of English, and without speech
 RECIPES |= {
     f"all_{english}_{nonspeech}": dataclasses.replace(
@@ -124,9 +120,11 @@ RECIPES |= {
 
 
 def recipe_of(name: str) -> Recipe:
-    """A recipe by its name, or `NAME@2`: with twice the rates."""
+    """A recipe by its name; `NAME@2`: with twice the rates; `NAME:3`, `NAME@2:3`: for 3 epochs of 2,309 utterances."""
+    name, _, epochs = name.partition(":")
     known, _, factor = name.partition("@")
-    return RECIPES[known].faster(float(factor)) if factor else RECIPES[known]
+    recipe = RECIPES[known].faster(float(factor)) if factor else RECIPES[known]
+    return dataclasses.replace(recipe, epochs=int(epochs) / EPOCHS[2309]) if epochs else recipe
 
 
 def known_recipe(name: str) -> str:
@@ -322,7 +320,7 @@ def draw(table: list[dict[str, Any]], file: Path) -> None:
 
 def command(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("recipes.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    about = "%(metavar)s, or NAME@2 for twice its rates"
+    about = "%(metavar)s, NAME@2 for twice its rates, NAME:3 for 3 epochs (of 2,309 utterances)"
     parser.add_argument("--recipes", nargs="+", type=known_recipe, default=list(RECIPES), metavar="NAME", help=about)
     parser.add_argument("--rows", nargs="+", type=int, choices=list(EPOCHS), default=list(EPOCHS))
     parser.add_argument("--seeds", type=int, default=3, help="so many, from --first_seed on")

@@ -19,7 +19,8 @@ def test_every_strategy_can_be_named_and_none_changes_another():
         recipe(["--demo", "--strategy", name])  # at 20 times the rates
         config = recipe(["--strategy", name, "--nonspeech", "noise"])
         config.check(processes=8)
-        assert config.stages == STRATEGIES[name].stages and config.num_epochs == 5
+        assert config.stages == STRATEGIES[name].stages and config.num_epochs == config.stages[-1].last_epoch
+        assert config.optimizer == ("muon" if name == "muon_with_replay" else "adamw")
     assert recipe([]) == round2()
 
 

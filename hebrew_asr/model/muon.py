@@ -21,6 +21,7 @@ ITERATIONS = 5
 A, B, C = 3.4445, -4.775, 2.0315  # of Jordan et al.: a polynomial that is steepest at zero
 RMS_OF_ADAMW = 0.2
 BUFFER = "momentum_buffer"
+BUCKET = 256 * 1024**2  # numbers of matrices that move at once, which bounds the memory of their directions
 
 
 def by_muon(name: str, dimensions: int) -> bool:
@@ -48,8 +49,8 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 class Muon(torch.optim.AdamW):
     """AdamW, but for groups with `matrices`; those have one moment, `momentum_buffer`, where AdamW has two.
 
-    Of as many matrices as there are processes, each process makes one orthogonal and sends it to the others, so that
-    all move by the same bits. Gradients must be reduced by then.
+    The processes share the matrices; each makes its own orthogonal and sends them to the others, so that all move by
+    the same bits. Gradients must be reduced by then.
     """
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -59,26 +60,31 @@ class Muon(torch.optim.AdamW):
             loss = super().step(closure)
         finally:
             self.param_groups = groups
-        self.move([(matrix, group) for group in groups if group["matrices"] for matrix in group["params"]])
+        moving = [
+            (matrix, group)
+            for group in groups
+            if group["matrices"]
+            for matrix in group["params"]
+            if matrix.grad is not None
+        ]
+        moving.sort(key=lambda pair: -pair[0].numel())  # so that neighbours take as long
+        while moving:
+            count = numbers_within(BUCKET, [matrix.numel() for matrix, _ in moving])
+            self.move(moving[:count])
+            moving = moving[count:]
         return loss
 
     @torch.no_grad()
-    def move(self, matrices: list[tuple[torch.Tensor, dict[str, Any]]]) -> None:
+    def move(self, moving: list[tuple[torch.Tensor, dict[str, Any]]]) -> None:
         alone = not torch.distributed.is_initialized()
         rank, processes = (0, 1) if alone else (torch.distributed.get_rank(), torch.distributed.get_world_size())
-        moving = sorted((pair for pair in matrices if pair[0].grad is not None), key=lambda pair: -pair[0].numel())
-        for first in range(0, len(moving), processes):  # not all at once, which would need as much memory
-            part = moving[first : first + processes]
-            directions = [self.direction(matrix) for matrix, _ in part]
-            if rank < len(part):
-                directions[rank] = orthogonal(directions[rank])
-            for owner, ((matrix, group), direction) in enumerate(zip(part, directions, strict=True)):
-                if processes > 1:
-                    direction = direction.contiguous()
-                    torch.distributed.broadcast(direction, owner)
-                length = group["lr"] * RMS_OF_ADAMW * math.sqrt(max(matrix.shape))
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.add_(sharded_like(direction.to(matrix.dtype), matrix), alpha=-length)
+        directions = [self.direction(matrix) for matrix, _ in moving]
+        mine = [orthogonal(direction) for direction in directions[rank::processes]]
+        directions = exchanged(mine, directions, rank, processes) if processes > 1 else mine
+        for (matrix, group), direction in zip(moving, directions, strict=True):
+            length = group["lr"] * RMS_OF_ADAMW * math.sqrt(max(matrix.shape))
+            matrix.mul_(1 - group["lr"] * group["weight_decay"])
+            matrix.add_(sharded_like(direction.to(matrix.dtype), matrix), alpha=-length)
 
     def direction(self, matrix: torch.Tensor) -> torch.Tensor:
         """Momentum as Nesterov has it, in bf16, of a sharded matrix gathered."""
@@ -88,3 +94,23 @@ class Muon(torch.optim.AdamW):
             state[BUFFER] = torch.zeros_like(gradient)
         state[BUFFER].lerp_(gradient, 1 - MOMENTUM)
         return whole(gradient.lerp(state[BUFFER], MOMENTUM).bfloat16())
+
+
+def exchanged(mine: list[torch.Tensor], like: list[torch.Tensor], rank: int, processes: int) -> list[torch.Tensor]:
+    """All matrices, of which each process has every so manyth, by one exchange."""
+    shares = [sum(matrix.numel() for matrix in like[other::processes]) for other in range(processes)]
+    sent = like[0].new_zeros(max(shares))
+    sent[: shares[rank]] = torch.cat([matrix.flatten() for matrix in mine]) if mine else sent[:0]
+    received = like[0].new_empty(processes * len(sent))
+    torch.distributed.all_gather_into_tensor(received, sent)
+    found = list(like)
+    for other, part in enumerate(received.view(processes, -1)):
+        theirs = like[other::processes]
+        parts = part[: shares[other]].split([matrix.numel() for matrix in theirs])
+        found[other::processes] = [numbers.view(matrix.shape) for numbers, matrix in zip(parts, theirs, strict=True)]
+    return found
+
+
+def numbers_within(limit: int, sizes: list[int]) -> int:
+    """How many of the first sizes sum to at most `limit`; at least one."""
+    return max(1, int((torch.tensor(sizes).cumsum(0) <= limit).sum()))
