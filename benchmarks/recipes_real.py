@@ -29,6 +29,7 @@ class Question:
 
 
 REPLAY = ("--strategy", "all_with_replay", "--nonspeech", "data/noise")
+MUON = ("--strategy", "muon_with_replay", "--nonspeech", "data/noise")
 MASKS = ("--time_mask_param", "20")
 NOISE = ("--use_waveform_augmentation", "true", "--waveform_augmentation.speed_probability", "0")
 NOISE += ("--waveform_augmentation.noise_probability", "0.1")
@@ -36,10 +37,11 @@ QUESTIONS = [
     Question("what the spec's recipe reaches", ("--strategy", "b_then_a"), None),
     Question("freezing, or everything", ("--strategy", "all"), 1),
     Question("what keeping English and silence costs", REPLAY, 2),
+    Question("Muon, in three epochs", MUON, 3),
     Question("time masks shorter than words, and noise", (*REPLAY, *MASKS, *NOISE), 3),
     Question("everything after B", ("--strategy", "b_then_all"), 2),
     Question("chance: run 2 again", ("--strategy", "all", "--seed", "43"), 2),
-    Question("chance: run 1 again", ("--strategy", "b_then_a", "--seed", "43"), 6),
+    Question("chance: run 1 again", ("--strategy", "b_then_a", "--seed", "43"), 7),
 ]
 
 

@@ -22,7 +22,7 @@ from hebrew_asr.model.frames import audio_token_count
 from hebrew_asr.model.generation import generate, new_token_limit
 from hebrew_asr.model.loss import SpeechModel, label_nats
 from hebrew_asr.model.packing import pack, places_of
-from hebrew_asr.model.roofline import trace
+from hebrew_asr.model.roofline import DEVICES, trace
 from hebrew_asr.model.stages import Stage, freeze_for, trains_in
 from hebrew_asr.training import plan as training_plan
 from hebrew_asr.training.plan import Weights, activations, decoding_bytes, make_plan, passing, rows_at_once, standing
@@ -288,6 +288,26 @@ def test_the_hours_of_a_sharded_run_are_its_own(real):
     said = {devices: make_plan(dataclasses.replace(config, plan_devices=devices)).advised for devices in (1, 2, 8)}
     assert not said[1] and not said[2] and said[8].startswith("--fsdp true would take 0.3")
     assert not make_plan(dataclasses.replace(config, fsdp=True)).advised
+
+
+def test_muon_keeps_one_moment_of_a_matrix_and_shares_its_products(real):
+    """Stage B of the spec: 12 layers of the language model, and the projector's two matrices."""
+    config, plan = real
+    config = dataclasses.replace(config, optimizer="muon")
+    muon, adam = make_plan(config).stages[0], plan.stages[0]
+    shapes = 12 * [(2048, 2048), (1024, 2048), (1024, 2048), (2048, 2048), *3 * [(2048, 6144)]]
+    shapes += [(1024, 1024), (1024, 2048)]
+    numbers = sum(short * long for short, long in shapes)
+    assert adam.memory["moments"] - muon.memory["moments"] == 4 * numbers
+    assert {name: muon.memory[name] for name in muon.memory if name != "moments"} == {
+        name: adam.memory[name] for name in adam.memory if name != "moments"
+    }
+    products = 5 * sum(2 * short * short * (2 * long + short) for short, long in shapes)  # in each of 5 iterations
+    a100 = 312e12
+    fast, slow = (mine - theirs for mine, theirs in zip(muon.step_seconds, adam.step_seconds, strict=True))
+    sent = 2 * numbers / DEVICES["A100-40GB"].exchange
+    assert fast == pytest.approx(products / 8 / (0.75 * a100) + sent, rel=1e-6)
+    assert slow == pytest.approx(products / 8 / (0.5 * a100) + sent, rel=1e-6)
 
 
 def test_a_plan_that_does_not_fit_advises_sharding_where_that_fits(real):
