@@ -8,7 +8,7 @@ from conftest import small_config
 from safetensors.torch import load_file
 
 from hebrew_asr.checkpoints import store
-from hebrew_asr.model.muon import Muon, by_muon, operations, orthogonal
+from hebrew_asr.model.muon import Muon, by_muon, exchanged, numbers_within, operations, orthogonal
 from hebrew_asr.training.run_folder import changes, folder_of
 from train_hebrew_asr_enhanced import main
 
@@ -59,6 +59,35 @@ def test_a_matrix_is_made_orthogonal_about_its_own_directions(shape):
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         orthogonal(matrix.bfloat16())
     assert operations(shape) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_three_processes_have_all_matrices_after_one_exchange(monkeypatch, count):
+    like = [matrix.bfloat16() for matrix in drawn(4, [(9, 4), (4, 8), (5, 5), (3, 2), (2, 1)][:count])]
+    made = [2 * matrix for matrix in like]
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", lambda received, mine: sent.append(mine))
+    for rank in range(3):
+        exchanged(made[rank::3], like, rank, 3)
+    monkeypatch.setattr(
+        torch.distributed, "all_gather_into_tensor", lambda received, mine: received.copy_(torch.cat(sent))
+    )
+    for rank in range(3):
+        found = exchanged(made[rank::3], like, rank, 3)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, made, strict=True))
+
+
+def test_matrices_that_move_at_once_are_as_many_as_memory_has_place_for(monkeypatch):
+    assert [numbers_within(limit, [8, 4, 4]) for limit in (7, 8, 12, 15, 16)] == [1, 1, 2, 2, 3]
+    moved = []
+    matrices = drawn(5)
+    for matrix in matrices:
+        matrix.grad = matrix.clone()
+    muon = Muon([{"params": matrices, "matrices": True}], lr=0.1)
+    monkeypatch.setattr("hebrew_asr.model.muon.BUCKET", 310)
+    monkeypatch.setattr(Muon, "move", lambda self, moving: moved.append([tuple(m.shape) for m, _ in moving]))
+    muon.step()
+    assert moved == [[(8, 20)], [(20, 8), (12, 12)]]
 
 
 def test_tables_norms_and_convolutions_are_not_its(model):
