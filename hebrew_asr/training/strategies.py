@@ -5,8 +5,8 @@ gives the language model in B, 5e-5, which lies at the upper end of what public 
 for Qwen3-ASR (zyoung11/Win-AMD-Qwen3-ASR, finetuning/README.md), 1e-5 for Whisper large v2 in Hebrew
 (Wenxin-Jiang/CS577-NLP, project/model_cards/_train/Shiry_whisper-large-v2-he_README.md), 5e-5 for Whisper large v3
 turbo (malaysia-ai/cooking, whisper/run-large-v3-turbo.sh). Muon has the same: its step is scaled to AdamW's. The demo
-trains at 20 times the rates, with replay at 30, by Muon at 60. No recipe but the demo's was measured; docs/recipes.md has
-how they compare there.
+trains at 20 times the rates, with replay at 30, by Muon at 60. No recipe but the demo's was measured; docs/recipes.md
+has how they compare there.
 """
 
 import dataclasses
