@@ -612,6 +612,7 @@ PARTS: dict[str, tuple[float, Callable[[], dict[str, Any]]]] = {  # seconds at m
     "demo": (170, demo),
     "token_budget": (60, token_budget),
     "step_B_bf16_exchange": (60, functools.partial(step_time, ddp=True, bf16_exchange=True)),
+    "step_B_muon": (60, functools.partial(step_time, optimizer="muon")),
     "step_B_sdpa": (45, functools.partial(step_time, attention="sdpa")),
     "step_B_checkpointing": (60, functools.partial(step_time, gradient_checkpointing=True)),
     "step_B_expandable_segments": (60, functools.partial(step_time, expandable=True)),
