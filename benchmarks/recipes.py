@@ -103,6 +103,7 @@ RECIPES = {
     "projector_then_all": Recipe(((0.2, {"projector": 4e-3}, 1), (1.0, everything(1e-3), None))),
     "all_no_masks": Recipe(((1.0, everything(1e-3), None),), settings={"use_specaugment": False}),  # as ms-swift has it
     "all_decay": Recipe(((1.0, everything(1e-3), None),), settings={"layerwise_lr_decay_rate": 0.7}),
+    "muon": Recipe(((1.0, everything(3e-3), None),), settings={"optimizer": "muon"}),
     "lora_8": Recipe(((1.0, ADAPTED, None),), lora_rank=8),
     "lora_32": Recipe(((1.0, ADAPTED, None),), lora_rank=32),
 }
