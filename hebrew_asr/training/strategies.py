@@ -55,7 +55,7 @@ class RecipeOptions:
     encoder's top) for three. b_then_all: B, then everything. all: everything from the start, at one rate; on the demo
     it has fewer errors from 700 utterances on, and more with 175. all_with_replay: all, with 16 % English and 2 %
     without speech beside it, so that these are not forgotten; it needs --nonspeech. muon_with_replay: the same by Muon
-    in three epochs; best on the demo, and on larger models others found Muon worse (docs/recipes.md)."""
+    in three epochs; about as good on the demo, but on larger models others found Muon worse (docs/recipes.md)."""
     replay_english: Annotated[float, Range(0, 1)] | None = None
     """Share of an epoch that is English, so that not all is forgotten; None: the strategy's."""
     english: Source = field(default_factory=lambda: dataclasses.replace(ENGLISH))
