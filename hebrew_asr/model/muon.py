@@ -21,7 +21,7 @@ ITERATIONS = 5
 A, B, C = 3.4445, -4.775, 2.0315  # of Jordan et al.: a polynomial that is steepest at zero
 RMS_OF_ADAMW = 0.2
 BUFFER = "momentum_buffer"
-BUCKET = 256 * 1024**2  # numbers of matrices that move at once, which bounds the memory of their directions
+BUCKET = 128 * 1024**2  # numbers of matrices that move at once, which bounds the memory it takes beside the moments
 
 
 def by_muon(name: str, dimensions: int) -> bool:
@@ -78,22 +78,28 @@ class Muon(torch.optim.AdamW):
     def move(self, moving: list[tuple[torch.Tensor, dict[str, Any]]]) -> None:
         alone = not torch.distributed.is_initialized()
         rank, processes = (0, 1) if alone else (torch.distributed.get_rank(), torch.distributed.get_world_size())
-        directions = [self.direction(matrix) for matrix, _ in moving]
+        directions = self.directions([matrix for matrix, _ in moving])
         mine = [orthogonal(direction) for direction in directions[rank::processes]]
         directions = exchanged(mine, directions, rank, processes) if processes > 1 else mine
-        for (matrix, group), direction in zip(moving, directions, strict=True):
+        alike: dict[tuple[float, float], list[int]] = {}  # places of those that move by as much, all in one kernel
+        for place, (matrix, group) in enumerate(moving):
             length = group["lr"] * RMS_OF_ADAMW * math.sqrt(max(matrix.shape))
-            matrix.mul_(1 - group["lr"] * group["weight_decay"])
-            matrix.add_(sharded_like(direction.to(matrix.dtype), matrix), alpha=-length)
+            alike.setdefault((length, 1 - group["lr"] * group["weight_decay"]), []).append(place)
+        for (length, kept), places in alike.items():
+            matrices = [moving[place][0] for place in places]
+            along = [sharded_like(directions[place].to(m.dtype), m) for place, m in zip(places, matrices, strict=True)]
+            torch._foreach_mul_(matrices, kept)
+            torch._foreach_add_(matrices, along, alpha=-length)
 
-    def direction(self, matrix: torch.Tensor) -> torch.Tensor:
-        """Momentum as Nesterov has it, in bf16, of a sharded matrix gathered."""
-        gradient, state = matrix.grad, self.state[matrix]
-        assert gradient is not None
-        if BUFFER not in state:
-            state[BUFFER] = torch.zeros_like(gradient)
-        state[BUFFER].lerp_(gradient, 1 - MOMENTUM)
-        return whole(gradient.lerp(state[BUFFER], MOMENTUM).bfloat16())
+    def directions(self, matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Momentum as Nesterov has it, in bf16, of sharded matrices gathered."""
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+        for matrix, gradient in zip(matrices, gradients, strict=True):
+            if BUFFER not in self.state[matrix]:
+                self.state[matrix][BUFFER] = torch.zeros_like(gradient)
+        buffers = [self.state[matrix][BUFFER] for matrix in matrices]
+        torch._foreach_lerp_(buffers, gradients, 1 - MOMENTUM)
+        return [whole(moment.bfloat16()) for moment in torch._foreach_lerp(gradients, buffers, MOMENTUM)]
 
 
 def exchanged(mine: list[torch.Tensor], like: list[torch.Tensor], rank: int, processes: int) -> list[torch.Tensor]:
