@@ -89,8 +89,8 @@ def demo_model(runs: Path) -> str:
         folder = status.parent
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # of another command, or damaged
             settings = json.loads((folder / "config.yaml").read_text(encoding="utf-8"))
-            began = (settings["model_name_or_path"], [source["path"] for source in settings["train_sources"]])
-            if json.loads(status.read_text())["state"] == "finished" and began == (BASE, [str(DEMO / "corpus")]):
+            began = (settings["model_name_or_path"], settings["train_sources"][0]["path"])  # what follows is replayed
+            if json.loads(status.read_text())["state"] == "finished" and began == (BASE, str(DEMO / "corpus")):
                 return str(folder / "final_model")
     return str(DEMO / "tuned")
 

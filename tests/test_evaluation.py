@@ -1,5 +1,6 @@
 """The evaluation command: the same transcripts however they are batched, resumed and shared out, and honest gaps."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -42,6 +43,7 @@ from hebrew_asr.evaluation.transcription import (
 )
 from hebrew_asr.text.scoring import leaderboard_normalize
 from train_round2_gradual import demo as demo_training
+from train_round2_gradual import recipe
 
 BASE = str(DEMO / "base")
 
@@ -221,6 +223,9 @@ def test_the_demo_measures_what_the_first_command_trained(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "status.json").write_text("[]")
     assert evaluation.demo_model(tmp_path) == str(newer)
+    replayed = recipe(["--demo", "--strategy", "muon_with_replay"]).train_sources
+    newest = run("with_replay", 3, "finished", train_sources=[dataclasses.asdict(source) for source in replayed])
+    assert evaluation.demo_model(tmp_path) == str(newest)
 
 
 def test_long_recordings_are_cut_at_pauses_and_scored_whole(tmp_path, heldout):
