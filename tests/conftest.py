@@ -148,8 +148,9 @@ def hub(monkeypatch, tmp_path):
         yield server
         for uploader in begun:
             uploader.stop()
-    for uploader in begun:
-        uploader.join()
+    for thread in [uploader._thread for uploader in begun if uploader._thread]:
+        thread.join(20)
+        assert not thread.is_alive(), "it would end the connections of the next test"
     huggingface_hub.utils._http.close_session()
 
 

@@ -346,11 +346,6 @@ class CheckpointUploader:
         self._hurry.set()
         self._woken.set()
 
-    def join(self) -> None:
-        """Waits for the attempt that was under way when it was stopped."""
-        if self._thread is not None:
-            self._thread.join()
-
     def _run(self) -> None:
         wait = FIRST_WAIT_SECONDS
         while True:

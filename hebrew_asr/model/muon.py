@@ -1,6 +1,6 @@
 """Muon for the matrices of a model, AdamW for all else (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
-Muon turns the momentum of a matrix into the nearest matrix whose singular values are one (about: between 0.7 and 1.2),
+Muon turns the momentum of a matrix into the nearest matrix whose singular values are one (most: between 0.5 and 1.3),
 and moves along that. Its step is scaled to the root mean square that AdamW's has (Liu et al. 2025, arXiv:2502.16982),
 so that rates mean the same. `torch.optim.Muon` computes the same on one device; here the processes share the work, and
 sharded weights are gathered.
