@@ -51,14 +51,23 @@ def test_matrices_move_as_those_of_torchs_muon_and_the_rest_as_those_of_adamw():
 @pytest.mark.parametrize("shape", [(64, 64), (32, 200), (200, 32)])
 def test_a_matrix_is_made_orthogonal_about_its_own_directions(shape):
     matrix = drawn(3, [shape])[0]
-    found = orthogonal(matrix.bfloat16()).float()
+    found = orthogonal([matrix.bfloat16()])[0].float()
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     along = u.T @ found @ v.T  # in the matrix's own directions: about the unit matrix
     assert ((along.diagonal() > 0.5) & (along.diagonal() < 1.3)).float().mean() > 0.95
     assert (along - torch.diag(along.diagonal())).abs().max() < 0.1
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        orthogonal(matrix.bfloat16())
+        orthogonal([matrix.bfloat16()])
     assert operations(shape) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("at_once", [1, 400, 2**24])
+def test_matrices_that_are_alike_come_out_of_one_call_as_each_alone(monkeypatch, at_once):
+    monkeypatch.setattr("hebrew_asr.model.muon.AT_ONCE", at_once)
+    matrices = [matrix.bfloat16() for matrix in drawn(6, [(20, 8), (8, 20), (8, 20), (16, 10), (12, 12), (20, 8)])]
+    for matrix, found in zip(matrices, orthogonal(matrices), strict=True):
+        assert found.shape == matrix.shape
+        assert torch.allclose(found.float(), orthogonal([matrix])[0].float(), atol=0.02)
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])

@@ -6,6 +6,7 @@ so that rates mean the same. `torch.optim.Muon` computes the same on one device;
 sharded weights are gathered.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ ITERATIONS = 5
 A, B, C = 3.4445, -4.775, 2.0315  # of Jordan et al.: a polynomial that is steepest at zero
 RMS_OF_ADAMW = 0.2
 BUFFER = "momentum_buffer"
+AT_ONCE = 2**24  # numbers of matrices that are multiplied in one call
 BUCKET = 128 * 1024**2  # numbers of matrices that move at once, which bounds the memory it takes beside the moments
 
 
@@ -35,15 +37,22 @@ def operations(shape: Iterable[int]) -> float:
     return ITERATIONS * (4.0 * short * short * long + 2.0 * short**3)
 
 
-def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """The nearest matrix with all singular values about one, by Newton and Schulz's iteration in bf16."""
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    found = matrix.mT if is_tall else matrix
-    found = found / found.norm().clamp(min=1e-7)  # so that no singular value is above one
-    for _ in range(ITERATIONS):
-        square = found @ found.mT
-        found = torch.addmm(found, torch.addmm(square, square, square, beta=B, alpha=C), found, beta=A)
-    return found.mT if is_tall else found
+def orthogonal(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The nearest matrices with all singular values about one, by Newton and Schulz's iteration in their own type.
+
+    Neighbours of one shape, transposed or not, are multiplied in one call: small ones cost more to call for than to
+    multiply.
+    """
+    found = []
+    for _, alike in itertools.groupby(matrices, key=lambda matrix: sorted(matrix.shape)):
+        wide = [matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix for matrix in alike]
+        for part in torch.stack(wide).split(max(1, AT_ONCE // wide[0].numel())):
+            part = part / part.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # so that no singular value is above one
+            for _ in range(ITERATIONS):
+                square = part @ part.mT
+                part = torch.baddbmm(part, torch.baddbmm(square, square, square, beta=B, alpha=C), part, beta=A)
+            found += part
+    return [each.mT if one.shape[0] > one.shape[1] else each for each, one in zip(found, matrices, strict=True)]
 
 
 class Muon(torch.optim.AdamW):
@@ -67,7 +76,7 @@ class Muon(torch.optim.AdamW):
             for matrix in group["params"]
             if matrix.grad is not None
         ]
-        moving.sort(key=lambda pair: -pair[0].numel())  # so that neighbours take as long
+        moving.sort(key=lambda pair: (-pair[0].numel(), min(pair[0].shape)))  # so that neighbours are alike
         while moving:
             count = numbers_within(BUCKET, [matrix.numel() for matrix, _ in moving])
             self.move(moving[:count])
@@ -79,7 +88,7 @@ class Muon(torch.optim.AdamW):
         alone = not torch.distributed.is_initialized()
         rank, processes = (0, 1) if alone else (torch.distributed.get_rank(), torch.distributed.get_world_size())
         directions = self.directions([matrix for matrix, _ in moving])
-        mine = [orthogonal(direction) for direction in directions[rank::processes]]
+        mine = orthogonal(directions[rank::processes])
         directions = exchanged(mine, directions, rank, processes) if processes > 1 else mine
         alike: dict[tuple[float, float], list[int]] = {}  # places of those that move by as much, all in one kernel
         for place, (matrix, group) in enumerate(moving):
