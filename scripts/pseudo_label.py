@@ -30,7 +30,7 @@ import pyarrow
 import pyarrow.parquet
 
 from hebrew_asr.command_line import Range, parse_config
-from hebrew_asr.data.audio import check_waveform, decode_audio
+from hebrew_asr.data.audio import AudioError, check_waveform, decode_audio
 from hebrew_asr.data.corpus import corpus_row, piece_of_audio, whole_audio, write_corpus
 from hebrew_asr.data.rows import RowSettings, SpeechRows, load_rows, row_settings, why_unusable
 from hebrew_asr.data.sources import DataConfig, Source
@@ -130,7 +130,10 @@ def label(rows: SpeechRows, texts: list[list[Transcript]], given: Labelling) -> 
         row = rows[number]
         problem = fate(greedy, certainty, seconds, given, settings)
         if not problem:  # decoded last: most of what is dropped is dropped by its text
-            problem = check_waveform(decode_audio(row["audio"], row["start"], row["end"]), seconds) or ""
+            try:
+                problem = check_waveform(decode_audio(row["audio"], row["start"], row["end"]), seconds) or ""
+            except AudioError as error:
+                problem = str(error)
         found.append(
             {"number": number, "recording": row["recording"], "start": row["start"], "seconds": seconds}
             | {"text": normalize_target(greedy.text, given.text_rules), "confidence": certainty}

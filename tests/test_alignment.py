@@ -129,6 +129,15 @@ def test_missing_and_added_sentences_are_cut_out_and_named():
     assert " ".join(piece.text for piece in kept).split() == " ".join(transcript).replace(extra, "").split()
 
 
+def test_a_remark_in_brackets_is_a_word_only_where_it_was_said():
+    said = ["שלום לכולם וברוכים הבאים לישיבה", "היום נדבר על תקציב המדינה לשנה הבאה", "הצעת החוק התקבלה ברוב גדול"]
+    heard = [Heard(4.0 * i, 4.0 * i + 3.2, text) for i, text in enumerate(said)]
+    with_remarks = f"{said[0]} (קריאה) {said[1]} [מחיאות כפיים באולם]. ‹הצבעה› {said[2].replace('ברוב', '(ברוב)')}"
+    kept, refused = align(heard, with_remarks, 5, 0.85)
+    assert [piece.text for piece in kept] == [said[0], f"{said[1]} .", said[2].replace("ברוב", "(ברוב)")]
+    assert not refused
+
+
 def test_what_can_be_read_in_two_ways_is_refused():
     """A sentence that is said twice and written once is not given to either."""
     made = call(11, 0.0, seed=2, missing=0, added=0)

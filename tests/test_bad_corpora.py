@@ -1,5 +1,6 @@
 """Corpora that are broken in every way seen so far: what is dropped is counted, what is wrong is one message."""
 
+import errno
 import io
 import json
 import os
@@ -9,12 +10,15 @@ import textwrap
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import soundfile
 from conftest import ROOT
 from hub_server import HubServer
 from test_corpora import parquet, wav
 
+from hebrew_asr.data import decoding
+from hebrew_asr.data.report import write_report
 from hebrew_asr.data.rows import load_rows
 from hebrew_asr.data.selection import load_train_and_eval
 from hebrew_asr.data.sources import DataConfig, Source
@@ -163,3 +167,75 @@ def test_the_hubs_parquet_copy_of_a_script(tmp_path):
         )
     assert "refs/convert/parquet" in done.stdout.splitlines()[0], done.stderr
     assert done.stdout.splitlines()[1:] == ["['שלום']"], done.stderr
+
+
+def test_a_corpus_of_others_names_no_file_of_this_machine(tmp_path):
+    """The guard that tables have, for Parquet files whose rows have paths in place of bytes."""
+    mine, theirs = wav(tmp_path / "private" / "mine.wav", 1.2), wav(tmp_path / "data" / "clip.wav", 1.4)
+    table = [{"audio": {"bytes": None, "path": str(file)}, "transcript": "שלום"} for file in (mine, theirs)]
+    pyarrow.parquet.write_table(datasets.Dataset.from_list(table).data.table, tmp_path / "data" / "train.parquet")
+    found = load(tmp_path / "data", max_broken_share=0.5)
+    assert found.column("recording") == [str(theirs)]
+    assert [(drop.reason, drop.examples) for drop in found.dropped] == [
+        ("a file outside of the corpus's folder", [str(mine)])
+    ]
+    assert len(load(tmp_path / "data" / "train.parquet")) == 2  # its user's own file
+
+
+def test_an_error_of_reading_stops_the_start_and_is_not_remembered(tmp_path, monkeypatch):
+    for number in range(3):
+        wav(tmp_path / "calls" / f"{number}.wav", 1 + number / 10)
+    (tmp_path / "calls" / "metadata.csv").write_text("file,text\n" + "".join(f"{n}.wav,שלום\n" for n in range(3)))
+    for code in (errno.EIO, errno.EMFILE, errno.EACCES):
+
+        def refuse(name, *args, code=code, **kwargs):
+            if str(name).endswith("1.wav"):
+                raise OSError(code, os.strerror(code), name)
+            return open(name, *args, **kwargs)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(decoding, "open", refuse, raising=False)
+            with pytest.raises(InputError, match=f"1.wav: cannot be read now: {os.strerror(code)}"):
+                load(tmp_path / "calls")
+    found = load(tmp_path / "calls")
+    assert len(found) == 3 and not found.dropped
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "dropped"),
+    [
+        ("segment_start", "0.5", None),
+        ("segment_end", "half a second", "segment without a time in seconds"),
+        ("segment_channel", "left", None),
+        ("session", 0, None),
+        ("metadata", "[" * 100_000, None),
+        ("extra_data", "{'skipped': True}", "flagged as skipped"),
+    ],
+)
+def test_columns_of_other_kinds_than_usual(tmp_path, column, value, dropped):
+    rows = [{"audio": wav(tmp_path / f"{n}.wav", 1 + n / 10), "transcript": "שלום", column: value} for n in range(2)]
+    rows[1][column] = None
+    found = load(parquet(tmp_path / "data", rows), max_broken_share=1.0)
+    assert [drop.reason for drop in found.dropped] == [reason for reason in [dropped] if reason]
+    assert len(found) == 2 - len(found.dropped)
+    assert column != "session" or found.column("group")[0] == "session 0"
+
+
+def test_a_row_without_audio_is_dropped_and_the_report_is_made(tmp_path):
+    folder = parquet(tmp_path / "data", [{"audio": wav(tmp_path / "a.wav"), "transcript": "שלום"}] * 30)
+    table = pyarrow.parquet.read_table(folder / "train-00000.parquet")
+    audio = pyarrow.array([*table["audio"].to_pylist()[1:], None], table["audio"].type)
+    pyarrow.parquet.write_table(table.set_column(0, "audio", audio), folder / "train-00000.parquet")
+    found = load(folder, drop_duplicates=False)
+    assert [(drop.reason, drop.utterances) for drop in found.dropped] == [("zero bytes of audio", 1)]
+    write_report(tmp_path, found, found, DataConfig([Source(str(folder))]))
+    assert "zero bytes of audio" in (tmp_path / "corpus-dropped.tsv").read_text()
+
+
+def test_segments_of_one_file_are_measured_once(tmp_path, monkeypatch):
+    wav(tmp_path / "calls" / "hour.wav", 60)
+    rows = "".join(f"hour.wav,{start},{start + 5},שלום עולם {start}\n" for start in range(0, 60, 5))
+    (tmp_path / "calls" / "metadata.csv").write_text(f"file,start,end,text\n{rows}")
+    opened = []
+    monkeypatch.setattr(decoding, "reader_of", lambda audio, real=decoding.reader_of: opened.append(1) or real(audio))
+    assert len(load(tmp_path / "calls")) == 12 and len(opened) == 1

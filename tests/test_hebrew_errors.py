@@ -1,6 +1,7 @@
 """Every edit of the plain WER falls into one class, and the class is the one a reader of Hebrew would name."""
 
 import random
+import time
 
 import jiwer
 import pytest
@@ -308,3 +309,13 @@ def test_shares_are_percent_of_all_edits():
     assert set(class_shares(counts).values()) == {0.0}
     shares = class_shares(counts | {"word": 3, "spelling": 1})
     assert (shares["word"], shares["spelling"], sum(shares.values())) == (75.0, 25.0, 100.0)
+
+
+def test_texts_without_a_word_in_common_take_no_time_that_grows_with_their_square():
+    reference = " ".join(f"מילה{number}א" for number in range(3000))
+    hypothesis = " ".join(f"word{number}" for number in range(2500))
+    began = time.process_time()
+    counts, chunks = read_errors(f"שלום {reference} שלום", f"שלום {hypothesis} שלום")
+    assert time.process_time() - began < 20 and sum(counts.values()) == 3000 and counts["latin"] == 2500
+    assert sum((chunk.reference for chunk in chunks), ()) == ("שלום", *reference.split(), "שלום")
+    assert sum((chunk.hypothesis for chunk in chunks), ()) == ("שלום", *hypothesis.split(), "שלום")

@@ -316,3 +316,131 @@ def test_a_folder_that_is_not_there_is_said_at_once(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="did you mean data/calls"):
         load_source(Source("data/call"))
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+@pytest.mark.parametrize(("name", "delimiter"), [("metadata.csv", ","), ("metadata.tsv", "\t")])
+def test_a_separator_inside_of_a_text_ends_no_row(folder, name, delimiter, separator):
+    rows = [*ROWS[:-1], ("003.wav", f"להתראות{separator}מחר")]
+    table(folder / name, rows, delimiter)
+    assert load(folder).column("text") == [*TEXTS[:-1], "להתראות מחר"]
+
+
+def test_a_quoted_cell_of_a_tab_table_goes_on_in_the_next_line(folder):
+    header, *others = ("\t".join(row) for row in ROWS[:-1])
+    whole = [header, '003.wav\t"להתראות', "", 'מחר ""בבוקר"""', *others]
+    (folder / "metadata.tsv").write_text("\n".join(whole) + "\n")
+    assert load(folder).column("text") == ['להתראות מחר "בבוקר"', *TEXTS[:-1]]
+    (folder / "metadata.tsv").write_text("\n".join([header, '003.wav\t"לא" אמר', *others, '000.wav\t"שלום', "", ""]))
+    assert load(folder, drop_duplicates=False).column("text") == ['"לא" אמר', *TEXTS[:-1], '"שלום']
+    (folder / "metadata.tsv").write_text("\n".join([header, others[0], '003.wav\t"להתראות', "מחר", *others[1:]]))
+    with pytest.raises(InputError, match=r"metadata.tsv, line 3: a quote .* is open there"):
+        load(folder)
+
+
+def test_the_transcript_of_hours_is_one_cell(folder):
+    text = "שלום עולם " * 20_000
+    (folder / "metadata.csv").write_text(f'file,text\n000.wav,"{text}"\n001.wav,שלום\n')
+    rows = load_rows([Source(str(folder))], DataConfig(), for_training=False)
+    assert rows.column("text") == [text.strip(), "שלום"]
+
+
+@pytest.mark.parametrize(
+    ("header", "cells", "expected"),
+    [
+        ("begin,end", "0.25,0.75", (0.25, 0.75)),
+        ("Start_MS,End_MS", "250,750", (0.25, 0.75)),
+        ("offset,duration_ms", "0.25,500", (0.25, 0.75)),
+        ("start,end", ",", (0, None)),
+        ("start,end", ",0.75", "line 2: a segment that ends at 0.75 s, without a start"),
+        ("duration,end_time", "1,0.75", "without a start"),
+        ("onset,speaker", "0.25,2", "onset may say which part of its file"),
+        ("clip_start,clip_end", "0:00:01,0:00:02", "clip_start, clip_end may say"),
+        ("start_sample,length", "4000,8000", "start_sample may say"),
+        ("start_date,end_reason", "2024,5", (0, None)),
+    ],
+)
+def test_times_of_segments_are_understood_or_refused(folder, header, cells, expected):
+    (folder / "list.csv").write_text(f"file,{header},text\n000.wav,{cells},שלום\n")
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            load(folder / "list.csv")
+    else:
+        (row,) = load(folder / "list.csv")
+        assert (row["start"], row["end"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (("0.0", "1.0"), [0, 1]),
+        (("L", "Right"), [0, 1]),
+        (("1", "2"), "its channels are 1, 2. They are counted from 0 here"),
+        (("agent", "customer"), "its channel is no number.*another name"),
+        (("-1", "1"), "its channel is no number"),
+    ],
+)
+def test_channels_of_rows_are_understood_or_refused(tmp_path, cells, expected):
+    wav(tmp_path / "calls" / "call.wav", 1.0, channels=2)
+    wav(tmp_path / "calls" / "one.wav", 1.5)
+    rows = "".join(f"call.wav,{cell},שלום עולם\n" for cell in cells)
+    (tmp_path / "calls" / "metadata.csv").write_text(f"file,channel,text\n{rows}one.wav,כאן 11,תודה\n")
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            load(tmp_path / "calls")
+    else:
+        assert load(tmp_path / "calls").column("channel") == [*expected, None]
+
+
+def test_what_an_assistant_says_in_parts_is_a_text(folder):
+    parts = [{"type": "text", "text": "שלום "}, {"type": "audio", "audio": "x"}, {"type": "text", "text": "עולם"}]
+    for content, expected in ((parts, "שלום עולם"), (["שלום"], None), (5, None), ([{"text": 5}], None)):
+        row = {"audios": ["000.wav"], "messages": [{"role": "assistant", "content": content}]}
+        (folder / "list.jsonl").write_text(json.dumps(row))
+        if expected:
+            assert load(folder / "list.jsonl").column("text") == [expected]
+        else:
+            with pytest.raises(InputError, match="line 1: messages without an assistant's answer"):
+                load(folder / "list.jsonl")
+
+
+def test_sessions_flags_and_quality_of_a_table_count_as_those_of_parquet(folder):
+    rows = [
+        {"audio": f"{number:03}.wav", "text": text, "session": number // 2, "extra_data": {"skipped": number == 3}}
+        | {"metadata": str({"quality_score": number / 4})}
+        for number, text in enumerate(TEXTS)
+    ]
+    (folder / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = load(folder / "list.jsonl", min_quality_score=0.2)
+    assert found.column("text") == TEXTS[1:3] and found.column("group") == ["session 0", "session 1"]
+    assert {drop.reason: drop.utterances for drop in found.dropped} == {
+        "quality score too low": 1,
+        "flagged as skipped": 1,
+    }
+
+
+def test_of_a_table_above_its_splits_only_what_is_of_another_split_is_left_out_in_silence(tmp_path):
+    for place, number in (("train", 0), ("train", 1), ("test", 2), ("more", 3)):
+        wav(tmp_path / place / f"{number}.wav", 1 + number / 10)
+    names = ["0.wav", "train/1.wav", "test/2.wav", "2.wav", "more/3.wav", "4.wav", "test/5.wav"]
+    table(tmp_path / "metadata.csv", [("file", "text"), *((name, "שלום עולם") for name in names)])
+    rows = load(tmp_path, max_broken_share=0.5)
+    assert [Path(name).name for name in rows.column("recording")] == ["0.wav", "1.wav"]
+    assert [(drop.reason, drop.utterances) for drop in rows.dropped] == [("no such audio file", 2)]  # 2.wav, 4.wav
+    assert any("1 rows left out" in note and "more/3.wav" in note for note in rows.notes)
+
+
+def test_links_that_lead_in_circles_and_names_from_another_place(folder, monkeypatch):
+    for name in ("again", "back"):
+        (folder / name).symlink_to(folder)
+    (folder / "metadata.csv").write_text(f"file,text\n{folder}/000.wav,שלום\n1.wav,עולם\n")
+    (folder / "1.wav").symlink_to(folder / "001.wav")
+    linked = folder.with_name("linked")
+    linked.symlink_to(folder)
+    monkeypatch.chdir(folder.parent)
+    for source in (folder, linked, Path(folder.name)):
+        assert load(source).column("text") == ["שלום", "עולם"]
+    (folder / "metadata.csv").unlink()
+    (folder / "1.wav").unlink()
+    rows = load_rows([Source(str(folder), text_column="")], DataConfig(), for_training=False)
+    assert sorted(rows.column("recording")) == [str(folder / f"{number:03}.wav") for number in range(4)]

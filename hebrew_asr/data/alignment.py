@@ -10,6 +10,7 @@ is possible.
 """
 
 import itertools
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -122,6 +123,10 @@ ANOTHER = "hardly anything agrees with the transcript, which may be of another r
 NOTHING_HEARD = "the model wrote nothing"
 
 
+REMARK = re.compile(r"(?<!\S)[(\[{<‹]([^()\[\]{}<>‹›\n]{1,80})[)\]}>›](?=[\s.,:;!?]|$)")
+SAID = 0.6  # share of a remark's letters that were heard in their place, from which on it was said
+
+
 def letters(text: str) -> str:
     return leaderboard_normalize(text).replace(" ", "")
 
@@ -133,7 +138,7 @@ class Words:
         self.surface: list[str] = []
         forms: list[str] = []
         for word in text.split():
-            form = letters(word)
+            form = letters(word) or letters(word.strip("()[]{}<>‹›"))  # scoring leaves out what is in brackets
             if form:
                 self.surface.append(word)
                 forms.append(form)
@@ -151,6 +156,27 @@ class Words:
 
     def text(self, first: int, last: int) -> str:
         return " ".join(self.surface[first:last])
+
+
+def without_unsaid_remarks(transcript: str, said: str) -> str:
+    """A transcript without its remarks in brackets (`(calls from the hall)`), but for those that were said.
+
+    Args:
+        said: the letters that a model wrote for the whole recording, in a row.
+    """
+    if not REMARK.search(transcript):
+        return transcript
+    parts = REMARK.split(transcript)  # what stands between remarks, and what stands in them, by turns
+    rows = [letters(part) for part in parts]
+    ends = np.cumsum([len(row) for row in rows])
+    heard = np.zeros(ends[-1] + 1)
+    for edit in Levenshtein.opcodes(said, "".join(rows)):
+        heard[edit.dest_start : edit.dest_end] = edit.tag == "equal"
+    kept = parts[:1]
+    for i, remark in zip(range(1, len(parts), 2), REMARK.finditer(transcript), strict=True):
+        is_said = len(rows[i]) and heard[ends[i - 1] : ends[i]].mean() >= SAID
+        kept += [remark[0] if is_said else "", parts[i + 1]]
+    return "".join(kept)
 
 
 # ----------------------------------------------------------------------------------------------------------- Evidence
@@ -454,9 +480,12 @@ def align(
 
     `heard` is ordered by start; stretches overlap only where speech is cut in several ways, and wherever one starts or
     ends inside of another, so does the shortest one there (`Cuts`). `ask` numbers them. All speech is in one of the
-    two lists, and so is each word. A piece ends in the pauses around its stretches.
+    two lists, and so is each word, but for remarks in brackets that nobody said. A piece ends in the pauses around its
+    stretches.
     """
-    words, cuts = Words(transcript), Cuts(heard)
+    cuts = Cuts(heard)
+    said = "".join(letters(heard[number].text) for number in cuts.path(0, cuts.count))
+    words = Words(without_unsaid_remarks(transcript, said))
     chosen: list[Choice] = []
     is_another, with_words = False, np.zeros(cuts.count)
     if len(words) and any(letters(stretch.text) for stretch in heard):

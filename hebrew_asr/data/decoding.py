@@ -48,11 +48,19 @@ MANY_HOURS = f"more than {MOST_HOURS} hours in one piece: read it in slices"
 CANCELLED = "channels in antiphase: their average cancels the sound, so name one (`channel: 0`)"
 NO_FILE, NO_BYTES, NO_SAMPLES = "no such audio file", "zero bytes of audio", "no samples of audio"
 DAMAGED, CUT = "damaged audio", "truncated"
-BROKEN_AUDIO = frozenset({HEADERLESS, NO_SOUND, NO_AUDIO, CANCELLED, NO_FILE, NO_BYTES, NO_SAMPLES, DAMAGED, CUT})
+UNREAD = "cannot be read now"
+NO_NUMBER = "its channel is no number: write 0, 1, left or right"
+BROKEN_AUDIO = frozenset(
+    {NO_NUMBER, HEADERLESS, NO_SOUND, NO_AUDIO, CANCELLED, NO_FILE, NO_BYTES, NO_SAMPLES, DAMAGED, CUT}
+)
 
 
 class AudioError(ValueError):
     """Audio that cannot be read; its message is a reason to count by: of BROKEN_AUDIO, or channel or length."""
+
+
+class ReadError(AudioError):
+    """A file that is there and cannot be read: its disk, a right or a limit may be mended, and it is as it was."""
 
 
 @dataclass(frozen=True)
@@ -279,7 +287,7 @@ def content(audio: dict[str, Any]) -> tuple[Data, str]:
         except ValueError as error:  # nothing to map
             raise AudioError(NO_BYTES) from error
         except OSError as error:
-            raise AudioError(NO_AUDIO) from error
+            raise ReadError(f"{UNREAD}: {error.strerror}") from error
     if not audio.get("bytes"):
         raise AudioError(NO_BYTES)
     return audio["bytes"], name
@@ -347,6 +355,8 @@ class FFmpegReader:
             )
         except (av.FFmpegError, ValueError) as error:
             raise AudioError(HEADERLESS if suffix in HEADERLESS_NAMES else NO_AUDIO) from error
+        except OSError as error:
+            raise ReadError(f"{UNREAD}: {error.strerror}") from error
         tracks = self.container.streams
         if not tracks.audio or tracks.audio[0].codec_context is None:
             reason = NO_SOUND if tracks.video and not tracks.audio else NO_AUDIO
@@ -487,7 +497,21 @@ def inspect_audio(audio: dict[str, Any]) -> Sound:
     """Returns how long a recording is and whether its end is missing; raises AudioError.
 
     Where its structure tells (WAV, FLAC, MP3, Ogg as they should be), nothing is decoded; else all of it is, in blocks.
+    The last files' are remembered: segments of one file follow each other.
     """
+    if audio.get("bytes") is None and audio.get("path"):
+        with contextlib.suppress(OSError):
+            status = os.stat(audio["path"])
+            return inspect_file(str(audio["path"]), (status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    return inspected(audio)
+
+
+@lru_cache(maxsize=64)
+def inspect_file(path: str, state: tuple[int, int, int]) -> Sound:
+    return inspected({"path": path})
+
+
+def inspected(audio: dict[str, Any]) -> Sound:
     reader, found = reader_of(audio)
     with reader:
         if isinstance(reader, SoundfileReader):
@@ -500,7 +524,11 @@ def inspect_audio(audio: dict[str, Any]) -> Sound:
 
 
 def audio_blocks(
-    audio: dict[str, Any], start: float = 0.0, end: float | None = None, channel: int | None = None
+    audio: dict[str, Any],
+    start: float = 0.0,
+    end: float | None = None,
+    channel: int | None = None,
+    may_cancel: bool = False,
 ) -> Iterator[np.ndarray]:
     """Yields the mono waveform at 16 kHz, float32 (samples,), half a minute or less at once; see `decode_audio`."""
     channel = audio.get("channel") if channel is None else channel
@@ -525,12 +553,16 @@ def audio_blocks(
     if stream:
         yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
     is_heard = power[1] > samples * 10 ** (SILENT_DBFS / 10)
-    if is_heard and power[0] < power[1] * 10 ** (CANCELLED_DB / 10):
+    if is_heard and not may_cancel and power[0] < power[1] * 10 ** (CANCELLED_DB / 10):
         raise AudioError(CANCELLED)
 
 
 def decode_audio(
-    audio: dict[str, Any], start: float = 0.0, end: float | None = None, channel: int | None = None
+    audio: dict[str, Any],
+    start: float = 0.0,
+    end: float | None = None,
+    channel: int | None = None,
+    may_cancel: bool = False,
 ) -> np.ndarray:
     """Decodes from `start` to `end` seconds (None: to the end) into a mono waveform at 16 kHz, float32 (samples,).
 
@@ -539,13 +571,14 @@ def decode_audio(
         start: seconds from the first sample that decodes.
         end: seconds; what lies past the end of the recording is missing from the result.
         channel: one of the recording's, from 0; None: their average.
+        may_cancel: of a part of a recording whose channels do not cancel each other in all.
 
     Raises:
         AudioError: it cannot be read, has no such channel, its channels cancel each other, or it is longer than
             MOST_HOURS. That its end is missing is no error: `inspect_audio` tells.
     """
     waveform = bytearray()
-    for block in audio_blocks(audio, start, end, channel):
+    for block in audio_blocks(audio, start, end, channel, may_cancel):
         waveform += block.tobytes()
         if len(waveform) > MOST_HOURS * 3600 * SAMPLE_RATE * 4:
             raise AudioError(MANY_HOURS)

@@ -26,7 +26,7 @@ def load_source(source: Source, streaming: bool = False) -> datasets.Dataset | d
     """Loads one dataset with its audio left as compressed bytes; raises InputError with the remedy."""
     folder, how = Path(source.path), {"split": source.split, "streaming": streaming}
     try:
-        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        if source.is_saved:
             rows = saved_rows(source)
         elif folder.suffix == ".parquet":
             rows = datasets.load_dataset("parquet", data_files=source.path, **how, **parquet_form([source.path]))
@@ -134,9 +134,8 @@ def table_rows(source: Source) -> datasets.Dataset:
     again. What is to be said of them is in the dataset's `info.description`.
     """
     path, (name, bracket, part) = Path(source.path), source.split.partition("[")
-    wanted = list(
-        dict.fromkeys([*filter(None, [source.text_column]), *tables.TEXT_COLUMNS, "prev_transcript", "metadata"])
-    )
+    further = ("prev_transcript", "metadata", "extra_data", *tables.GROUP_COLUMNS)
+    wanted = list(dict.fromkeys([*filter(None, [source.text_column]), *tables.TEXT_COLUMNS, *further]))
     is_file = path.is_file()
     if is_file and name not in ("train", path.stem):
         raise InputError(f"{path}: no split {name!r}: a table is one split")
@@ -166,8 +165,7 @@ def table_rows(source: Source) -> datasets.Dataset:
         "segment_start": datasets.Value("float64"),
         "segment_end": datasets.Value("float64"),
         "segment_channel": datasets.Value("int32"),
-        "prev_transcript": datasets.Value("string"),
-        "metadata": datasets.Value("string"),
+        **dict.fromkeys(further, datasets.Value("string")),
     }
     if column:
         features[column] = (

@@ -18,6 +18,7 @@ import pyarrow.parquet
 
 from hebrew_asr.console import Bar
 from hebrew_asr.data.audio import SAMPLE_RATE, AudioError, check_waveform, decode_audio
+from hebrew_asr.data.decoding import ReadError
 from hebrew_asr.data.fingerprints import FingerprintIndex, fingerprint
 from hebrew_asr.data.rows import SpeechRows
 from hebrew_asr.data.selection import (
@@ -43,6 +44,8 @@ def listen(piece: dict[str, Any]) -> tuple[float, str, bytes]:
     """Seconds as decoded, the problem or "", and the fingerprint of a piece of audio."""
     try:
         waveform = decode_audio(piece["audio"], piece["start"], piece["end"])
+    except ReadError as error:  # not to be remembered as broken
+        raise InputError(f"{piece['recording']}: {error}. Mend that and give the same command again") from error
     except AudioError as error:
         return piece["seconds"], str(error), b""
     seconds = len(waveform) / SAMPLE_RATE
@@ -85,7 +88,11 @@ def evaluation_sounds(heldout: SpeechRows, workers: int) -> FingerprintIndex:
 
     def sound(number: int) -> bytes:
         piece = heldout[number]
-        return fingerprint(np.nan_to_num(decode_audio(piece["audio"], piece["start"], piece["end"]))).tobytes()
+        try:
+            waveform = decode_audio(piece["audio"], piece["start"], piece["end"])
+        except AudioError:  # held out of training: whether it can be heard, the run's start finds
+            return b""
+        return fingerprint(np.nan_to_num(waveform)).tobytes()
 
     index = FingerprintIndex()
     results = in_processes(list(range(len(heldout))), sound, workers)

@@ -4,9 +4,11 @@ At the start only texts and audio headers are read. What decoding alone can show
 found by the workers that decode, or beforehand by `--prepare`. Imports nothing of the training scripts.
 """
 
+import ast
 import contextlib
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from hebrew_asr.data import audio as hebrew_audio
 from hebrew_asr.data import decoding, loading, tables
@@ -59,21 +62,25 @@ INDEX = datasets.Features(
         "dropped": datasets.Value("string"),  # why it cannot be used, or ""
     }
 )
-GROUPS = ("session", "session_id", "transcriber", "transcriber_id")  # where there is no id of the recording; best first
-KEPT_COLUMNS = (*GROUPS, "metadata", "extra_data", "prev_transcript", "segment_start", "segment_end", "segment_channel")
+SEGMENT = ("segment_start", "segment_end")  # seconds
+KEPT_COLUMNS = (*tables.GROUP_COLUMNS, *SEGMENT, "segment_channel", "metadata", "extra_data", "prev_transcript")
 PAST_THE_END = "segment past the end of the audio"
+NO_TIME = "segment without a time in seconds"
+OUTSIDE = "a file outside of the corpus's folder"
 BROKEN = BROKEN_AUDIO | {  # reasons that count for max_broken_share
     "timestamps go backwards",
     "text outside of the segments",
     "text is not a string",
     PAST_THE_END,
+    NO_TIME,
+    OUTSIDE,
     "not finite",  # only where the audio was listened to, see hebrew_asr/data/prepare.py
 }
 
 
 def is_broken(reason: str | None) -> bool:
     """Whether a reason counts for max_broken_share."""
-    return reason in BROKEN or (bool(reason) and reason.startswith(targets.CONTROL_REASON))
+    return reason in BROKEN or (bool(reason) and reason.startswith((targets.CONTROL_REASON, decoding.UNREAD)))
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,8 @@ class RowSettings:
     language: str | None
     channel: int | Literal["each"] | None
     kept_flags: tuple[str, ...]
+    roots: tuple[str, ...] | None
+    """Folders that rows may name files in; None: any."""
 
     @property
     def has_speech(self) -> bool:
@@ -112,7 +121,17 @@ def row_settings(source: Source, columns: list[str], config: DataConfig, for_tra
         language=source.language,
         channel=source.channel,
         kept_flags=tuple(config.keep_flags),
+        roots=roots_of(source),
     )
+
+
+def roots_of(source: Source) -> tuple[str, ...] | None:
+    """Where files of a corpus that others wrote may lie; None of what its user wrote: tables, which are checked as they
+    are read, a saved dataset, one Parquet file."""
+    if Path(source.path).is_dir():
+        return None if source.is_table or source.is_saved else (source.path,)
+    caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+    return None if os.path.exists(source.path) else tuple(map(str, caches))
 
 
 def describe_rows(rows: dict[str, list], numbers: list[int], settings: RowSettings) -> dict[str, list]:
@@ -120,7 +139,12 @@ def describe_rows(rows: dict[str, list], numbers: list[int], settings: RowSettin
     described = []
     for i, number in enumerate(numbers):
         row = {name: values[i] for name, values in rows.items()}
-        described += [{"row": number} | piece for piece in describe_row(row, settings)]
+        pieces = describe_row(row, settings)
+        if pieces and pieces[0]["dropped"].startswith(decoding.UNREAD):  # not to be remembered
+            raise InputError(
+                f"{row['audio']['path']}: {pieces[0]['dropped']}. Mend that and give the same command again"
+            )
+        described += [{"row": number} | piece for piece in pieces]
     return {name: [piece.get(name) for piece in described] for name in INDEX}
 
 
@@ -134,6 +158,8 @@ def describe_row(row: dict[str, Any], settings: RowSettings) -> list[dict[str, A
     known["recording"] = str(metadata.get("entry_id") or audio["path"] or "")
     known["group"] = group_of(row, metadata) or known["recording"]
     try:
+        if is_foreign(audio, settings.roots):
+            raise ValueError(OUTSIDE)
         sound = inspect_audio(audio)
         begin, end = segment_of(row, sound.seconds)
         known |= {"start": begin, "seconds": end - begin}
@@ -142,7 +168,9 @@ def describe_row(row: dict[str, Any], settings: RowSettings) -> list[dict[str, A
         flags = read_metadata(row.get("extra_data"))
         if flagged := [name for name, value in flags.items() if value is True and name not in settings.kept_flags]:
             raise ValueError(f"flagged as {flagged[0]}")
-        spoken = by_channel(transcript, settings, row.get("segment_channel"), sound.channels)
+        own = row.get("segment_channel")
+        own = tables.channel_of(own) if isinstance(own, str) else own
+        spoken = by_channel(transcript, settings, own, sound.channels)
     except ValueError as error:  # AudioError is one
         return [known | {"dropped": str(error)}]
     content, is_whole = content_of(audio), begin == 0 and end == sound.seconds
@@ -163,13 +191,22 @@ def group_of(row: dict[str, Any], metadata: dict[str, Any]) -> str:
     """The session or transcriber of a row whose recording has no id: `transcriber 12`; "" where neither is known."""
     if metadata.get("entry_id"):
         return ""
-    known = {name: row.get(name) or metadata.get(name) for name in GROUPS}
-    return next((f"{name.removesuffix('_id')} {value}" for name, value in known.items() if value), "")
+    given = ((name, where.get(name)) for name in tables.GROUP_COLUMNS for where in (row, metadata))
+    known = (
+        f"{name.removesuffix('_id')} {value}" for name, value in given if value not in (None, "") and value == value
+    )
+    return next(known, "")
 
 
 def segment_of(row: dict[str, Any], seconds: float) -> tuple[float, float]:
     """Start and end of the part of its recording that a row is about; raises ValueError where there is no such part."""
-    begin, end = row.get("segment_start") or 0.0, row.get("segment_end")
+    try:
+        begin, end = (
+            None if (value := row.get(name)) is None else float(value) for name in ("segment_start", "segment_end")
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(NO_TIME) from error
+    begin = begin or 0.0
     if end is None:
         end = seconds
     if begin >= seconds or end > seconds + max(targets.PAST_THE_END, decoding.tolerated(end - begin)) or end <= begin:
@@ -177,9 +214,19 @@ def segment_of(row: dict[str, Any], seconds: float) -> tuple[float, float]:
     return begin, min(end, seconds)
 
 
+def is_foreign(audio: dict[str, Any], roots: tuple[str, ...] | None) -> bool:
+    """Whether a row names a file of this machine outside of the folders where its corpus lies."""
+    path = audio["path"] if audio["bytes"] is None else None
+    return (
+        bool(path) and roots is not None and os.path.isfile(path) and not any(tables.is_inside(path, r) for r in roots)
+    )
+
+
 def by_channel(transcript: Any, settings: RowSettings, own: int | None, channels: int) -> list[tuple[int | None, Any]]:
     """Each channel of a row that is used (None: their average), with its transcript; raises ValueError."""
-    channel = settings.channel if own is None else own
+    channel = settings.channel if own in (None, tables.NO_CHANNEL) else own
+    if channel is None and own is not None and channels > 1:
+        raise ValueError(decoding.NO_NUMBER)
     if channel == "each" and channels > 1:
         if settings.column is None or not transcript:
             return [(number, transcript) for number in range(channels)]
@@ -228,10 +275,12 @@ def describe_text(
 
 
 def read_metadata(metadata: Any) -> dict[str, Any]:
-    """A row's metadata, which some corpora write as JSON; {} where it is neither that nor a struct."""
+    """A row's metadata, which some corpora write as a text; {} where it is neither that nor a struct."""
     if isinstance(metadata, str):
-        with contextlib.suppress(ValueError):
-            metadata = json.loads(metadata)
+        for read in (json.loads, ast.literal_eval):  # pandas writes Python's form
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                metadata = read(metadata)
+                break
     return metadata if isinstance(metadata, dict) else {}
 
 
@@ -320,7 +369,8 @@ class SpeechRows:
         """One piece: the columns of INDEX, and `audio` with its compressed bytes."""
         (piece,) = self.index.slice(int(self.used[number]), 1).to_pylist()
         piece["seconds"] = float(self.seconds[number])
-        return piece | {"audio": self.sources[piece["source"]][piece["row"]]["audio"] | {"channel": piece["channel"]}}
+        audio = self.sources[piece["source"]][piece["row"]]["audio"] or {"bytes": None, "path": None}
+        return piece | {"audio": audio | {"channel": piece["channel"]}}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[number] for number in range(len(self)))
@@ -395,6 +445,9 @@ REMEDIES = {  # by the words that a reason begins with
     CUT: "copy or fetch the files again: they end before their own header says",
     decoding.NO_FILE: "the table names files that are not beside it",
     PAST_THE_END: "the table's times are not of these files",
+    NO_TIME: "segment_start and segment_end are seconds",
+    OUTSIDE: "copy it there, or take the rows out: a corpus of others may not name files of this machine",
+    decoding.NO_NUMBER: "where the column is no channel, give it another name; `channel: 0` takes one of all rows",
     "silent": "listen to one; a call may have its speech in one channel (`channel`)",
     "clipped": "they were recorded or amplified too loudly",
     targets.CONTROL_REASON: "take the token out of the transcripts",

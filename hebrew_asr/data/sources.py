@@ -49,8 +49,12 @@ class Source:
     def is_table(self) -> bool:
         """Whether it is a table of files, or a folder with one, or of audio alone; see `table_rows`."""
         path = Path(self.path)
-        is_saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-        return tables.is_table(path) or (path.is_dir() and not is_saved and not any(path.glob("**/*.parquet")))
+        return tables.is_table(path) or (path.is_dir() and not self.is_saved and not any(path.glob("**/*.parquet")))
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether `save_to_disk` wrote it."""
+        return any((Path(self.path) / name).exists() for name in ("state.json", "dataset_dict.json"))
 
     def __str__(self) -> str:
         """The path, with what else tells it from another source."""

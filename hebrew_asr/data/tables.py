@@ -24,9 +24,18 @@ AUDIO_COLUMNS = tuple(
     " recording clip".split()
 )
 TEXT_COLUMNS = ("transcript", "text", "sentence", "transcription")
-START_COLUMNS = ("offset", "start", "start_time", "start_seconds", "segment_start")
-END_COLUMNS = ("end", "end_time", "end_seconds", "segment_end")
-DURATION_COLUMNS = ("duration", "duration_seconds")
+START_COLUMNS = tuple(
+    "offset start start_time start_seconds segment_start begin begin_time"
+    " offset_ms start_ms start_time_ms begin_ms".split()
+)
+END_COLUMNS = tuple("end end_time end_seconds segment_end end_ms end_time_ms".split())
+DURATION_COLUMNS = ("duration", "duration_seconds", "duration_ms")
+LIKE_A_TIME = re.compile(
+    r"(?:(?:segment|clip|audio|utt|utterance)[_ ])?(?:start|begin|onset|offset|end|stop)"
+    r"(?:[_ ]?(?:m|u|n)?(?:s|sec|secs|second|seconds|time|times|ts|timestamp|pos|position|samples?|frames?|point))?"
+)
+GROUP_COLUMNS = ("session", "session_id", "transcriber", "transcriber_id")  # better ones first
+SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")  # folders that hold one each
 AUDIO_FOLDERS = ("clips", "audio", "wavs", "wav", "audios", "files")  # where a table's files may lie, beside it
 
 
@@ -94,7 +103,7 @@ class Folder:
         plain = name.strip().replace("\\", "/").removeprefix("file://").removeprefix("./")
         is_absolute = plain.startswith("/") or bool(PureWindowsPath(plain).drive)
         path = os.path.normpath(plain if is_absolute else self.base / plain)
-        if self.root is not None and not Path(path).is_relative_to(os.path.normpath(self.root)):
+        if self.root is not None and not is_inside(path, self.root):
             raise InputError(
                 f"{self.table}: it names {name!r}, a file outside of its folder. Copy it there, or, if you wrote the"
                 " table, give it as the source's path"
@@ -122,11 +131,23 @@ class Folder:
         return found
 
 
+def is_inside(path: str, root: Path | str) -> bool:
+    """Whether a path leads into a folder as it is written; or where its links lead."""
+    return any(Path(of(path)).is_relative_to(of(root)) for of in (os.path.abspath, os.path.realpath))
+
+
 def audio_files(folder: Path) -> list[str]:
-    """All audio files in a folder and its subfolders, by their extension."""
-    walk = ((place, names) for place, _, names in os.walk(folder, followlinks=True))
-    paths = (os.path.join(place, name) for place, names in walk for name in names if not name.startswith("."))
-    return sorted(path for path in paths if os.path.splitext(path)[1].lower() in AUDIO_SUFFIXES)
+    """All audio files in a folder and its subfolders, by their extension; a folder that links lead to twice, once."""
+    found: list[str] = []
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        names = [name for name in names if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES]
+        found += [os.path.join(place, name) for name in names if not name.startswith(".")]
+    return sorted(found)
 
 
 # -------------------------------------------------------------------------------------------------------- Reading them
@@ -154,6 +175,7 @@ def read_text(file: Path) -> tuple[str, str | None]:
         raise InputError(f"{file}: neither UTF-8 nor {encoding} ({error.reason}). Save it as UTF-8") from error
 
 
+csv.field_size_limit(2**31 - 1)  # the transcript of hours is one cell
 Cells = tuple[int, dict[str, Any]]  # a row's line, from 1, and its values by column
 
 
@@ -165,11 +187,11 @@ def delimiter_of(header: str, file: Path) -> str:
 
 def delimited_rows(text: str, file: Path, is_audio: Callable[[str], bool]) -> Iterator[Cells]:
     """Rows of a table with a header; raises InputError for an open quote and for a row with another number of cells."""
-    lines = io.StringIO(text, newline="").read().splitlines(keepends=True)
+    lines = list(io.StringIO(text, newline=""))  # cut at \n, \r\n and \r alone: texts may hold other separators
     header = next((line for line in lines if line.strip()), "")
     delimiter = delimiter_of(header, file)
     names: list[str] = []
-    for line, cells in tabbed(lines) if delimiter == "\t" else quoted(lines, delimiter, file, is_audio):
+    for line, cells in tabbed(lines, file) if delimiter == "\t" else quoted(lines, delimiter, file, is_audio):
         if not names:
             names = [cell.strip() for cell in cells]
             continue
@@ -181,11 +203,31 @@ def delimited_rows(text: str, file: Path, is_audio: Callable[[str], bool]) -> It
         yield line, dict(zip(names, [*cells, *[""] * len(names)], strict=False))
 
 
-def tabbed(lines: list[str]) -> Iterator[tuple[int, list[str]]]:
-    """Cells between tabs. A line is a row; a cell that is quoted as in CSV loses its quotes, any other keeps them."""
-    for number, line in enumerate(lines, 1):
-        cells = line.rstrip("\r\n").split("\t")
-        yield number, [unquoted(cell) for cell in cells]
+def tabbed(lines: list[str], file: Path) -> Iterator[tuple[int, list[str]]]:
+    """Cells between tabs. A cell that is quoted as in CSV loses its quotes, any other keeps them.
+
+    A line is a row, but where a quote is open at its end and lines with another number of cells follow, which close it.
+    Raises InputError where these do not.
+    """
+    rows = [line.rstrip("\r\n").split("\t") for line in lines]
+    width = next((len(cells) for cells in rows if any(cells)), 0)
+    number = 0
+    while number < len(rows):
+        begin, cells, number = number + 1, rows[number], number + 1
+        if is_open(cells[-1]):
+            whole, end = cells, number
+            while end < len(rows) and is_open(whole[-1]) and len(rows[end]) != width:
+                first, *others = rows[end]
+                whole, end = [*whole[:-1], f"{whole[-1]}\n{first}", *others], end + 1
+            if not is_open(whole[-1]):
+                cells, number = whole, end
+            elif any(map(any, rows[number:end])):
+                raise InputError(open_quote(file, begin, "no line before the next row closes it"))
+        yield begin, [unquoted(cell) for cell in cells]
+
+
+def is_open(cell: str) -> bool:
+    return cell.startswith('"') and cell.count('"') % 2 == 1
 
 
 def unquoted(cell: str) -> str:
@@ -268,7 +310,7 @@ def read_tables(
         if empty := len(rows) - len(full):
             table.notes.append(f"{file}: {empty} empty rows left out")
         if full:
-            table.rows += rows_of(full, names, folder, list(wanted), many)
+            table.rows += rows_of(full, names, folder, list(wanted), many, table.notes)
     return table
 
 
@@ -283,8 +325,10 @@ def is_filled(value: Any) -> bool:
     return bool(value.strip()) if isinstance(value, str) else value not in (None, [], {})
 
 
-def rows_of(rows: list[Cells], names: list[str], folder: Folder, wanted: list[str], many: bool) -> list[dict[str, Any]]:
-    """The rows of one table that belong to its split, as `Table.rows` has them."""
+def rows_of(
+    rows: list[Cells], names: list[str], folder: Folder, wanted: list[str], many: bool, notes: list[str]
+) -> list[dict[str, Any]]:
+    """The rows of one table that belong to its split, as `Table.rows` has them; adds to the notes what is left out."""
     plain = {name.strip().lower(): name for name in reversed(names)}
     audio = [plain[name] for name in AUDIO_COLUMNS if name in plain]
     if not audio:
@@ -294,13 +338,19 @@ def rows_of(rows: list[Cells], names: list[str], folder: Folder, wanted: list[st
         )
     mine = folder.base / folder.split
     is_above = mine.is_dir() and folder.table.stem != folder.split  # of the files in folders of splits, one split's
-    found = []
+    check_times(rows, plain, folder.table)
+    found, elsewhere = [], []
     for line, row in rows:
         where = f"{folder.table}, line {line}"
         name = next((value for column in audio if (value := file_name(row.get(column), where, column))), None)
         path = folder.locate(name) if name else None
         if is_above and path and not Path(path).is_relative_to(mine):
-            continue
+            place = Path(os.path.relpath(path, folder.base)).parts[0]
+            if place.lower() in SPLITS:
+                continue
+            if os.path.isfile(path):
+                elsewhere.append(name)
+                continue  # one that is missing is kept, so that it is counted
         start, end = segment_of(row, plain, where)
         one = {"audio": path, "segment_start": start, "segment_end": end}
         one["segment_channel"] = channel_of(row.get(plain.get("channel", "")))
@@ -310,7 +360,37 @@ def rows_of(rows: list[Cells], names: list[str], folder: Folder, wanted: list[st
         if messages := row.get("messages"):  # ms-swift
             one["text"] = answer_of(messages, where)
         found.append(one)
+    channels = {one["segment_channel"] for one in found} - {None, NO_CHANNEL}
+    if len(channels) > 1 and min(channels) == 1:
+        raise InputError(
+            f"{folder.table}: its channels are {', '.join(map(str, sorted(channels)))}. They are counted from 0 here:"
+            " write 0 for the first"
+        )
+    if elsewhere:
+        notes.append(
+            f"{folder.table}: {len(elsewhere)} rows left out, whose files are in no split's folder, among them"
+            f" {', '.join(elsewhere[:5])}"
+        )
     return found
+
+
+def check_times(rows: list[Cells], plain: dict[str, str], table: Path) -> None:
+    """Raises InputError for columns that seem to be the times of segments by another name: all would be left out."""
+    known = {*START_COLUMNS, *END_COLUMNS, *DURATION_COLUMNS}
+    others = [column for name, column in reversed(plain.items()) if name not in known and LIKE_A_TIME.fullmatch(name)]
+    if found := [column for column in others if any(is_time(row.get(column)) for _, row in rows)]:
+        raise InputError(
+            f"{table}: {', '.join(found)} may say which part of its file a row is about, by a name that is not known."
+            f" Call it offset, start, end or duration where it is seconds, start_ms or end_ms where it is milliseconds;"
+            " else rename it or take it out"
+        )
+
+
+def is_time(value: Any) -> bool:
+    try:
+        return seconds_of(value, "", "") is not None
+    except InputError:
+        return False
 
 
 def file_name(value: Any, where: str, column: str) -> str | None:
@@ -324,8 +404,10 @@ def file_name(value: Any, where: str, column: str) -> str | None:
 
 
 def text_of(value: Any, where: str, column: str, many: bool) -> Any:
-    if column == "metadata":
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if column in ("metadata", "extra_data"):
+        return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if column in GROUP_COLUMNS:
+        return None if value is None else str(value)
     if many:
         value = [value] if isinstance(value, str) else value
         if value is None or (isinstance(value, list) and all(isinstance(one, str) for one in value)):
@@ -336,16 +418,25 @@ def text_of(value: Any, where: str, column: str, many: bool) -> Any:
 
 
 def answer_of(messages: Any, where: str) -> str:
-    """The transcript of ms-swift's messages: what the assistant says."""
+    """The transcript of ms-swift's messages: what the assistant says, a text or parts of which some are texts."""
     try:
-        return next(turn["content"] for turn in reversed(messages) if turn["role"] == "assistant")
-    except (TypeError, KeyError, StopIteration) as error:
+        content = next(turn["content"] for turn in reversed(messages) if turn["role"] == "assistant")
+        parts = [{"text": content}] if isinstance(content, str) else content
+        return "".join([part["text"] for part in parts if part.get("type", "text") == "text"])
+    except (AttributeError, TypeError, KeyError, StopIteration) as error:
         raise InputError(f"{where}: messages without an assistant's answer, which is the transcript") from error
 
 
+CHANNELS = {"left": 0, "l": 0, "right": 1, "r": 1} | dict.fromkeys(("", "none", "nan", "mono", "mix", "both"))
+NO_CHANNEL = -1  # it is not known which is meant, which matters where there are several
+
+
 def channel_of(value: Any) -> int | None:
-    text = str(value).strip().lower()
-    return {"left": 0, "right": 1}.get(text, int(text) if text.isdecimal() else None)
+    """Which channel a cell means, from 0; None: it leaves it open."""
+    text = str("" if value is None else value).strip().lower()
+    if text in CHANNELS:
+        return CHANNELS[text]
+    return int(float(text)) if re.fullmatch(r"[0-9]{1,3}([.]0*)?", text) else NO_CHANNEL
 
 
 CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:[.,]\d+)?)")
@@ -373,13 +464,15 @@ def segment_of(row: dict[str, Any], plain: dict[str, str], where: str) -> tuple[
     """
 
     def first(columns: tuple[str, ...]) -> float | None:
-        given = (seconds_of(row.get(plain[name]), where, name) for name in columns if name in plain)
-        return next((value for value in given if value is not None), None)
+        given = ((name, seconds_of(row.get(plain[name]), where, name)) for name in columns if name in plain)
+        known = (value / 1000 if name.endswith("_ms") else value for name, value in given if value is not None)
+        return next(known, None)
 
-    start = first(START_COLUMNS)
+    start, end = first(START_COLUMNS), first(END_COLUMNS)
     if start is None:
+        if end is not None:
+            raise InputError(f"{where}: a segment that ends at {end:g} s, without a start. Write 0 where there is none")
         return None, None
-    end = first(END_COLUMNS)
     if end is None and (length := first(DURATION_COLUMNS)) is not None:
         end = start + length
     if end is not None and end <= start:

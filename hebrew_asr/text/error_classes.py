@@ -259,6 +259,7 @@ def numbers_in(words: Words) -> dict[tuple[int, int], tuple[str, int]]:
 
 # ——— Classes ———
 MOST_JOINED = 4  # words written as one
+MOST_COMPARED = 40_000  # pairs of words, in a block without a word in common
 
 
 @lru_cache(maxsize=100_000)
@@ -338,6 +339,19 @@ def read_block(reference: Words, hypothesis: Words) -> list[Chunk]:
     return chunks
 
 
+def plain_chunks(steps: Sequence[jiwer.AlignmentChunk], reference: Words, hypothesis: Words) -> Iterator[Chunk]:
+    """Words as the plain WER pairs them: texts that have nothing in common need not be read any closer."""
+    for step in steps:
+        parts = reference[step.ref_start_idx : step.ref_end_idx], hypothesis[step.hyp_start_idx : step.hyp_end_idx]
+        for one, other in itertools.zip_longest(*parts):
+            if one is None:
+                yield Chunk("insert", (), (other,), "word")
+            elif other is None:
+                yield Chunk("delete", (one,), (), "word")
+            else:
+                yield Chunk("substitute", (one,), (other,), class_of_substitution(one, other))
+
+
 def same_letters(one: Sequence[str], i: int, other: Sequence[str], j: int) -> tuple[int, int] | None:
     """Where words from i and from j first end together with the same letters, if not at once or too late; no digits."""
     end, other_end, left, right = i + 1, j + 1, one[i], other[j]
@@ -379,7 +393,9 @@ def read_errors(reference: str, hypothesis: str) -> tuple[dict[str, int], list[C
         if is_equal:
             chunks.append(Chunk("equal", *pair, None))
             continue
-        for kind, group in itertools.groupby(read_block(*pair), lambda chunk: chunk.kind):
+        is_short = len(pair[0]) * len(pair[1]) <= MOST_COMPARED
+        block = read_block(*pair) if is_short else list(plain_chunks(steps, words, hypothesis_words))
+        for kind, group in itertools.groupby(block, lambda chunk: chunk.kind):
             group = list(group)
             if kind != "substitute":
                 group = [Chunk(kind, *(sum(side, ()) for side in list(zip(*group, strict=True))[1:3]), "word")]
