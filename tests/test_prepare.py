@@ -162,7 +162,9 @@ def test_a_clip_that_is_held_out_and_cannot_be_heard_does_not_end_the_pass(tmp_p
     for row in rows[::2]:
         row["waveform"] = np.stack([row["waveform"], -row["waveform"]], axis=1)
     train = Source(written(tmp_path / "train", rows, as_wav))
-    config = DataConfig([train], eval_fraction=0.5, preprocessing_num_workers=1, max_dropped_share=1, max_broken_share=1)
+    config = DataConfig(
+        [train], eval_fraction=0.5, preprocessing_num_workers=1, max_dropped_share=1, max_broken_share=1
+    )
     prepare(config, 1, print)
     _, heldout = load_train_and_eval(config, seed=1)
     assert 0 < len(heldout) <= 6  # those that are heard
