@@ -328,6 +328,71 @@ def test_others_files_and_corrected_ones_are_left_alone(tmp_path, spoken, one_st
     assert found[0].problem is None and "-->" in (tmp_path / "clip-1.srt").read_text(encoding="utf-8")
 
 
+def test_files_of_an_earlier_transcript_are_made_anew_and_others_are_named(tmp_path, spoken, one_start):
+    """Another setting stands for another model; a JSON makes its files without the model."""
+    (clip,) = save(tmp_path, [spoken[11]], 1)
+
+    def again(*formats: str, **given):
+        (found,), *_ = run(settings(clip, formats=list(formats), **given))
+        return found.problem, len(one_start)
+
+    text, srt = clip.with_suffix(".txt"), clip.with_suffix(".srt")
+    again("text", "srt", language="English")
+    earlier = srt.read_bytes()
+    assert again("text") == (None, 2) and srt.read_bytes() == earlier
+    assert again("text", "srt") == (None, 2)
+    right = srt.read_bytes()
+    assert right != earlier and text.read_text(encoding="utf-8").strip() == spoken[11]["text"]
+
+    srt.write_text("corrected")
+    assert again("srt") == (None, 2) and srt.read_text() == "corrected"
+    assert again("srt", overwrite=True) == (None, 2) and srt.read_bytes() == right
+
+    clip.with_suffix(".vtt").write_text("another's")
+    problem, _ = again("text", "vtt")
+    assert "clip-0.vtt was not written by this command" in problem
+    assert clip.with_suffix(".vtt").read_text() == "another's"
+    assert again("vtt", overwrite=True) == (None, 2) and "-->" in clip.with_suffix(".vtt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_interruption_between_the_files_of_a_transcript_leaves_no_older_ones(
+    tmp_path, spoken, monkeypatch, overwrite
+):
+    (clip,) = save(tmp_path, [spoken[11]], 1)
+    run(settings(clip, language="English"))
+    if overwrite:
+        clip.with_suffix(".srt").write_text("another's")
+
+    def stop(file, content):
+        files.put(file, content)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(recordings, "put", stop)
+        run(settings(clip, overwrite=overwrite))
+    (found,), *_ = run(settings(clip))
+    assert found.problem is None and "-->" in clip.with_suffix(".srt").read_text(encoding="utf-8")
+    assert clip.with_suffix(".txt").read_text(encoding="utf-8").strip() == spoken[11]["text"]
+
+
+def test_a_json_that_was_corrected_makes_its_files_and_is_not_replaced(tmp_path, spoken, one_start):
+    (clip,) = save(tmp_path, spoken, 1)
+    run(settings(clip, formats=["text"]))
+    file, text = clip.with_suffix(".json"), clip.with_suffix(".txt")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["segments"][0] |= {"text": "מתוקן", "speaker": "first"}
+    file.write_text(json.dumps(content))
+    for _ in range(2):
+        (found,), *_ = run(settings(clip, formats=["text", "tsv"]))
+        assert found.text == "מתוקן" and text.read_text(encoding="utf-8") == "מתוקן\n" and len(one_start) == 1
+        assert json.loads(file.read_text(encoding="utf-8"))["segments"] == content["segments"]
+        (found,), *_ = run(settings(clip, formats=["text"], num_beams=2))
+        assert "clip-0.json was not written by this command, or was changed" in found.problem and len(one_start) == 1
+    (found,), *_ = run(settings(clip, formats=["text"], overwrite=True))
+    assert len(one_start) == 2 and text.read_text(encoding="utf-8").strip() == found.text != "מתוקן"
+
+
 def test_names_that_would_meet_are_kept_apart(tmp_path, spoken):
     for folder in ("a", "b"):
         save(tmp_path / folder, spoken, 1)

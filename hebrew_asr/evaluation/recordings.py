@@ -152,7 +152,7 @@ def model_key(name: str, dtype: str, config: TranscribeConfig) -> str:
 def read_record(file: Path) -> dict[str, Any] | None:
     """What `write` left in a JSON; None for another's, or none."""
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(file.read_bytes()) if file.is_file() else None
     except (OSError, ValueError):
         return None
     is_ours = isinstance(content, dict) and {"key", "files", "segments"} <= content.keys()
@@ -167,17 +167,45 @@ def is_writable(folder: Path) -> bool:
     return place.is_dir() and os.access(place, os.W_OK)
 
 
+def digest_there(file: Path) -> str | None:
+    """Of a file's content; None: there is no such file."""
+    return digest(file.read_bytes()) if file.is_file() else None
+
+
+def digest_of(record: dict[str, Any]) -> str:
+    """Of all that a JSON says, but for the digests in it."""
+    said = {name: value for name, value in record.items() if name != "files"}
+    return digest(json.dumps(said, sort_keys=True).encode())
+
+
 def in_the_way(job: Job, kinds: Iterable[str], record: dict[str, Any] | None) -> Path | None:
     """A file where a transcript is to be written that this command did not write as it is now."""
-    for kind in kinds:
-        file = job.path(kind)
-        if file.exists():
-            is_ours = record is not None and (
-                kind == "json" or record["files"].get(file.name) == digest(file.read_bytes())
-            )
-            if not is_ours:
-                return file
+    for file in map(job.path, kinds):
+        is_json = record is not None and file == job.path("json")
+        now = digest_of(record) if is_json else digest_there(file)
+        if file.exists() and now not in (record["files"].get(file.name, ()) if record else ()):
+            return file
     return None
+
+
+def rendered(segments: list[Segment], kinds: Iterable[str]) -> dict[str, str]:
+    """The contents of transcripts, but for the JSON, by their kind."""
+    return {kind: WRITERS[kind][1](segments) for kind in sorted(set(kinds) & WRITERS.keys())}
+
+
+def not_as_recorded(job: Job, record: dict[str, Any], config: TranscribeConfig) -> list[str]:
+    """The kinds of transcripts that are missing, or are others than a JSON makes.
+
+    One that was made from it and corrected since is as it should be, unless files are to be replaced.
+    """
+    kinds = []
+    for kind, content in rendered(segments_of(record), config.formats).items():
+        file, made = job.path(kind), digest(content.encode())
+        now, known = digest_there(file), record["files"].get(file.name, [])
+        is_corrected = file.is_file() and now not in known and known[-1:] == [made]
+        if now != made and (config.overwrite or not is_corrected):
+            kinds.append(kind)
+    return kinds
 
 
 # -------------------------------------------------------------------------------------------------- Hearing recordings
@@ -192,6 +220,10 @@ class Heard:
     problem: str | None = None
     record: dict[str, Any] | None = None
     """The transcript, where it is on the disk already."""
+    kinds: list[str] = field(default_factory=list)
+    """Of transcripts, those to write."""
+    files: dict[str, list[str]] = field(default_factory=dict)
+    """Digests of what this command wrote before, by the files' names."""
     pieces: list[Span] = field(default_factory=list)
     spans: list[list[Span]] = field(default_factory=list)
     """Of each piece, the stretches of speech, from the piece's start."""
@@ -223,15 +255,18 @@ def hear(job: Job, model: Transcriber, settings_key: str, config: TranscribeConf
         if config.formats:
             heard.key = digest(f"{sha256(job.file)} {settings_key}".encode())
             record = read_record(job.path("json"))
-            if record and record["key"] == heard.key:
-                heard.record = record
-                return heard
-            kinds = {*config.formats, "json"}
-            if not config.overwrite and (file := in_the_way(job, kinds, record)):
+            heard.files = record["files"] if record else {}
+            heard.kinds = sorted({*config.formats, "json"})
+            is_kept = not (config.overwrite and in_the_way(job, ["json"], record))
+            if record and record["key"] == heard.key and is_kept:
+                heard.record, heard.kinds = record, not_as_recorded(job, record, config)
+            if not config.overwrite and (file := in_the_way(job, heard.kinds, record)):
                 heard.problem = f"{file} was not written by this command, or was changed since: move it, or --overwrite"
                 return heard
-            if not is_writable(job.target.parent):
+            if heard.kinds and not is_writable(job.target.parent):
                 heard.problem = f"{job.target.parent} cannot be written to: give an --output_dir that can"
+                return heard
+            if heard.record:
                 return heard
             heard.done = {line["place"]: line for line in read_unfinished(job.unfinished, heard.key)}
         waveform = decoded(job.file, config.channel, before)
@@ -355,22 +390,31 @@ def whole(job: Job, heard: Heard, language: str | None) -> Recording:
     return recording
 
 
-def write(job: Job, recording: Recording, key: str, kinds: set[str], record: dict[str, Any] | None = None) -> None:
-    """Writes a recording's JSON, which names the files to come, and these; those of `record` are named too."""
-    contents = {job.path(kind): WRITERS[kind][1](recording.segments) for kind in sorted(kinds & WRITERS.keys())}
-    files = {file.name: digest(content.encode()) for file, content in contents.items()}
-    about = {
-        "file": recording.file.name,
-        "seconds": round(recording.seconds, 3),
-        "language": recording.language,
-        "truncated": recording.truncated,
-        "key": key,
-        "files": (record or {"files": {}})["files"] | files,
-    }
+def write(job: Job, recording: Recording, heard: Heard) -> None:
+    """Writes a recording's JSON and the other transcripts of `heard.kinds`.
+
+    The JSON is first, and holds digests of those that follow and of those that they replace: after an interruption
+    the one and the other are known for this command's. A JSON that is there keeps all else that it says.
+    """
+    files, content = dict(heard.files), heard.record
+    if content is None:
+        about = {
+            "file": recording.file.name,
+            "seconds": round(recording.seconds, 3),
+            "language": recording.language,
+            "truncated": recording.truncated,
+            "key": heard.key,
+            "files": {},
+        }
+        content = json.loads(as_json(recording.segments, about))
+        files[job.path("json").name] = [digest_of(content)]
+    contents = {job.path(kind): text for kind, text in rendered(recording.segments, heard.kinds).items()}
+    for file, text in contents.items():
+        files[file.name] = [*filter(None, [digest_there(file)]), digest(text.encode())]
     job.target.parent.mkdir(parents=True, exist_ok=True)
-    put(job.path("json"), as_json(recording.segments, about))
-    for file, content in contents.items():
-        put(file, content)
+    put(job.path("json"), json.dumps(content | {"files": files}, ensure_ascii=False, indent=1) + "\n")
+    for file, text in contents.items():
+        put(file, text)
     job.unfinished.unlink(missing_ok=True)
 
 
@@ -395,8 +439,7 @@ class Run:
         if heard.problem:
             self.end(number, Recording(job.file, problem=heard.problem))
         elif heard.record:
-            missing = {kind for kind in self.config.formats if not job.path(kind).exists()}
-            self.end(number, from_record(job, heard.record), heard, missing)
+            self.end(number, from_record(job, heard.record), heard)
         else:
             self.waiting[number] = heard
             waits = sum(end - start for one in self.waiting.values() for start, end in one.pieces)
@@ -424,15 +467,14 @@ class Run:
     def end_if_done(self, number: int) -> None:
         job, heard = self.jobs[number], self.waiting[number]
         if len(heard.done) == len(heard.pieces) and number not in self.recordings:
-            recording = whole(job, heard, self.config.language)
-            self.end(number, recording, heard, set(self.config.formats))
+            self.end(number, whole(job, heard, self.config.language), heard)
 
-    def end(self, number: int, recording: Recording, heard: Heard | None = None, kinds: Iterable[str] = ()) -> None:
-        """Notes a recording's end, and writes `kinds` of transcripts of it."""
+    def end(self, number: int, recording: Recording, heard: Heard | None = None) -> None:
+        """Notes a recording's end, and writes its transcripts."""
         job = self.jobs[number]
         self.recordings[number] = recording
-        if heard and (kinds := set(kinds)):
-            self.on_disk(number, lambda: write(job, recording, heard.key, kinds, heard.record))
+        if heard and heard.kinds:
+            self.on_disk(number, lambda: write(job, recording, heard))
         if not heard or heard.record or not heard.pieces:
             self.total -= job.size  # nothing was to be transcribed: it says nothing of the time left
             self.bar.total = self.total
