@@ -276,7 +276,8 @@ def test_control_tokens_never_become_targets(folder):
 
 
 def test_a_language_is_named_in_english():
-    for wrong, meant in (("he", "Hebrew"), ("hebrew", "Hebrew"), ("he-IL", "Hebrew"), ("עברית", "None")):
+    names = {"he": "Hebrew", "hebrew": "Hebrew", "he-IL": "Hebrew", "Heb": "Hebrew", "עברית": "None"}
+    for wrong, meant in names.items():
         with pytest.raises(InputError, match=rf"language is '{wrong}'.*{meant}"):
             DataConfig(train_sources=[Source("x", language=wrong)]).check_sources()
 

@@ -504,11 +504,21 @@ def test_a_file_that_is_being_written_is_named(tmp_path, spoken, monkeypatch):
         (["a.wav", "--demo", "--longest_seconds", "0"], "longest_seconds"),
         (["a.wav", "--demo", "--channel", "-1"], "channel"),
         (["a.wav", "--demo", "--chanel", "1"], "did you mean --channel"),
+        (["a.wav", "--demo", "--language", "he"], "language is 'he', must be a name like English.*Hebrew"),
+        (["a.wav", "--demo", "--language", "Heb"], "language is 'Heb', must be a name like English.*Hebrew"),
+        (["a.wav", "--demo", "--language", "none"], "language is 'none', must be a name"),
+        (["a.wav", "--demo", "--language", "None"], "nobody speaks: leave it out"),
     ],
 )
 def test_settings_that_cannot_mean_anything_are_refused(argv, message):
     with pytest.raises(InputError, match=message):
         script.command(argv)
+
+
+def test_the_function_takes_languages_by_their_english_names(tmp_path, spoken, one_start):
+    with pytest.raises(InputError, match=r"language is 'hebrew', must be a name like English.*Hebrew"):
+        transcribe(save(tmp_path, spoken, 1), str(DEMO / "tuned"), language="hebrew")
+    assert not one_start
 
 
 def test_no_model_is_one_message(tmp_path, spoken, monkeypatch):

@@ -67,7 +67,7 @@ LANGUAGE_CODES = {"he": "Hebrew", "iw": "Hebrew", "heb": "Hebrew", "en": "Englis
 
 def check_language(language: str, where: str = "") -> None:
     """Raises InputError for a language that is not named in English: the model would learn to write that instead."""
-    if not re.fullmatch("[A-Z][a-z]+", language):
+    if not re.fullmatch("[A-Z][a-z]+", language) or language.lower() in LANGUAGE_CODES:
         meant = LANGUAGE_CODES.get(language.strip().lower()[:2] if "-" in language else language.strip().lower())
         meant = meant or (language.strip().capitalize() if language.strip().isascii() else "")
         hint = f": {meant}?" if re.fullmatch("[A-Z][a-z]{3,}", meant) else ""

@@ -25,6 +25,7 @@ from hebrew_asr.console import Bar
 from hebrew_asr.data import decoding as decoding_module
 from hebrew_asr.data import voice
 from hebrew_asr.data.decoding import AUDIO_SUFFIXES, SAMPLE_RATE, AudioError, decode_audio
+from hebrew_asr.data.sources import check_language
 from hebrew_asr.data.voice import Span
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation import engines, transcription
@@ -513,6 +514,10 @@ def run(config: TranscribeConfig, shows_progress: bool = True) -> tuple[list[Rec
         raise InputError("give files or folders to transcribe")
     if config.model is None:
         raise InputError("give the checkpoint: --model FOLDER, a Hub id, or --demo")
+    if config.language == "None":
+        raise InputError("language is 'None', which says that nobody speaks: leave it out, and the model names it")
+    if config.language is not None:
+        check_language(config.language)
     jobs, problems = find_jobs(config.paths, config.output_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = open_engine(config.model, config, device)
