@@ -77,8 +77,10 @@ def summary(recordings: list[Recording], seconds: float, took: float) -> list[st
         lines[0] += f"; {seconds:.0f} s of speech in {took:.0f} s: {seconds / took:.1f} times as fast as it was said"
     if silent := [recording.file.name for recording in done if not recording.segments]:
         lines.append(f"no words in {len(silent)} of them: {', '.join(silent[:5])}{', …' if len(silent) > 5 else ''}")
-    if cut := [recording.file.name for recording in done if recording.truncated]:
-        lines.append(f"the limit of tokens ended pieces of {', '.join(cut)}: look for repetitions there")
+    if cut := [recording.file.name for recording in done if recording.is_cut]:
+        lines.append(f"the end is missing of {', '.join(cut)}: what is there was transcribed")
+    if ended := [recording.file.name for recording in done if recording.truncated]:
+        lines.append(f"the limit of tokens ended pieces of {', '.join(ended)}: look for repetitions there")
     return lines
 
 

@@ -153,7 +153,7 @@ HEARING = (audio.decode_audio, audio.audio_blocks, audio.check_blocks, fingerpri
 def test_what_was_heard_is_of_the_functions_that_hear():
     """A change of one of these that changes what it returns needs another SOUND_VERSION; then renew this."""
     sources = [inspect.getsource(one) for one in HEARING]
-    known = {2: "753ee4990658"}
+    known = {2: "2a7df5574ed1"}
     assert hashlib.sha256("".join(sources).encode()).hexdigest()[:12] == known[audio.SOUND_VERSION]
 
 

@@ -458,6 +458,34 @@ def test_one_bad_recording_does_not_end_the_rest(tmp_path, spoken, capsys):
     assert "times as fast as it was said" in out
 
 
+def test_a_missing_end_is_named_and_what_is_there_transcribed(tmp_path, spoken, capsys):
+    wave = np.concatenate([part for clip in spoken[:3] for part in (clip["wave"], np.zeros(RATE, np.float32))])
+    for suffix, codec in (("flac", "flac"), ("wav", "pcm_s16le"), ("mkv", "aac"), ("aac", "aac")):
+        file = tmp_path / f"cut.{suffix}.{suffix}"
+        encode(file, wave, codec, RATE)
+        (tmp_path / f"whole.{suffix}.{suffix}").write_bytes(file.read_bytes())
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    argv = [str(tmp_path), "--demo", "--num_workers", "0", "--dtype", "float32"]
+    for _ in range(2):  # the second time from the JSON
+        script.command(argv)
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "end is missing" in line]
+        names = sorted(line.removeprefix("the end is missing of ").split(": ")[0].split(", "))
+        assert names == ["cut.aac.aac", "cut.flac.flac", "cut.mkv.mkv", "cut.wav.wav"]
+    for file in tmp_path.glob("*.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        assert content["is_cut"] == file.name.startswith("cut") and content["segments"], file.name
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_samples_that_are_no_numbers_are_their_recordings_problem(tmp_path, spoken, wrong, one_start):
+    wave = np.repeat(spoken[0]["wave"], 3)  # of another rate
+    wave[RATE] = wrong
+    soundfile.write(tmp_path / "broken.wav", wave, 3 * RATE, subtype="FLOAT")
+    found = transcribe([*save(tmp_path, spoken, 1), tmp_path / "broken.wav"], str(DEMO / "tuned"), dtype="float32")
+    assert [bool(one.text) for one in found] == [False, True] and len(one_start) == 1
+    assert "not finite" in found[0].problem
+
+
 def test_what_cannot_be_written_is_not_transcribed_first(tmp_path, spoken, one_start):
     (clip,) = save(tmp_path, spoken, 1)
     (tmp_path / "file").touch()
@@ -483,14 +511,14 @@ def test_a_piece_that_does_not_fit_the_memory_is_its_recordings_problem(tmp_path
 
 def test_a_file_that_is_being_written_is_named(tmp_path, spoken, monkeypatch):
     (clip,) = save(tmp_path, spoken, 1, "wav")
-    decode = recordings.decode_audio
+    decode = recordings.audio_blocks
 
     def grow(audio, **given):
         with open(audio["path"], "ab") as file:
             file.write(b"\0" * 1000)
         return decode(audio, **given)
 
-    monkeypatch.setattr(recordings, "decode_audio", grow)
+    monkeypatch.setattr(recordings, "audio_blocks", grow)
     (found,) = transcribe(clip, str(DEMO / "tuned"), dtype="float32")
     assert "still being written" in found.problem
 

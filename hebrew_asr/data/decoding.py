@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -529,13 +529,16 @@ def audio_blocks(
     end: float | None = None,
     channel: int | None = None,
     may_cancel: bool = False,
-) -> Iterator[np.ndarray]:
-    """Yields the mono waveform at 16 kHz, float32 (samples,), half a minute or less at once; see `decode_audio`."""
+) -> Generator[np.ndarray, None, bool]:
+    """Yields the mono waveform at 16 kHz, float32 (samples,), half a minute or less at once; see `decode_audio`.
+
+    Returns whether the recording's end is missing, as far as a reader tells that went to `end`.
+    """
     channel = audio.get("channel") if channel is None else channel
     stream, stream_rate = None, 0
     power = np.zeros(2)  # of the channels' average, and of the channels on average; summed over samples
     samples = 0
-    reader, _ = reader_of(audio)
+    reader, found = reader_of(audio)
     with reader:
         for rate, block in reader.blocks(start, end):
             if channel is not None and channel >= block.shape[1]:
@@ -555,6 +558,7 @@ def audio_blocks(
     is_heard = power[1] > samples * 10 ** (SILENT_DBFS / 10)
     if is_heard and not may_cancel and power[0] < power[1] * 10 ** (CANCELLED_DB / 10):
         raise AudioError(CANCELLED)
+    return found.is_cut or (isinstance(reader, FFmpegReader) and reader.is_cut)
 
 
 def decode_audio(

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,15 @@ import transformers
 from hebrew_asr.console import Bar
 from hebrew_asr.data import decoding as decoding_module
 from hebrew_asr.data import voice
-from hebrew_asr.data.decoding import AUDIO_SUFFIXES, SAMPLE_RATE, AudioError, decode_audio
+from hebrew_asr.data.decoding import (
+    AUDIO_SUFFIXES,
+    CUT,
+    MANY_HOURS,
+    MOST_HOURS,
+    SAMPLE_RATE,
+    AudioError,
+    audio_blocks,
+)
 from hebrew_asr.data.sources import check_language
 from hebrew_asr.data.voice import Span
 from hebrew_asr.errors import InputError
@@ -57,6 +65,8 @@ class Recording:
     """As the model named it for most of the audio; None: it names none, or nobody speaks."""
     truncated: int = 0
     """Pieces that the limit of tokens ended: loops, as a rule."""
+    is_cut: bool = False
+    """The file's end is missing; what is there was transcribed."""
     problem: str | None = None
 
     @property
@@ -218,6 +228,7 @@ class Heard:
 
     key: str = ""
     seconds: float = 0.0
+    is_cut: bool = False
     problem: str | None = None
     record: dict[str, Any] | None = None
     """The transcript, where it is on the disk already."""
@@ -233,11 +244,26 @@ class Heard:
     """Pieces that were transcribed before an interruption."""
 
 
-def decoded(file: Path, channel: int | None, before: os.stat_result) -> np.ndarray:
-    """A recording's waveform (samples,) at 16 kHz, of a file that is as it was; raises AudioError."""
-    waveform, problem = np.zeros(0, np.float32), None
+def decoded(file: Path, channel: int | None, before: os.stat_result) -> tuple[np.ndarray, bool]:
+    """A recording's waveform (samples,) at 16 kHz, of a file that is as it was, and whether its end is missing.
+
+    Raises AudioError, also for samples that are no numbers.
+    """
+    waveform, is_cut, problem = bytearray(), False, None
+
+    def blocks() -> Generator[np.ndarray]:
+        nonlocal is_cut
+        is_cut = yield from audio_blocks({"path": str(file)}, channel=channel)
+
     try:
-        waveform = decode_audio({"path": str(file)}, channel=channel)
+        for block in blocks():
+            waveform += block.tobytes()
+            if not np.isfinite(block).all():
+                raise AudioError("not finite: it holds samples that are no numbers")
+            if len(waveform) > MOST_HOURS * 3600 * SAMPLE_RATE * 4:
+                raise AudioError(MANY_HOURS)
+        if is_cut and not waveform:
+            raise AudioError(CUT)
     except AudioError as error:
         problem = error
     after = file.stat()
@@ -245,7 +271,7 @@ def decoded(file: Path, channel: int | None, before: os.stat_result) -> np.ndarr
         raise AudioError("is still being written: transcribe it when it is whole")
     if problem:
         raise problem
-    return waveform
+    return np.frombuffer(waveform, np.float32), is_cut
 
 
 def hear(job: Job, model: Transcriber, settings_key: str, config: TranscribeConfig) -> Heard:
@@ -270,7 +296,7 @@ def hear(job: Job, model: Transcriber, settings_key: str, config: TranscribeConf
             if heard.record:
                 return heard
             heard.done = {line["place"]: line for line in read_unfinished(job.unfinished, heard.key)}
-        waveform = decoded(job.file, config.channel, before)
+        waveform, heard.is_cut = decoded(job.file, config.channel, before)
     except AudioError as error:
         heard.problem = str(error)
         return heard
@@ -372,7 +398,7 @@ def append(file: Path, line: dict[str, Any]) -> None:
 
 def whole(job: Job, heard: Heard, language: str | None) -> Recording:
     """A recording whose pieces are all done."""
-    recording = Recording(job.file, seconds=heard.seconds)
+    recording = Recording(job.file, seconds=heard.seconds, is_cut=heard.is_cut)
     languages: dict[str | None, float] = {}  # seconds of each
     for place, (start, end) in enumerate(heard.pieces):
         transcript = Transcript(*heard.done[place]["transcript"])
@@ -404,6 +430,7 @@ def write(job: Job, recording: Recording, heard: Heard) -> None:
             "seconds": round(recording.seconds, 3),
             "language": recording.language,
             "truncated": recording.truncated,
+            "is_cut": recording.is_cut,
             "key": heard.key,
             "files": {},
         }
@@ -420,7 +447,7 @@ def write(job: Job, recording: Recording, heard: Heard) -> None:
 
 
 def from_record(job: Job, record: dict[str, Any]) -> Recording:
-    known = {name: record[name] for name in ("seconds", "language", "truncated")}
+    known = {name: record[name] for name in ("seconds", "language", "truncated", "is_cut")}
     return Recording(job.file, segments_of(record), **known)
 
 
