@@ -410,6 +410,34 @@ def test_names_that_would_meet_are_kept_apart(tmp_path, spoken):
     assert len(jobs) == 1 and "rename" in problems[0].problem
 
 
+def test_all_of_a_folder_is_found_or_named(tmp_path, spoken, monkeypatch):
+    top = tmp_path / "in"
+    top.mkdir()
+    for folder in (top / "calls", top / "locked", tmp_path / "elsewhere"):
+        save(folder, spoken, 1)
+    (top / "again").symlink_to(top)
+    (top / "calls" / "up").symlink_to("..")
+    (top / "all").symlink_to("calls")  # before the folder in their order
+    (top / "linked").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(top / "pipe.wav")
+    scandir = os.scandir
+
+    def scan(folder):
+        if Path(folder).name == "locked":
+            raise PermissionError(13, "Permission denied", os.fspath(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    jobs, problems = find_jobs([top, tmp_path / "in" / "pipe.wav", top / "locked" / "clip-0.opus"], None)
+    found = [job.file.relative_to(top) for job in jobs]
+    assert sorted(map(str, found)) == ["calls/clip-0.opus", "linked/clip-0.opus", "locked/clip-0.opus"]
+    assert {one.file.name: one.problem for one in problems} == {
+        "locked": "cannot be read: Permission denied",
+        "pipe.wav": "cannot be read: it is no regular file, but a pipe or a device",
+    }
+    assert len(problems) == 2
+
+
 def test_files_are_whole_and_their_permissions_are_the_umasks(tmp_path, spoken, monkeypatch):
     save(tmp_path, spoken, 1)
     before = os.umask(0o027)

@@ -5,10 +5,12 @@ over files, longest first. A recording's JSON holds everything that is known of 
 What is done is not done again: a JSON's key names the audio's content, the model's, and the settings.
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
 import os
+import stat
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -103,17 +105,13 @@ def find_jobs(paths: Sequence[str | Path], output_dir: str | None) -> tuple[list
     found: dict[Path, Path | None] = {}  # the file, and the folder that was given
     problems = []
     for path in map(Path, paths):
-        if path.is_dir():
-            inside = [
-                Path(folder, name)
-                for folder, _, names in os.walk(path)
-                for name in names
-                if Path(name).suffix.lower() in AUDIO_SUFFIXES and not name.startswith(".")
-            ]
-            if not inside:
+        if os.path.isdir(path):
+            inside, unread = recordings_in(path)
+            problems += unread
+            if not inside and not unread:
                 problems.append(Recording(path, problem="no recordings in this folder"))
             found |= {file: path for file in sorted(inside) if file not in found}
-        elif path.is_file():
+        elif os.path.lexists(path):
             found.setdefault(path, None)
         else:
             problems.append(Recording(path, problem="no such file or folder"))
@@ -121,7 +119,10 @@ def find_jobs(paths: Sequence[str | Path], output_dir: str | None) -> tuple[list
     sizes = {}
     for file in list(found):
         try:
-            sizes[file] = file.stat().st_size
+            status = file.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file, but a pipe or a device")
+            sizes[file] = status.st_size
         except OSError as error:
             problems.append(Recording(file, problem=f"cannot be read: {error.strerror}"))
             del found[file]
@@ -141,8 +142,33 @@ def find_jobs(paths: Sequence[str | Path], output_dir: str | None) -> tuple[list
     return sorted(jobs.values(), key=lambda job: -job.size), problems
 
 
+def recordings_in(top: Path) -> tuple[list[Path], list[Recording]]:
+    """The recordings in a folder and its subfolders, and the folders that cannot be read.
+
+    Links to folders are followed, after the folders that are none; where a folder is met again, it is left out.
+    """
+    inside: list[Path] = []
+    unread: list[Recording] = []
+    seen = set()
+
+    def note(error: OSError) -> None:
+        unread.append(Recording(Path(error.filename), problem=f"cannot be read: {error.strerror}"))
+
+    for folder, subfolders, names in os.walk(top, onerror=note, followlinks=True):
+        if (place := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(place)
+        subfolders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
+        for name in names:
+            if Path(name).suffix.lower() in AUDIO_SUFFIXES and not name.startswith("."):
+                inside.append(Path(folder, name))
+    return inside, unread
+
+
 def stems_in(folder: Path) -> Iterator[str]:
-    with os.scandir(folder) as entries:
+    """Of a folder's recordings; none where it may not be listed."""
+    with contextlib.suppress(PermissionError), os.scandir(folder) as entries:
         for entry in entries:
             stem, suffix = os.path.splitext(entry.name)
             if suffix.lower() in AUDIO_SUFFIXES:
