@@ -127,6 +127,30 @@ def test_an_endpoint_transcribes_recordings(tmp_path, server):
     assert not recording.segments[0].words, "an endpoint says no times"
 
 
+def test_a_clip_that_an_endpoint_refuses_is_its_recordings_problem(tmp_path, server):
+    clips = pyarrow.parquet.read_table(next((DEMO / "heldout").glob("*.parquet")))["audio"].to_pylist()
+    for number, clip in enumerate(clips[:4]):
+        (tmp_path / f"{number}.opus").write_bytes(clip["bytes"])
+    given = {"paths": tmp_path, "model": server.url, "formats": ["text"], "output_dir": tmp_path / "out"}
+    answers = iter([(400, b"too short"), (413, b""), (422, b"\x1b[31mred"), None, (401, b"no key")])
+    server.fails = lambda number: next(answers)
+    found = transcribe(**given)
+    assert sorted(one.problem.split("answers ")[1][:3] if one.problem else "" for one in found) == [
+        "",
+        "400",
+        "413",
+        "422",
+    ]
+    assert sum("answers 400: too short" in (one.problem or "") for one in found) == 1
+    with pytest.raises(InputError, match="answers 401: no key") as ended:
+        server.fails = lambda number: (401, b"no key")
+        transcribe(**given)
+    assert not isinstance(ended.value, engines.ClipsRefused)
+    server.fails, before = lambda number: None, len(server.requests)
+    assert all(one.problem is None for one in transcribe(**given))
+    assert len(server.requests) == before + 3, "the one that was transcribed is kept"
+
+
 def test_an_endpoint_that_cannot_be_used_is_one_sentence(server, monkeypatch):
     with pytest.raises(InputError, match="serves qwen, other, not third"):
         EndpointModel(f"{server.url}#third", Decoding())

@@ -36,6 +36,15 @@ AT_ONCE = 16  # requests to an endpoint
 ATTEMPTS = 3
 FIRST_WAIT_SECONDS = 1.0  # after a failure; then four times as long
 ANSWER_SECONDS = 180.0  # an endpoint has for one clip
+OF_ONE_CLIP = {400, 413, 415, 422}  # statuses that say something of what was sent, not of the server or a key
+
+
+class ClipsRefused(InputError):
+    """Clips of a batch that an endpoint does not take: `found` has what it says of each, or the transcript."""
+
+    def __init__(self, found: list[Transcript | str]):
+        super().__init__(next(one for one in found if isinstance(one, str)))
+        self.found = found
 
 
 def is_endpoint(name: str) -> bool:
@@ -161,7 +170,10 @@ class EndpointModel:
         return "whisper" in self.model.lower()
 
     def ask(self, method: str, path: str, **request: Any) -> dict[str, Any]:
-        """The JSON of an answer; raises InputError where there is none after `ATTEMPTS`, or it says what is wrong."""
+        """The JSON of an answer; raises InputError where there is none after `ATTEMPTS`, or it says what is wrong.
+
+        A ClipsRefused says that it is wrong with the clip that was sent.
+        """
         url, problem = f"{self.base}/{path}", ""
         for attempt in range(ATTEMPTS):
             if attempt:
@@ -184,6 +196,8 @@ class EndpointModel:
                 if isinstance(found, dict):
                     return found
                 problem = f"answers what is no JSON object: {said}"
+            if method == "POST" and answer.status_code in OF_ONE_CLIP:
+                raise ClipsRefused([f"{url} {problem}"])
             if answer.status_code not in (429, *range(500, 600)):
                 break
         raise InputError(f"{url} {problem}")
@@ -194,8 +208,19 @@ class EndpointModel:
         return file.getvalue()
 
     def transcribe(self, features: list[bytes], seconds: list[float]) -> list[Transcript]:
+        """Raises ClipsRefused after all clips were asked for."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(self.transcribe_one, features))
+            found = list(pool.map(self.transcript_or_refusal, features))
+        transcripts = [one for one in found if isinstance(one, Transcript)]
+        if len(transcripts) < len(found):
+            raise ClipsRefused(found)
+        return transcripts
+
+    def transcript_or_refusal(self, wav: bytes) -> Transcript | str:
+        try:
+            return self.transcribe_one(wav)
+        except ClipsRefused as refused:
+            return str(refused)
 
     def transcribe_one(self, wav: bytes) -> Transcript:
         form = {"model": self.model, "response_format": "json", "temperature": "0"}

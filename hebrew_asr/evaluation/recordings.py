@@ -39,7 +39,7 @@ from hebrew_asr.data.sources import check_language
 from hebrew_asr.data.voice import Span
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation import engines, transcription
-from hebrew_asr.evaluation.engines import is_endpoint, open_engine
+from hebrew_asr.evaluation.engines import ClipsRefused, is_endpoint, open_engine
 from hebrew_asr.evaluation.settings import FORMATS, Format, TranscribeConfig
 from hebrew_asr.evaluation.transcription import Piece, Transcriber, Transcript, batches_of, transcribe_as_it_fits
 from hebrew_asr.files import UNFINISHED, digest, put, sha256
@@ -388,12 +388,12 @@ def words_at(
 
 def transcribe_pieces(
     model: Transcriber, heard: dict[int, Heard], config: TranscribeConfig
-) -> Iterator[tuple[Piece, dict[str, Any] | None]]:
+) -> Iterator[tuple[Piece, dict[str, Any] | str]]:
     """Transcribes those pieces of recordings that are not done, longest first.
 
     Yields:
-        Each piece, and what is known of it: the recording's key, the piece's place, its transcript and words; None
-        where it does not fit the device's memory.
+        Each piece, and what is known of it: the recording's key, the piece's place, its transcript and words; or why
+        it has none.
     """
     pieces = [
         Piece(number, place, start, end, end - start)
@@ -403,11 +403,17 @@ def transcribe_pieces(
     ]
     for batch in batches_of(pieces, config.batch_seconds):
         features = [heard[piece.number].features[piece.place] for piece in batch]
-        transcripts = transcribe_as_it_fits(model, features, [piece.seconds for piece in batch])
+        transcripts: Sequence[Transcript | str | None]
+        try:
+            transcripts = transcribe_as_it_fits(model, features, [piece.seconds for piece in batch])
+        except ClipsRefused as refused:
+            transcripts = refused.found
         for piece, clip, transcript in zip(batch, features, transcripts, strict=True):
             one, words = heard[piece.number], None
             if transcript is None:
-                yield piece, None
+                transcript = f"{piece.seconds:.0f} s of it do not fit the memory at once: lower longest_seconds"
+            if isinstance(transcript, str):
+                yield piece, transcript
                 continue
             if config.word_times and transcript.text.strip():
                 words = words_at(model, clip, transcript, piece.seconds, one.spans[piece.place])
@@ -506,9 +512,8 @@ class Run:
             self.end_if_done(number)
         for piece, line in transcribe_pieces(self.model, self.waiting, self.config):
             job, heard = self.jobs[piece.number], self.waiting[piece.number]
-            if line is None:
-                problem = f"{piece.seconds:.0f} s of it do not fit the memory at once: lower longest_seconds"
-                self.recordings[piece.number] = Recording(job.file, problem=problem)
+            if isinstance(line, str):
+                self.recordings[piece.number] = Recording(job.file, problem=line)
                 continue
             heard.done[piece.place] = line
             if self.config.formats and len(heard.done) < len(heard.pieces):
