@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Annotated
 
 from hebrew_asr.command_line import READERS, Range, parse_config, read_options
+from hebrew_asr.data.sources import check_language
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation.settings import DEMO_SETS, LEADERBOARD, QUOTED, Decoding, EvaluationConfig, read_set
 from hebrew_asr.files import DEMO, digest
@@ -106,6 +107,8 @@ def parse(argv: list[str]) -> EvaluationConfig:
         raise InputError("--compare needs a --model to compare")
     if not models and (given.update_card or given.sets or given.max_utterances):
         raise InputError("--score without a model takes files alone: leave --sets, --max_utterances, --update_card out")
+    if given.language is not None:
+        check_language(given.language, "--")
     if given.prompt_forms and (given.language or not given.system_turn):
         raise InputError("--prompt_forms gives and leaves out language and system turn itself: leave both options out")
     if given.decodings and (given.prompt_forms or given.num_beams > 1 or given.temperature):

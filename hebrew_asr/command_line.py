@@ -353,6 +353,9 @@ def takes(hint: Any) -> str:
         return f"{kind} {inner.__metadata__[0]}{or_none}"
     if origin is typing.Literal:
         return " or ".join(filter(None, [", ".join(arguments[:-1]), arguments[-1]])) + or_none
+    if origin in (typing.Union, types.UnionType):  # of several types beside None
+        kinds = [takes(one) for one in arguments if one is not type(None)]
+        return " or ".join(kinds) + (" or null" if type(None) in arguments else "")
     if origin is list:
         return f"a list of {arguments[0].__name__} ({listed(arguments[0])})" if item_of(inner) else "a list"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

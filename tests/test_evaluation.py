@@ -49,12 +49,16 @@ BASE = str(DEMO / "base")
 
 
 def settings(tmp_path, heldout, *arguments, sets=None):
-    own = json.dumps({"name": "few", "path": str(heldout), "split": "train"})
-    config = parse(["--model", BASE, "--sets", own, "--output_dir", str(tmp_path / "out"), *arguments])
+    few = own(name="few", path=str(heldout), split="train")
+    config = parse(["--model", BASE, "--sets", few, "--output_dir", str(tmp_path / "out"), *arguments])
     config.num_workers = 0
     if sets:
         config.sets = sets
     return config
+
+
+def own(**fields) -> str:
+    return json.dumps({"name": "calls", "path": "data/calls"} | fields)
 
 
 def results_of(folder) -> dict:
@@ -392,6 +396,14 @@ def test_the_figures_land_in_the_model_card(tmp_path, heldout):
         (["--model", "x", "--dtype", "float16"], "dtype takes auto, bfloat16 or float32"),
         (["--model", "x", "--update_card"], "needs a local folder"),
         (["--score", "x", "--update_card"], "takes files alone"),
+        (["--model", "x", "--language", "he"], "--language is 'he', must be a name like English, or None: Hebrew"),
+        (["--model", "x", "--sets", own(language="he")], "is no set: language is 'he', must be a name"),
+        (["--model", "x", "--sets", own(language="He")], "is no set: language is 'He', must be a name"),
+        (["--model", "x", "--sets", own(split=None)], "is no set: split must not be null"),
+        (["--model", "x", "--sets", own(split=3)], "is no set: split takes a text, got 3"),
+        (["--model", "x", "--sets", own(channel="left")], "is no set: channel takes a whole number or each or null"),
+        (["--model", "x", "--sets", own(text_column=5)], "is no set: text_column takes a text or null"),
+        (["--model", "x", "--sets", own(config_name=7)], "is no set: config_name takes a text or null"),
     ],
 )
 def test_settings_that_cannot_be(arguments, message):
@@ -399,10 +411,16 @@ def test_settings_that_cannot_be(arguments, message):
         parse(arguments)
 
 
+def test_nobody_speaks_where_a_set_says_so_and_not_where_it_says_nothing():
+    spoken = {"Hebrew": own(language=None), "English": own(language="English"), "None": own(language="None")}
+    for language, one in spoken.items():
+        (found,) = parse(["--model", "x", "--sets", one]).sets
+        assert found.language == language and found.has_speech == (language != "None")
+
+
 def test_figures_of_others_stand_beside_the_leaderboards_sets_only():
-    own = json.dumps({"name": "calls", "path": "data/calls"})
-    assert parse(["--model", "x"]).quoted and parse(["--model", "x", "--sets", own, "fleurs"]).quoted
-    assert not parse(["--model", "x", "--sets", own]).quoted and not parse(["--demo"]).quoted
+    assert parse(["--model", "x"]).quoted and parse(["--model", "x", "--sets", own(), "fleurs"]).quoted
+    assert not parse(["--model", "x", "--sets", own()]).quoted and not parse(["--demo"]).quoted
 
 
 def test_a_model_that_names_no_language_any_more_fails_the_gate():

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from hebrew_asr.command_line import Range, meant
-from hebrew_asr.data.sources import Source
+from hebrew_asr.command_line import Range, meant, replaced
+from hebrew_asr.data.sources import Source, check_language
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import DEMO
 
@@ -156,6 +156,7 @@ class EvaluationConfig:
 
 
 def read_set(text: str, known: dict[str, EvaluationSet]) -> EvaluationSet:
+    """A set by its name, with or without a folder, or by its fields as JSON; raises InputError."""
     if not text.startswith("{"):
         name, is_local, folder = text.partition("=")
         if name not in known:
@@ -170,15 +171,16 @@ def read_set(text: str, known: dict[str, EvaluationSet]) -> EvaluationSet:
         given = json.loads(text)
         names = ["name", *(part.name for part in dataclasses.fields(Source)), "guarded"]
         if unknown := [key for key in given if key not in names]:
-            near = meant(unknown[0], names)
-            raise InputError(f"{text} is no set: there is no {unknown[0]!r}{near}; it has {', '.join(names)}")
+            raise InputError(f"there is no {unknown[0]!r}{meant(unknown[0], names)}; it has {', '.join(names)}")
         if lost := [key for key in ("name", "path") if key not in given]:
-            raise InputError(f"{text} is no set: it needs {' and '.join(lost)}")
-        language = str(given.pop("language", "Hebrew")).capitalize()  # as Qwen3-ASR writes them, null too
-        guarded = bool(given.pop("guarded", False))
-        one = EvaluationSet(given.pop("name"), Source(**given), language, guarded)
-        if not isinstance(one.name, str) or not isinstance(one.source.path, str):
-            raise TypeError("name and path must be texts")
+            raise InputError(f"it needs {' and '.join(lost)}")
+        if empty := [key for key in ("name", "path", "split", "guarded") if given.get(key, "") is None]:
+            raise InputError(f"{empty[0]} must not be null")
+        own = {name: given.pop(name) for name in ("name", "language", "guarded") if name in given}
+        if own.get("language", "") is None:  # as a run's config.yaml writes the default
+            del own["language"]
+        one = replaced(EvaluationSet("", replaced(Source(""), given)), own)
+        check_language(one.language)
         return one
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{text} is no set: {error}") from error
+    except (ValueError, InputError) as error:
+        raise InputError(f"{text} is no set: {str(error).removeprefix('--')}") from error
