@@ -121,6 +121,14 @@ def parse(argv: list[str]) -> EvaluationConfig:
     known = {one.name: one for one in (DEMO_SETS if is_demo else LEADERBOARD)}
     sets = [read_set(name, known) for name in given.sets]
     sets = sets or [dataclasses.replace(one, asked=is_demo) for one in known.values()]
+    if given.max_wer_rise is not None:
+        if not models or len([*models, *given.score]) < 2:
+            raise InputError("--max_wer_rise compares two models: give the one from before as --compare")
+        if not any(one.is_gate for one in sets):
+            raise InputError(
+                "--max_wer_rise is a gate on sets in other languages, without speech, or guarded, and none of --sets is"
+                ' one: add such a set, or "guarded": true to one of your own, or leave the option out'
+            )
     config = EvaluationConfig(
         models=models,
         sets=sets,

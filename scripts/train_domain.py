@@ -149,8 +149,10 @@ def recipe(argv: list[str]) -> tuple[TrainingConfig, list[str]]:
         for number, source in enumerate(config.eval_sources, start=1)
     ]
     sets = [json.dumps({name: value for name, value in one.items() if value is not None}) for one in tested]
-    rise = "null" if given.max_wer_rise is None else str(given.max_wer_rise)
-    return config, ["--sets", *sets, *given.gates, "--max_wer_rise", rise]
+    rise = "null" if given.max_wer_rise is None or not given.gates else str(given.max_wer_rise)
+    arguments = ["--sets", *sets, *given.gates, "--max_wer_rise", rise]
+    evaluate_hebrew_asr.parse(["--model", "after", "--compare", "before", *arguments])  # now, not after training
+    return config, arguments
 
 
 def check_forgetting(config: TrainingConfig, arguments: list[str]) -> None:

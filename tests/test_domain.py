@@ -63,8 +63,10 @@ def test_local_data_need_no_hub(tmp_path):
     shares = {source.path: source.probability for source in config.train_sources}
     assert shares == pytest.approx({folders["calls"]: 1 / 3, folders["hebrew"]: 2 / 3})
     (one,) = [json.loads(word) for word in arguments[1 : arguments.index("--max_wer_rise")]]
-    assert one["path"] == folders["test"] and config.target_wer is None
+    assert one["path"] == folders["test"] and config.target_wer is None and arguments[-1] == "null"
     config.check(processes=1)
+    with pytest.raises(InputError, match='"guarded": true'):  # before the training, not after it
+        recipe([*options, "--gates", '{"name": "hebrew", "path": "x"}'])
 
 
 def test_a_hebrew_set_is_a_gate_only_where_it_is_guarded():

@@ -208,6 +208,14 @@ def test_forgetting_is_a_finding_and_a_gate_where_one_is_asked_for(tmp_path, hel
     config.max_wer_rise = 5.0
     with pytest.raises(InputError, match=r"forgotten: english: WER"):  # a gate
         evaluation.main(config)
+    others = tmp_path / "others.jsonl"  # of another set: what it is compared with has nothing to gate by
+    (first,) = pyarrow.parquet.read_table(next(heldout.glob("*.parquet"))).slice(0, 1)["transcript"].to_pylist()
+    others.write_text(json.dumps({"reference": first, "hypothesis": first}) + "\n")
+    config.models, config.score = config.models[:1], [str(others)]
+    config.sets = [*sets, EvaluationSet("few", Source(str(heldout), split="train[:1]"))]
+    with pytest.raises(InputError) as problem:
+        evaluation.main(config)
+    assert "no gate on english: it was not measured with both models; no gate on silence" in str(problem.value)
 
 
 def test_the_demo_measures_what_the_first_command_trained(tmp_path):
@@ -396,6 +404,10 @@ def test_the_figures_land_in_the_model_card(tmp_path, heldout):
         (["--model", "x", "--dtype", "float16"], "dtype takes auto, bfloat16 or float32"),
         (["--model", "x", "--update_card"], "needs a local folder"),
         (["--score", "x", "--update_card"], "takes files alone"),
+        (["--model", "x", "--demo", "--compare", "none", "--max_wer_rise", "5"], "compares two models"),
+        (["--score", "x", "y", "--max_wer_rise", "5"], "compares two models"),
+        (["--model", "x", "--compare", "y", "--max_wer_rise", "5"], 'none of --sets is one: .* "guarded": true'),
+        (["--model", "x", "--compare", "y", "--sets", own(), "--max_wer_rise", "5"], "none of --sets is one"),
         (["--model", "x", "--language", "he"], "--language is 'he', must be a name like English, or None: Hebrew"),
         (["--model", "x", "--sets", own(language="he")], "is no set: language is 'he', must be a name"),
         (["--model", "x", "--sets", own(language="He")], "is no set: language is 'He', must be a name"),

@@ -149,8 +149,7 @@ def forgetting_gates(
     measured = {(r["model"], r["set"]): r for r in results if r["reason"] is None}
     gates = []
     for one in sets:
-        is_gate = one.guarded or one.language != "Hebrew"
-        if len(models) < 2 or not is_gate or not {(m, one.name) for m in models[:2]} <= set(measured):
+        if len(models) < 2 or not one.is_gate or not {(m, one.name) for m in models[:2]} <= set(measured):
             continue
         after, before = (measured[model, one.name] for model in models[:2])
         figures = {"WER": (before["wer"], after["wer"], 1)}
@@ -161,13 +160,17 @@ def forgetting_gates(
             if old is None:
                 continue
             if new is None:
-                gates.append({"name": f"{one.name}: {name}", "passed": False, "detail": "measured before, not after"})
+                gates.append(
+                    {"set": one.name, "name": f"{one.name}: {name}", "passed": False}
+                    | {"detail": "measured before, not after"}
+                )
                 continue
             old, new = (value["value"] if isinstance(value, dict) else value for value in (old, new))
             worse = sign * (new - old)
             allowed = "" if limit is None else f", at most {limit:g} points worse allowed"
             gates.append(
-                {"name": f"{one.name}: {name}", "passed": worse <= (FORGOTTEN if limit is None else limit)}
+                {"set": one.name, "name": f"{one.name}: {name}"}
+                | {"passed": worse <= (FORGOTTEN if limit is None else limit)}
                 | {"detail": f"{old:.1f} % → {new:.1f} %{allowed}"}
             )
     return gates

@@ -215,13 +215,14 @@ def conclude(config: EvaluationConfig, folder: Path, results: dict[str, Any]) ->
     for line in lines_of(results):
         print(line, flush=True)
     print(f"written: {folder}/evaluation.html, results.json, utterances.parquet, table.md", flush=True)
-    missing = [
-        f"{r['model']} on {r['set']} ({r['reason']})" for r in results["results"] if r["reason"] and not r["excused"]
-    ]
-    problems = [f"not measured: {one}" for one in missing]
+    missing = [r for r in results["results"] if r["reason"] and not r["excused"]]
+    problems = [f"not measured: {r['model']} on {r['set']} ({r['reason']})" for r in missing]
     if config.max_wer_rise is not None:
         failed = [f"{gate['name']} ({gate['detail']})" for gate in results["gates"] if not gate["passed"]]
         problems += [f"forgotten: {one}" for one in failed]
+        said = {part["set"] for part in results["gates"]} | {r["set"] for r in missing}
+        open_gates = [one.name for one in config.sets if one.is_gate and one.name not in said]
+        problems += [f"no gate on {name}: it was not measured with both models" for name in open_gates]
     if not problems and all(r["reason"] for r in results["results"]):
         problems = [
             "nothing could be measured: " + "; ".join(f"{r['set']} ({r['reason']})" for r in results["results"])

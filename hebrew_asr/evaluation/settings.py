@@ -87,6 +87,11 @@ class EvaluationSet:
     def has_speech(self) -> bool:
         return self.language != "None"
 
+    @property
+    def is_gate(self) -> bool:
+        """Whether what is forgotten is looked for in it: the model is tuned to the Hebrew that is not guarded."""
+        return self.guarded or self.language != "Hebrew"
+
 
 LEADERBOARD = [
     EvaluationSet("eval-d1", Source("ivrit-ai/eval-d1", split="test", text_column="text")),
