@@ -140,8 +140,7 @@ class QwenModel:
         self.processor = load_processor(name)
         self.model = load_model(name, use_bf16=bf16).to(device).eval()
         self.prompts = Prompts(self.processor)
-        ends = self.model.generation_config.eos_token_id
-        self.ends = {self.prompts.end_of_turn_id, *(ends if isinstance(ends, list) else [ends])}
+        self.ends = set(self.model.generation_config.eos_token_id)
 
     def features(self, waveform: np.ndarray) -> np.ndarray:
         return log_mel(self.processor.feature_extractor, waveform)

@@ -6,9 +6,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import transformers
 from transformers import Qwen3ASRForConditionalGeneration
 
+from hebrew_asr.errors import InputError
 from hebrew_asr.model.precision import mixed_precision, to_encoder
+from hebrew_asr.model.prompts import END_OF_TEXT, END_OF_TURN
 
 T = TypeVar("T")
 Batch = dict[str, Any]  # tensors or lists of as many rows
@@ -37,6 +40,19 @@ def new_token_limit(seconds: float) -> int:
     return 64 + math.ceil(12 * seconds)
 
 
+def end_with_turns(model: Qwen3ASRForConditionalGeneration, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    """Has `generate` stop at the tokens that end a turn, and pad with <|im_end|>, as Qwen3-ASR's own checkpoints do.
+
+    Some checkpoints name other tokens in their generation_config, or none: what they write after the turn would be
+    part of the transcript. Raises InputError for a tokenizer without <|im_end|>.
+    """
+    known = tokenizer.get_vocab()
+    if END_OF_TURN not in known:
+        raise InputError(f"the tokenizer of {tokenizer.name_or_path} has no {END_OF_TURN}: take Qwen3-ASR's own")
+    model.generation_config.eos_token_id = [known[end] for end in (END_OF_TEXT, END_OF_TURN) if end in known]
+    model.generation_config.pad_token_id = known[END_OF_TURN]
+
+
 def generate(
     model: Qwen3ASRForConditionalGeneration,
     batch: dict[str, torch.Tensor],
@@ -46,8 +62,9 @@ def generate(
 ) -> torch.Tensor:
     """Transcribes a batch of the collator from its prompts alone; returns (batch, new tokens).
 
-    Each row ends at its own limit of new tokens, so that no transcript depends on what else is in the batch. At a
-    temperature above 0 it samples, from all tokens, with torch's global generator.
+    Each row ends at its own limit of new tokens, so that no transcript depends on what else is in the batch, or before
+    it, at the ends of `end_with_turns`. At a temperature above 0 it samples, from all tokens, with torch's global
+    generator.
 
     Features are cast to the type of the encoder's first convolution, and everything runs under autocast when any
     weight is bf16.

@@ -15,6 +15,7 @@ from hebrew_asr.model.templates import rendered
 AUDIO_TOKEN = "<|audio_pad|>"
 CONTEXT = "CONTEXT OF AN UTTERANCE"  # stands for it while the template is rendered
 END_OF_TURN = "<|im_end|>"
+END_OF_TEXT = "<|endoftext|>"
 END_OF_LANGUAGE = "<asr_text>"
 EMPTY_SYSTEM_TURN = f"<|im_start|>system\n{END_OF_TURN}\n"
 
