@@ -41,6 +41,7 @@ from hebrew_asr.evaluation.transcription import (
     plan,
     read_transcripts,
 )
+from hebrew_asr.text.intervals import error_rate_interval
 from hebrew_asr.text.scoring import leaderboard_normalize
 from train_round2_gradual import demo as demo_training
 from train_round2_gradual import recipe
@@ -110,6 +111,17 @@ def test_transcripts_and_rates_are_those_of_a_user_whatever_the_batch(tmp_path, 
     assert result["language_accuracy"] == 100 and result["failures"]["truncated"] == 0
     page = (tmp_path / "out" / "evaluation.html").read_text()
     assert "few" in page and "data:audio/ogg;base64," in page
+
+
+@pytest.mark.parametrize("ends", [{}, {"eos_token_id": 7, "pad_token_id": 9}])
+def test_a_transcript_ends_with_its_turn_whatever_the_generation_config_says(tmp_path, heldout, ends):
+    shutil.copytree(BASE, tmp_path / "foreign")
+    (tmp_path / "foreign" / "generation_config.json").write_text(json.dumps(ends))
+    written = []
+    for model in (BASE, str(tmp_path / "foreign")):
+        evaluation.main(settings(tmp_path, heldout, "--model", model))
+        written.append(hypotheses_of(tmp_path / "out"))
+    assert written[0] == written[1]
 
 
 @pytest.mark.slow
@@ -373,6 +385,30 @@ def test_transcripts_made_elsewhere(tmp_path, capsys):
     (tmp_path / "d.jsonl").write_text('{"reference": "...", "hypothesis": ""}\n')
     with pytest.raises(InputError, match="no reference with a word"):
         evaluation.command(["--score", str(tmp_path / "d.jsonl")])
+
+
+def test_intervals_are_over_recordings_where_utterances_share_them(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    words, hard = random.integers(4, 15, (20, 8)), random.beta(1.2, 6, (20, 1))
+    errors = random.binomial(words, hard)
+    names = np.repeat(np.arange(20), 8)
+    for shared in (True, False):
+        lines = [
+            {"reference": "כן " * int(n), "hypothesis": "כן " * int(n - e) + "לא " * int(e)}
+            | ({"recording": str(name)} if shared else {})
+            for n, e, name in zip(words.flat, errors.flat, names, strict=True)
+        ]
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        evaluation.command(["--score", str(tmp_path / "a.jsonl"), "--output_dir", str(tmp_path / "out")])
+        (found,) = results_of(tmp_path / "out")["results"]
+        assert found["wer"] == dataclasses.asdict(
+            error_rate_interval(errors.ravel(), words.ravel(), names if shared else None)
+        )
+        interval = f"{found['wer']['low']:.2f}–{found['wer']['high']:.2f}"
+        said = f"({interval} over 20 recordings)" if shared else f"({interval})"
+        assert said in capsys.readouterr().out and said in (tmp_path / "out" / "table.md").read_text()
+        page = (tmp_path / "out" / "evaluation.html").read_text()
+        assert page.count(f"{found['wer']['high']:.1f} over 20 recordings") == 5 * shared
 
 
 def test_the_figures_land_in_the_model_card(tmp_path, heldout):

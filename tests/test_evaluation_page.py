@@ -69,7 +69,7 @@ def results_of(**changed) -> dict:
 
     def speech(wer):
         counts = {"words": 1500, "substitutions": 91, "deletions": 32, "insertions": 23}
-        rates = {"wer": spread(wer), "cer": spread(wer / 2), "wer_by_recording": None, "wer_raw": wer + 1, "wil": 15.25}
+        rates = {"wer": spread(wer), "cer": spread(wer / 2), "recordings": None, "wer_raw": wer + 1, "wil": 15.25}
         return counts | rates | {"language_accuracy": 99.8, "error_classes": {"spelling": 12, "word": 36}}
 
     def part(name, kind="speech", language="Hebrew"):
@@ -253,7 +253,7 @@ def test_errors_are_apart_by_kind_and_class_with_the_rules_beside(tmp_path):
     assert [cell.strip() for cell in page.tables["classes"][1][:2]] == ["spelling", "12 · 25.0 %"]
     assert all(rule in page.texts for rule in RULES.values())
     row = dict(zip(page.tables["rates"][0], page.tables["rates"][2], strict=True))
-    assert (row["raw text"], row["WIL %"], row["by recording"]) == ("10.75", "15.25", "–")
+    assert (row["raw text"], row["WIL %"]) == ("10.75", "15.25")
     assert page.tables["speed"][2][2:] == ["1,234", "5", "0.40", "12.3", "1.25"]
 
 

@@ -79,7 +79,7 @@ def summarize(records: list[dict[str, Any]], one: EvaluationSet) -> dict[str, An
     scored = [r for r in records if r["words"]]
     found["empty_references"] = len(records) - len(scored) if one.has_speech else 0
     if not one.has_speech:
-        return found | {"wer": None, "cer": None, "wer_by_recording": None, "wer_raw": None, "wil": None}
+        return found | {"wer": None, "cer": None, "recordings": None, "wer_raw": None, "wil": None}
     if not scored:
         raise InputError(f"{one.name}: nothing of its references is left after normalisation")
     total = ErrorCounts()
@@ -93,8 +93,8 @@ def summarize(records: list[dict[str, Any]], one: EvaluationSet) -> dict[str, An
         "substitutions": total.substitutions,
         "deletions": total.deletions,
         "insertions": total.insertions,
-        "wer": limits(error_rate_interval(errors, words)),
-        "wer_by_recording": limits(error_rate_interval(errors, words, recordings)) if recordings else None,
+        "wer": limits(error_rate_interval(errors, words, recordings)),
+        "recordings": len(set(recordings)) if recordings else None,  # that the intervals are over; else utterances
         "cer": limits(
             error_rate_interval([r["character_edits"] for r in scored], [r["characters"] for r in scored], recordings)
         ),

@@ -284,7 +284,8 @@ def markdown_table(results: Results) -> str:
             lines.append([*names, f"not measured: {escape(found['reason'])}", "", "", "", ""])
             continue
         wer = found.get("wer")
-        spread = f"{wer['value']:.2f} ({wer['low']:.2f}–{wer['high']:.2f})" if wer else "–"
+        over = f" over {found['recordings']:,} recordings" if wer and found["recordings"] else ""
+        spread = f"{wer['value']:.2f} ({wer['low']:.2f}–{wer['high']:.2f}{over})" if wer else "–"
         rates = [found["cer"]["value"] if found.get("cer") else None, found.get("wer_raw"), found.get("none_accuracy")]
         shown = ["–" if rate is None else f"{rate:.2f}" for rate in rates]
         lines.append([*names, f"{found['utterances']:,}", spread, *shown])
