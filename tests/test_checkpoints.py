@@ -197,6 +197,27 @@ def test_later_ones_are_set_aside_and_removed_once_there_is_a_new_one(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
+def test_a_run_knows_which_checkpoint_of_another_run_it_took_over(tmp_path):
+    other, mine = tmp_path / "other", tmp_path / "mine"
+    taken, later = save(other, 4), save(other, 6)
+    assert not store.is_adopted(taken.folder, mine)
+    store.settle(taken, mine)
+    save(mine, 5)
+    assert store.is_adopted(taken.folder, mine) and not store.is_adopted(later.folder, mine)
+    assert not store.is_adopted(mine / "step-00000004", mine), "the run's own: it is to go back"
+    shutil.rmtree(taken.folder)
+    assert store.is_adopted(taken.folder, mine), "also when it is gone"
+    write(other, 4, tensors(9), {}, FACTS)
+    assert not store.is_adopted(taken.folder, mine), "another one of this name"
+    store.settle(later, mine)
+    assert store.is_adopted(later.folder, mine) and not store.is_adopted(taken.folder, mine)
+    store.settle(None, mine)
+    assert not store.is_adopted(later.folder, mine), "the run has begun anew"
+    for text in ("", "[]", "null", "{}"):
+        (mine / store.ADOPTED).write_text(text)
+        assert not store.is_adopted(later.folder, mine)
+
+
 def test_a_second_checkpoint_of_a_step_comes_after_the_first(tmp_path):
     assert [save(tmp_path, 7).folder.name for _ in range(3)] == ["step-00000007", "step-00000007-2", "step-00000007-3"]
     assert newest_valid(tmp_path, print).folder.name == "step-00000007-3"

@@ -338,7 +338,7 @@ def test_a_folder_that_holds_a_run(config, tmp_path):
         config, r"holds a run already, with other settings:(.|\n)*num_epochs: 5 → 2(.|\n)*another --output_dir"
     )
     config.resume = "never"
-    check_refused(config, "holds a run already: choose another --output_dir")
+    check_refused(config, "holds a run already: leave --resume never out to go on with it, or choose another")
 
 
 def test_a_full_disk(config, monkeypatch):

@@ -21,6 +21,7 @@ from forked import forked
 from hub_server import HubServer
 
 from hebrew_asr.checkpoints import store
+from hebrew_asr.command_line import parse_config
 from hebrew_asr.data.sources import Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.training.resuming import CheckpointEvents
@@ -189,6 +190,39 @@ def test_a_signal_saves_once_and_ends_with_a_status(whole, settings, tmp_path, m
     assert [path.name for path in store.names(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
     main(config)
     assert_same(tmp_path / "run", whole)
+
+
+def test_a_run_begun_at_a_checkpoint_of_another_goes_on_from_its_own(whole, settings, tmp_path, monkeypatch, capsys):
+    """By the same command, and by the settings that it kept; to go back to one of its own is another command."""
+    run = tmp_path / "run"
+    config = settings(run, resume=str(checkpoint(whole, 8)), save_steps=100)
+    interrupt(monkeypatch, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert stopped(config) == 128 + signal.SIGTERM
+    assert "checkpoint step-00000010; the same command goes on from there" in capsys.readouterr().out
+    interrupt(monkeypatch, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert stopped(config) == 128 + signal.SIGTERM
+    assert "goes on from its own step-00000010\n" in capsys.readouterr().out
+    kept = parse_config(["--config", str(run / "config.yaml")], config)
+    assert kept == dataclasses.replace(config, resume="auto")
+    back = dataclasses.replace(config, resume=str(checkpoint(run, 10)))
+    interrupt(monkeypatch, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert stopped(back) == 128 + signal.SIGTERM
+    out = capsys.readouterr().out
+    assert "resumed at step 10 of 12" in out
+    assert f"the same command with --resume auto --output_dir {run} goes on from there" in out
+    main(kept)
+    assert_same(run, whole)
+
+
+def test_a_new_run_says_which_command_goes_on_with_it(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(settings(tmp_path), output_dir=None, resume="never", save_steps=100, eval_steps=100)
+    interrupt(monkeypatch, 0, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert stopped(config) == 128 + signal.SIGTERM
+    (run,) = Path("runs").iterdir()
+    assert f"; the same command with --resume auto --output_dir {run} goes on from" in capsys.readouterr().out
+    kept = parse_config(["--config", str(run / "config.yaml")], config)
+    assert (kept.resume, kept.output_dir) == ("auto", str(run))
 
 
 @pytest.mark.parametrize("step", [5, 12])

@@ -30,6 +30,7 @@ from hebrew_asr.files import UNFINISHED, flush, put, sha256
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8})(?:-(\d+))?")  # a second one of the same step ends in -2
 SET_ASIDE = "set-aside-"  # what such a name begins with is no checkpoint
+ADOPTED = "adopted.json"  # beside the checkpoints of a run that took one of another run over: which one
 SPARE_BYTES = 2**20  # on top of what the tensors and documents have, for headers and the manifest
 STATUS_LOCK = threading.RLock()
 Say = Callable[[str], None]
@@ -335,6 +336,8 @@ def settle(checkpoint: Checkpoint | None, parent: Path) -> Checkpoint | None:
     if checkpoint and checkpoint.folder.parent.resolve() != parent.resolve():
         return adopt(checkpoint, parent)
     set_aside_after(parent, checkpoint.step if checkpoint else -1)
+    if checkpoint is None:
+        (parent / ADOPTED).unlink(missing_ok=True)
     return checkpoint
 
 
@@ -363,8 +366,22 @@ def adopt(checkpoint: Checkpoint, parent: Path) -> Checkpoint:
     for folder in names(parent):
         if folder.name not in copies:
             set_aside(folder)
-    flush(parent)
-    return Checkpoint(parent / checkpoint.folder.name, checkpoint.facts)
+    taken = parent / checkpoint.folder.name
+    put(parent / ADOPTED, json.dumps({"folder": str(checkpoint.folder.resolve()), "sha256": sha256(taken / MANIFEST)}))
+    return Checkpoint(taken, checkpoint.facts)
+
+
+def is_adopted(folder: Path, parent: Path) -> bool:
+    """Whether the checkpoints of a run came after this one of another run, which need not be there any more."""
+    if folder.parent.resolve() == parent.resolve():
+        return False
+    try:
+        record = json.loads((parent / ADOPTED).read_text())
+        with contextlib.suppress(OSError):
+            return record["sha256"] == sha256(folder / MANIFEST)
+        return record["folder"] == str(folder.resolve())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def prune(parent: Path, keep: int, say: Say, in_use: Collection[Path] = ()) -> None:

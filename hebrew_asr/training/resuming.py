@@ -37,7 +37,7 @@ from hebrew_asr.processes import fail_together
 from hebrew_asr.start import is_under_torchrun, say_last
 from hebrew_asr.training.feed import Feed
 from hebrew_asr.training.moving_average import MovingAverage
-from hebrew_asr.training.run_folder import PATH, changes, find_checkpoint, first_line, note_failure, settle
+from hebrew_asr.training.run_folder import PATH, changes, find_checkpoint, first_line, note_failure, settle, way_on
 from hebrew_asr.training.run_log import RunLog
 from hebrew_asr.training.settings import Settings
 from hebrew_asr.training.speed import Window
@@ -134,6 +134,10 @@ class ResumableTrainer(Trainer):
     def verdict(self) -> list[str]:
         """The run's success criteria, a line each."""
         raise NotImplementedError
+
+    @property
+    def way_on(self) -> str:
+        return way_on(self.config, Path(self.args.output_dir))
 
     @property
     def final_folder(self) -> Path:
@@ -242,8 +246,8 @@ class ResumableTrainer(Trainer):
         with fail_together():
             raise InputError(
                 f"the run is at its last step, {step}, which could not be saved ({self.writer.problem}); the newest"
-                f" checkpoint is {newest or 'none'}. Make room in {place}, or mend the disk: the same command goes on"
-                " from there"
+                f" checkpoint is {newest or 'none'}. Make room in {place}, or mend the disk: {self.way_on} goes on from"
+                " there"
             )
 
     def checkpoint_written(self, checkpoint: Checkpoint) -> None:
@@ -367,8 +371,8 @@ class ResumableTrainer(Trainer):
                 )
         if found := [problem for mine in self.watch.gather(problems) for problem in mine]:
             raise Unheard(
-                f"{len(found)} recordings of the evaluation set could not be read, {found[0]}. Put them back: the same"
-                " command goes on from the last step"
+                f"{len(found)} recordings of the evaluation set could not be read, {found[0]}. Put them back:"
+                f" {self.way_on} goes on from the last step"
             )
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -580,10 +584,11 @@ def ends_early(trainer: ResumableTrainer):
     if run_log.is_main:
         last = store.newest_name(trainer.writer.parent)
         where = f"checkpoint {last}" if last else "no checkpoint yet"
+        goes_on = "goes on from there" if last else "begins again"
         step, why = trainer.state.global_step, stop_name(trainer.stopped)
         facts = {"step": step, "why": why, "checkpoint": last}
         store.write_status(run_log.folder, "preempted", **facts, **uploader.facts())
-        line = f"stopped at step {step} ({why}), {where}; the same command goes on from there"
+        line = f"stopped at step {step} ({why}), {where}; {trainer.way_on} {goes_on}"
         say_last(line) if is_under_torchrun() else run_log.say(line)
         if last and uploader.repo_id:
             is_there = uploader.drain(seconds) and uploader.uploaded == last

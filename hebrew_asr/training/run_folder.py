@@ -59,13 +59,27 @@ def open_run_folder(config: Settings, state: accelerate.PartialState) -> tuple[P
                 folder.mkdir(parents=True, exist_ok=True)
                 if not config.inspect_data and (lock := take_lock(folder)) is None:
                     raise InputError(f"another process trains in {folder}: wait for it, or choose another --output_dir")
-                put(folder / "config.yaml", json.dumps(dataclasses.asdict(config), indent=2))
+                put(folder / "config.yaml", json.dumps(settings_to_keep(config, folder), indent=2))
             except OSError as error:
                 raise InputError(f"cannot write to {folder}: {error.strerror}") from error
     with fail_together():
         if not (folder / "config.yaml").exists():
             raise InputError(f"{folder} is not seen by every machine: give an --output_dir on a shared file system")
     return folder, lock
+
+
+def settings_to_keep(config: Settings, folder: Path) -> dict[str, Any]:
+    """What config.yaml holds: with it a run goes on, wherever its command once began it."""
+    kept = dataclasses.asdict(config) | {"resume": "auto"}
+    return kept | {"output_dir": str(folder)} if config.resume == "never" else kept
+
+
+def way_on(config: Settings, folder: Path) -> str:
+    """Which command goes on with a run: the same one, unless it asks for a new run, or to go back in this one."""
+    asked = Path(config.resume)
+    if config.resume == "never" or asked.parent.resolve() == (folder / "checkpoints").resolve():
+        return f"the same command with --resume auto --output_dir {folder}"
+    return "the same command"
 
 
 def check_same_run(config: Settings, folder: Path) -> None:
@@ -86,7 +100,9 @@ def check_same_run(config: Settings, folder: Path) -> None:
                 )
         return
     if config.resume == "never":
-        raise InputError(f"{folder} holds a run already: choose another --output_dir, or remove the folder")
+        raise InputError(
+            f"{folder} holds a run already: leave --resume never out to go on with it, or choose another --output_dir"
+        )
     try:
         old = json.loads((folder / "config.yaml").read_text())
         differing = changes(old, config)
@@ -149,7 +165,10 @@ def is_first() -> bool:
 
 
 def checkpoint_to_resume(config: Settings, folder: Path, run_log: RunLog) -> Checkpoint | None:
-    """The checkpoint that `resume` asks for, or None for a run that begins; InputError for one that cannot be used."""
+    """The checkpoint that `resume` asks for, or None for a run that begins; InputError for one that cannot be used.
+
+    One of another run is where this run begins: once it has checkpoints of its own, it goes on from those.
+    """
     place = folder / "checkpoints"
     if config.resume == "hub":
         with fail_together():
@@ -164,10 +183,13 @@ def checkpoint_to_resume(config: Settings, folder: Path, run_log: RunLog) -> Che
     found = None
     with fail_together():
         if run_log.is_main:
+            asked = Path(config.resume)
             try:
-                found = store.verify(Path(config.resume))
+                if store.is_adopted(asked, place) and (found := store.newest_valid(place, run_log.say)):
+                    run_log.say(f"the run in {folder} began at {asked}, and goes on from its own {found.folder.name}")
+                found = found or store.verify(asked)
             except store.InvalidCheckpoint as problem:
-                hint = what_resume_takes(Path(config.resume))
+                hint = what_resume_takes(asked)
                 raise InputError(f"--resume {config.resume} is no valid checkpoint: {problem}{hint}") from problem
     (found,) = broadcast_object_list([found])
     return found
