@@ -48,6 +48,7 @@ from hebrew_asr.model.loading import load_processor
 from hebrew_asr.processes import launch
 from hebrew_asr.training.feed import speech_loader
 from hebrew_asr.training.final_model import write_final_model
+from hebrew_asr.training.resuming import ResumableTrainer
 from hebrew_asr.training.run_folder import check_same_run
 from hebrew_asr.training.run_log import RunLog
 from hebrew_asr.training.watch import Batches, die_of_a_lost_batch, take_lock
@@ -401,6 +402,21 @@ def test_a_slow_disk_at_a_signal_is_a_preemption(config, tmp_path):
     assert status_of(config)["state"] == "preempted"
 
 
+def test_a_full_disk_for_temporary_files_is_none_of_the_runs_own(config, monkeypatch):
+    save_checkpoint = ResumableTrainer.save_checkpoint
+
+    def after_tmp_is_full(trainer):
+        monkeypatch.setattr("tempfile.tempdir", "/dev/full")
+        save_checkpoint(trainer)
+
+    monkeypatch.setattr(ResumableTrainer, "save_checkpoint", after_tmp_is_full)
+    main(short(config, max_steps=1))
+    run = Path(config.output_dir)
+    assert status_of(config)["state"] == "finished" and not list(run.glob(".unfinished*"))
+    for name in ("config.json", "tokenizer.json"):
+        assert (run / "checkpoints" / "step-00000001" / name).exists()
+
+
 def test_an_evaluation_file_that_vanishes_is_named_and_the_step_is_saved(config, tmp_path, monkeypatch):
     config, decode = short(config, eval_steps=1), utterances.decode_audio
     (gone,) = load_rows(config.eval_sources, config, for_training=False).column("recording")[:1]
@@ -450,7 +466,7 @@ def test_what_a_terminal_would_act_on_is_written_out(tmp_path, capsys):
 def short(config, **changed):
     """Two steps of one stage, evaluated at the end."""
     stages = [dataclasses.replace(config.stages[0], last_epoch=5)]
-    return dataclasses.replace(config, stages=stages, num_epochs=1, max_steps=2, save_steps=1, **changed)
+    return dataclasses.replace(config, **({"num_epochs": 1, "max_steps": 2, "save_steps": 1} | changed), stages=stages)
 
 
 def status_of(config):

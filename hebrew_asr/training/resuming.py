@@ -30,6 +30,7 @@ from hebrew_asr.data import identity
 from hebrew_asr.data.audio import AudioError
 from hebrew_asr.data.rows import SpeechRows
 from hebrew_asr.errors import InputError
+from hebrew_asr.files import UNFINISHED
 from hebrew_asr.model.costs import Work
 from hebrew_asr.model.sharding import gather_for_others, sharded_like, whole
 from hebrew_asr.model.stages import Stage
@@ -101,6 +102,8 @@ class ResumableTrainer(Trainer):
         self._tr_loss, self._globalstep_last_logged = torch.zeros((), device=self.args.device), 0  # as Trainer does
         self.resumed: Checkpoint | None = None
         self.stopped = 0  # the signal that ended the run
+        with fail_together():
+            self.files_for_use = self.make_files_for_use() if self.args.process_index == 0 else {}
         config, folder = self.config, Path(self.args.output_dir)
         uploads = config.uploads and config.hub_checkpoints and self.args.process_index == 0
         self.uploader = CheckpointUploader(
@@ -256,14 +259,21 @@ class ResumableTrainer(Trainer):
         store.update_status(self.run_log.folder, **facts)
         self.uploader.wake()
 
-    @functools.cached_property
-    def files_for_use(self) -> dict[str, bytes]:
-        """What a folder needs beside the weights to be loaded as a model."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.processor.save_pretrained(folder)
-            self.model.config.save_pretrained(folder)
-            self.model.generation_config.save_pretrained(folder)
-            return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    def make_files_for_use(self) -> dict[str, bytes]:
+        """What a folder needs beside the weights to be loaded as a model; InputError where the disk has no place.
+
+        Made before the first step, on the run's own disk: no save depends on another one, such as that of /tmp.
+        """
+        place = Path(self.args.output_dir)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=place, prefix=f".{UNFINISHED}") as folder:
+                self.processor.save_pretrained(folder)
+                self.model.config.save_pretrained(folder)
+                self.model.generation_config.save_pretrained(folder)
+                return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        except OSError as error:
+            raise InputError(f"cannot write to {place}: {error.strerror or error}") from error
 
     # Resuming
 
