@@ -22,7 +22,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from accelerate import skip_first_batches
-from conftest import ROOT, small_config
+from conftest import ROOT, first_rows, small_config
 from forked import forked
 from tqdm import tqdm
 
@@ -651,6 +651,21 @@ def test_other_data_under_the_same_path_are_named_and_one_may_go_on(moved, part,
     if part == "eval_sources":
         main(dataclasses.replace(moved, accept_changed_data=True))
         assert status_of(moved)["state"] == "finished"
+
+
+def test_a_run_whose_data_shrank_below_its_step_does_not_end_untrained(finished, corpus, heldout, tmp_path):
+    """Of 41 utterances it has 6 steps an epoch, of 8 it has one."""
+    config = short(small_config(corpus, heldout, tmp_path / "run"), max_steps=None, eval_steps=100)
+    config.train_sources = [Source(str(first_rows("corpus", 8, tmp_path / "few")))]
+    begun = tmp_path / "step-00000001"
+    shutil.copytree(f"{finished.output_dir}/checkpoints/{begun.name}", begun)
+    facts = json.loads((begun / "manifest.json").read_text())
+    facts["settings"]["max_steps"] = None
+    (begun / "manifest.json").write_text(json.dumps(facts))
+    config.resume, config.accept_changed_data = str(begun), True
+    with pytest.raises(InputError, match=r"is at step 1, .* ends at step 1: .* --model_name_or_path .*step-00000001"):
+        main(config)
+    assert not store.names(tmp_path / "run" / "checkpoints")
 
 
 def test_the_lowest_wer_is_of_one_evaluation_set(tmp_path):

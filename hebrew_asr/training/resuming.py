@@ -530,6 +530,12 @@ def check_checkpoint(checkpoint: Checkpoint, trainer: ResumableTrainer) -> None:
                 + "\n  ".join(changed)
                 + "\nPut the data back, or go on with these by --accept_changed_data, or train in another --output_dir"
             )
+        if trainer.total_steps <= checkpoint.step and changed_data(checkpoint, trainer.identities, ("training",)):
+            raise InputError(
+                f"{checkpoint.folder} is at step {checkpoint.step}, and with these training data the run ends at step"
+                f" {trainer.total_steps}: nothing would be trained on them. Put the data back, or train its weights on"
+                f" in a run of their own: --model_name_or_path {checkpoint.folder} --output_dir OTHER"
+            )
         for name in ("train_utterances", "train_seconds", *(["steps"] if changed else [])):
             run.pop(name, None), mine.pop(name, None)
     mine.pop("data")
