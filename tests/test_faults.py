@@ -134,21 +134,34 @@ def test_a_copy_of_another_runs_checkpoint_that_fails_leaves_the_folder_as_it_wa
 
 
 # ---- Folders
-@pytest.mark.parametrize("name", ["final_model", "checkpoints"])
-def test_what_stands_in_the_output_folder_and_is_of_no_run_is_refused_by_name(config, tmp_path, name):
-    (tmp_path / "run" / name).mkdir(parents=True)
-    check_same_run(config, tmp_path / "run")
-    (tmp_path / "run" / name / "theirs.bin").write_text("x")
+@pytest.mark.parametrize("name", ["final_model", "final_model.unfinished", "moving_average", "checkpoints"])
+def test_a_folder_that_is_of_no_run_is_refused_by_name(config, tmp_path, name):
+    run = tmp_path / "run"
+    (run / name).mkdir(parents=True)
+    check_same_run(config, run)
+    (run / name / "theirs.bin").write_text("x")
     with pytest.raises(InputError, match=rf"run/{name} is there, and is of no run"):
-        check_same_run(config, tmp_path / "run")
+        check_same_run(config, run)
+    (run / "config.yaml").write_text(json.dumps(dataclasses.asdict(config)))  # of a run that left no checkpoint
+    with pytest.raises(InputError, match=name) if name != "checkpoints" else contextlib.nullcontext():
+        check_same_run(config, run)
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "null", "", '{"seed": 41}'])
-def test_a_run_that_left_no_checkpoint_begins_anew_with_other_settings(config, tmp_path, text):
+@pytest.mark.parametrize("text", ["my: project", "{}", "[]", "null", "", '{"seed": 41, "model_name_or_path": "x"}'])
+@pytest.mark.parametrize("name", ["config.yaml", "status.json", "metrics.jsonl", "curves.png"])
+def test_a_file_that_is_of_no_run_is_refused_by_name(config, tmp_path, name, text):
+    (tmp_path / "notes.txt").write_text(text)
+    check_same_run(config, tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=rf"{name} is there, and is of no run"):
+        check_same_run(config, tmp_path)
+
+
+def test_a_run_that_left_no_checkpoint_begins_anew_with_other_settings(config, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    for name in ("config.yaml", "status.json"):
-        (run / name).write_text(text)
+    (run / "config.yaml").write_text(json.dumps(dataclasses.asdict(dataclasses.replace(config, seed=41))))
+    (run / "status.json").write_text("{}")
     for resume in ("auto", "never"):
         config.resume = resume
         check_same_run(config, run)
@@ -156,7 +169,7 @@ def test_a_run_that_left_no_checkpoint_begins_anew_with_other_settings(config, t
     with pytest.raises(InputError, match="holds a run already"):
         check_same_run(config, run)
     config.resume = "auto"
-    with pytest.raises(InputError, match=r"cannot be read|with other settings"):
+    with pytest.raises(InputError, match=r"with other settings:\n  seed: 41 → 42"):
         check_same_run(config, run)
 
 

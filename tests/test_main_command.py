@@ -332,7 +332,8 @@ def test_a_model_that_is_not_qwen3_asr(config, tmp_path):
 
 def test_a_folder_that_holds_a_run(config, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("{}")
+    other = dataclasses.asdict(dataclasses.replace(config, num_epochs=5))
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps(other))
     (tmp_path / "run" / "status.json").write_text('{"state": "finished"}')  # one without a checkpoint has not begun
     check_refused(
         config, r"holds a run already, with other settings:(.|\n)*num_epochs: 5 → 2(.|\n)*another --output_dir"

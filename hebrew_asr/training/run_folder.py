@@ -29,6 +29,13 @@ from hebrew_asr.training.watch import take_lock
 
 PATH = re.compile(r"(train|eval)_sources\.\d+\.path: ")  # of `changes`: data that moved are the same data
 
+# What a run writes anew in its folder, and the folders it replaces
+WRITTEN = (
+    *("config.yaml", "status.json", "metrics.jsonl", "curves.png", "skipped-steps.txt", "dropped-0.txt"),
+    *("corpus.html", "corpus.md", "corpus.json", "corpus-dropped.tsv"),
+)
+MODELS = ("final_model", "final_model.unfinished", "moving_average", "moving_average.unfinished")
+
 BEFORE = {"no_system_prob": 0.0}  # what runs did before there was the setting
 LATER = {"optimizer": "adamw"}  # settings that came later: with these the folder's name is what it was
 
@@ -89,33 +96,40 @@ def check_same_run(config: Settings, folder: Path) -> None:
     """
     if not folder.is_dir():
         return
-    is_ours, is_finished = (folder / "config.yaml").exists(), store.read_status(folder)["state"] == "finished"
+    old, is_finished = settings_there(folder), store.read_status(folder)["state"] == "finished"
     has_begun = is_finished or bool(store.names(folder / "checkpoints"))
-    if not (is_ours and has_begun):
-        for name in ("final_model", "checkpoints"):
-            if (folder / name).exists() and any((folder / name).iterdir()) and not (is_ours and name == "checkpoints"):
+    if old is None or not has_begun:
+        for name in MODELS if old else (*WRITTEN, *MODELS, "checkpoints"):
+            path = folder / name
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise InputError(
-                    f"{folder / name} is there, and is of no run in this folder: choose another --output_dir, or move"
-                    " it away"
+                    f"{path} is there, and is of no run in this folder: choose another --output_dir, or move it away"
                 )
         return
     if config.resume == "never":
         raise InputError(
             f"{folder} holds a run already: leave --resume never out to go on with it, or choose another --output_dir"
         )
-    try:
-        old = json.loads((folder / "config.yaml").read_text())
-        differing = changes(old, config)
-        if knows_its_data(folder / "checkpoints"):
-            differing = [line for line in differing if not PATH.match(line)]  # the data themselves are compared later
-    except (ValueError, AttributeError, KeyError, FileNotFoundError) as error:
-        raise InputError(f"{folder}/config.yaml cannot be read ({error}): choose another --output_dir") from error
+    differing = changes(old, config)
+    if knows_its_data(folder / "checkpoints"):
+        differing = [line for line in differing if not PATH.match(line)]  # the data themselves are compared later
     if differing:
         raise InputError(
             f"{folder} holds a run already, with other settings:\n  "
             + "\n  ".join(differing)
             + "\nGive those to go on with it, or choose another --output_dir for a new run"
         )
+
+
+def settings_there(folder: Path) -> dict[str, Any] | None:
+    """The settings in a folder's config.yaml; None where there is none, or one that no run has written."""
+    try:
+        found = json.loads((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return (
+        found if isinstance(found, dict) and {"model_name_or_path", "train_sources", "stages"} <= set(found) else None
+    )
 
 
 def knows_its_data(place: Path) -> bool:
