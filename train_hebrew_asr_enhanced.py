@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from hebrew_asr.command_line import READERS, Between, Range, check_ranges, parse_config, read_options
+from hebrew_asr.command_line import READERS, Between, Range, check_ranges, parse_config, read_options, switch, variable
 from hebrew_asr.data.sources import WaveformAugmentation, check_language
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.frames import MEL_BINS
@@ -131,8 +131,8 @@ class TrainingConfig(Settings):
     # Tracking
     tracker: Literal["wandb", "trackio", "none"] = "wandb"
     """wandb, trackio (a local dashboard, no account), or none; metrics.jsonl is written in any case."""
-    wandb_project: str = field(default_factory=lambda: os.environ.get("WANDB_PROJECT", "qwen3-asr-hebrew"))
-    wandb_run_name: str | None = field(default_factory=lambda: os.environ.get("WANDB_RUN_NAME"))
+    wandb_project: str = variable("WANDB_PROJECT", "qwen3-asr-hebrew")
+    wandb_run_name: str | None = variable("WANDB_RUN_NAME", None)
     """None: the name of the run's folder. Also of trackio, as wandb_project is."""
     logging_steps: Annotated[int, Range(1)] = 10
     """Steps from one line of the log to the next."""
@@ -163,9 +163,9 @@ class TrainingConfig(Settings):
     """Percent; null: no target. The figure is Round 2's, on eval-d1: another run needs its own."""
 
     # Upload
-    hf_repo_id: str | None = field(default_factory=lambda: os.environ.get("HF_REPO_ID"))
+    hf_repo_id: str | None = variable("HF_REPO_ID", None)
     """owner/name on the Hub; None: the model stays on this disk."""
-    skip_hf_upload: bool = field(default_factory=lambda: os.environ.get("SKIP_HF_UPLOAD", "").lower() in ("1", "true"))
+    skip_hf_upload: bool = variable("SKIP_HF_UPLOAD", False, switch)
     hf_private: bool = True
     """Of a repository that the upload creates."""
     hub_checkpoints: bool = True
@@ -273,7 +273,7 @@ from transformers import Qwen3ASRProcessor
 
 from hebrew_asr.checkpoints import store
 from hebrew_asr.checkpoints.final import finish
-from hebrew_asr.checkpoints.hub import CheckpointUploader, check_upload, upload, upload_command
+from hebrew_asr.checkpoints.hub import CheckpointUploader, check_upload, is_of, upload, upload_command
 from hebrew_asr.console import Bar
 from hebrew_asr.data.identity import identity_of
 from hebrew_asr.data.prepare import prepare
@@ -796,7 +796,7 @@ def main(
         leave_process_group()
         if state.is_main_process:
             before_upload()
-            if config.uploads and not status.get("uploaded"):
+            if config.uploads and not is_of(config.hf_repo_id, status.get("uploaded")):
                 publish(config, folder, run_log)
         return
     with fail_together():

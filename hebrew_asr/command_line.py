@@ -10,6 +10,7 @@ import difflib
 import inspect
 import json
 import math
+import os
 import re
 import sys
 import textwrap
@@ -32,6 +33,7 @@ if typing.TYPE_CHECKING:
 
 Config = TypeVar("Config", bound="DataclassInstance")
 WIDTH = 110  # columns of the help
+YES, NO = ("1", "true", "t", "yes", "y", "on"), ("0", "false", "f", "no", "n", "off")  # of environment variables
 NOT_OPTIONS = {  # what other trainers call an option, and where it is here
     "learning_rate": ": the learning rates are in --stages, one for each component",
     "lr": ": the learning rates are in --stages, one for each component",
@@ -70,6 +72,23 @@ class Between(Range):
         return f"above {self.low:g}" if self.high == float("inf") else f"between {self.low:g} and {self.high:g}"
 
 
+def variable(name: str, otherwise: Any, read: Callable[[str, str], Any] = lambda name, text: text) -> Any:
+    """A field whose default is in an environment variable, which wins over `--config`; set to nothing it is not set."""
+
+    def default() -> Any:
+        text = os.environ.get(name, "").strip()
+        return read(name, text) if text else otherwise
+
+    return dataclasses.field(default_factory=default, metadata={"variable": name})
+
+
+def switch(name: str, text: str) -> bool:
+    """What an environment variable says that switches something on or off; InputError for another word."""
+    if text.lower() not in YES + NO:
+        raise InputError(f"{name} is {text!r}: it takes {' or '.join(YES)} to switch on, {' or '.join(NO)} for off")
+    return text.lower() in YES
+
+
 # ------------------------------------------------------------------------------------------------------------- Reading
 
 
@@ -84,8 +103,8 @@ def parse_config(
     """Reads `--field value` over `defaults`; raises InputError that names the field, what it takes and what came.
 
     A value given here replaces all that `--config FILE` or an earlier option says of its field, a list and a source
-    too; `--field.name value` replaces one name of a field that is a dataclass. `--help` and `--print_config` print and
-    exit.
+    too; `--field.name value` replaces one name of a field that is a dataclass. An environment variable that gives a
+    field's default wins over the file. `--help` and `--print_config` print and exit.
 
     Args:
         demo: other defaults, which `--demo` takes.
@@ -100,6 +119,9 @@ def parse_config(
         defaults = demo()
     given = options_of([word for word in argv if word not in ("--demo", "--print_config")], defaults)
     values = read_file(Path(given.pop("config")), defaults, of_another) if "config" in given else {}
+    for field in dataclasses.fields(defaults):
+        if os.environ.get(field.metadata.get("variable", ""), "").strip():
+            values.pop(field.name, None)
     for name, value in typed(given, defaults).items():
         nested = dataclasses.is_dataclass(getattr(defaults, name)) and any(o.startswith(f"{name}.") for o in given)
         values[name] = values.get(name, {}) | value if nested else value

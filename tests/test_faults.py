@@ -451,11 +451,13 @@ def test_an_evaluation_file_that_vanishes_is_named_and_the_step_is_saved(config,
     assert status_of(config)["state"] == "finished"
 
 
-def test_uploads_that_were_skipped_are_made_later_with_their_repository(copied, hub, capsys):
-    main(dataclasses.replace(copied, hf_repo_id="OzLabs/later", skip_hf_upload=False))
-    assert "uploaded: " in capsys.readouterr().out
-    assert "model.safetensors" in hub.repos["OzLabs/later"]["main"]
-    assert status_of(copied)["uploaded"]
+def test_a_finished_run_is_uploaded_to_each_repository_that_is_asked_for_once(copied, hub, capsys):
+    for repository in ("OzLabs/later", "OzLabs/other"):
+        for uploads in (1, 0):
+            main(dataclasses.replace(copied, hf_repo_id=repository, skip_hf_upload=False))
+            assert capsys.readouterr().out.count("uploaded: ") == uploads
+        assert "model.safetensors" in hub.repos[repository]["main"]
+        assert f"/{repository}/commit/" in status_of(copied)["uploaded"]
 
 
 # ---- Names and texts

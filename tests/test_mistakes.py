@@ -239,6 +239,36 @@ def test_a_mistake_is_one_message_last_on_the_screen(tmp_path, monkeypatch, capf
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.parametrize(
+    ("text", "skips"),
+    [(text, True) for text in ("1", "true", "TRUE", "True ", "t", "yes", "y", "on")]
+    + [(text, False) for text in ("", " ", "0", "false", "F", "no", "n", "off")],
+)
+def test_skip_hf_upload_takes_the_usual_words(monkeypatch, text, skips):
+    monkeypatch.setenv("HF_REPO_ID", "OzLabs/asr")
+    monkeypatch.setenv("SKIP_HF_UPLOAD", text)
+    assert recipe([]).uploads is not skips
+    for other in ("maybe", "2", "ja"):
+        monkeypatch.setenv("SKIP_HF_UPLOAD", other)
+        with pytest.raises(InputError, match=f"SKIP_HF_UPLOAD is '{other}': it takes 1 or true"):
+            recipe([])
+
+
+def test_options_win_over_the_environment_and_that_over_a_file(tmp_path, monkeypatch):
+    file = tmp_path / "config.yaml"
+    file.write_text("hf_repo_id: OzLabs/a\nskip_hf_upload: false\nwandb_project: a\nseed: 7\n")
+    for name in ("HF_REPO_ID", "SKIP_HF_UPLOAD", "WANDB_PROJECT"):
+        monkeypatch.setenv(name, "")
+    config = recipe(["--config", str(file)])
+    assert (config.hf_repo_id, config.uploads, config.wandb_project, config.seed) == ("OzLabs/a", True, "a", 7)
+    for name, text in (("HF_REPO_ID", "OzLabs/b"), ("SKIP_HF_UPLOAD", "true"), ("WANDB_PROJECT", "b")):
+        monkeypatch.setenv(name, text)
+    config = recipe(["--config", str(file)])
+    assert (config.hf_repo_id, config.uploads, config.wandb_project, config.seed) == ("OzLabs/b", False, "b", 7)
+    config = recipe(["--hf_repo_id", "OzLabs/c", "--config", str(file), "--skip_hf_upload", "false"])
+    assert (config.hf_repo_id, config.uploads, config.wandb_project, config.seed) == ("OzLabs/c", True, "b", 7)
+
+
 LAUNCHER = """
 import os, sys
 from hebrew_asr.start import say_last

@@ -189,6 +189,11 @@ def upload_command(config: Any, folder: Path) -> str:
     return f"uv run hf upload {config.hf_repo_id or 'OWNER/NAME'} {folder} ."
 
 
+def is_of(repo_id: str | None, address: str | None) -> bool:
+    """Whether a commit's address, as `upload` returns it, is of a repository."""
+    return f"/{repo_id}/commit/".lower() in (address or "").lower()
+
+
 def upload(config: Any, folder: Path, say: Say) -> str:
     """Uploads the model's folder, compares it with the Hub's hashes and tags it; returns the commit's address.
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from hebrew_asr.command_line import YES
 from hebrew_asr.console import Bar, escaped, visible
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import Appended
@@ -23,7 +24,6 @@ from hebrew_asr.files import Appended
 TRACKERS = ("wandb", "trackio", "none")
 WANDB_MODES = ("", "online", "offline", "shared", "dryrun", "run")
 OFF = ("disabled", "off", "none", "false", "0", "no")  # of WANDB_MODE
-YES = ("1", "true", "yes", "on")  # of WANDB_DISABLED
 FINISH_SECONDS = 300.0  # for W&B, at the end, to take what it has not yet; by itself it waits until it has all
 ROUND2_WER = 11.0  # percent, Round 2's target on eval-d1
 METRICS, SKIPPED = "metrics.jsonl", "skipped-steps.txt"
