@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate
 import pyarrow.parquet
 import pytest
 import torch
@@ -49,7 +50,7 @@ from hebrew_asr.processes import launch
 from hebrew_asr.training.feed import speech_loader
 from hebrew_asr.training.final_model import write_final_model
 from hebrew_asr.training.resuming import ResumableTrainer
-from hebrew_asr.training.run_folder import check_same_run
+from hebrew_asr.training.run_folder import check_same_run, open_run_folder
 from hebrew_asr.training.run_log import RunLog
 from hebrew_asr.training.watch import Batches, die_of_a_lost_batch, take_lock
 from train_hebrew_asr_enhanced import TrainingConfig, main
@@ -155,6 +156,23 @@ def test_a_file_that_is_of_no_run_is_refused_by_name(config, tmp_path, name, tex
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=rf"{name} is there, and is of no run"):
         check_same_run(config, tmp_path)
+
+
+@pytest.mark.parametrize("only_reads", ["inspect_data", "prepare"])
+def test_to_read_the_corpora_changes_no_settings_of_a_run(config, tmp_path, only_reads):
+    """Also while it trains, and before it has a checkpoint."""
+    state, file = accelerate.PartialState(cpu=True), tmp_path / "run" / "config.yaml"
+    reads = dataclasses.replace(config, max_audio_length_seconds=20.0, **{only_reads: True})
+    _, lock = open_run_folder(reads, state)
+    kept = json.loads(file.read_text())
+    assert kept["max_audio_length_seconds"] == 20 and not kept[only_reads], "a new folder has its settings"
+    if lock:
+        lock.close()
+    open_run_folder(dataclasses.replace(config, accept_changed_data=True), state)[1].close()
+    before = file.read_text()
+    assert parse_config(["--config", str(file)], TrainingConfig()) == config
+    open_run_folder(reads, state)
+    assert file.read_text() == before
 
 
 def test_a_run_that_left_no_checkpoint_begins_anew_with_other_settings(config, tmp_path):

@@ -36,6 +36,8 @@ WRITTEN = (
 )
 MODELS = ("final_model", "final_model.unfinished", "moving_average", "moving_average.unfinished")
 
+ONCE = ("inspect_data", "prepare", "accept_changed_data")  # switches of one start
+
 BEFORE = {"no_system_prob": 0.0}  # what runs did before there was the setting
 LATER = {"optimizer": "adamw"}  # settings that came later: with these the folder's name is what it was
 
@@ -66,7 +68,9 @@ def open_run_folder(config: Settings, state: accelerate.PartialState) -> tuple[P
                 folder.mkdir(parents=True, exist_ok=True)
                 if not config.inspect_data and (lock := take_lock(folder)) is None:
                     raise InputError(f"another process trains in {folder}: wait for it, or choose another --output_dir")
-                put(folder / "config.yaml", json.dumps(settings_to_keep(config, folder), indent=2))
+                only_reads = config.inspect_data or config.prepare
+                if not (only_reads and settings_there(folder)):  # those of a run, which may be training
+                    put(folder / "config.yaml", json.dumps(settings_to_keep(config, folder), indent=2))
             except OSError as error:
                 raise InputError(f"cannot write to {folder}: {error.strerror}") from error
     with fail_together():
@@ -77,7 +81,7 @@ def open_run_folder(config: Settings, state: accelerate.PartialState) -> tuple[P
 
 def settings_to_keep(config: Settings, folder: Path) -> dict[str, Any]:
     """What config.yaml holds: with it a run goes on, wherever its command once began it."""
-    kept = dataclasses.asdict(config) | {"resume": "auto"}
+    kept = dataclasses.asdict(config) | {"resume": "auto"} | dict.fromkeys(ONCE, False)
     return kept | {"output_dir": str(folder)} if config.resume == "never" else kept
 
 

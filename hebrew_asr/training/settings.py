@@ -87,6 +87,7 @@ class Settings(PlanSettings, DataConfig):
     hub_checkpoints: bool
     hub_save_total_limit: int
     inspect_data: bool
+    prepare: bool
     output_dir: str | None
 
     @property
