@@ -273,7 +273,7 @@ from transformers import Qwen3ASRProcessor
 
 from hebrew_asr.checkpoints import store
 from hebrew_asr.checkpoints.final import finish
-from hebrew_asr.checkpoints.hub import CheckpointUploader, check_upload, is_of, upload, upload_command
+from hebrew_asr.checkpoints.hub import CheckpointUploader, check_upload, is_of, upload_command
 from hebrew_asr.console import Bar
 from hebrew_asr.data.identity import identity_of
 from hebrew_asr.data.prepare import prepare
@@ -314,6 +314,7 @@ from hebrew_asr.training.run_folder import (
     failures_noted,
     first_line,
     open_run_folder,
+    publish,
     settle,
 )
 from hebrew_asr.training.run_log import PANELS, WORSE, RunLog, is_worse, success_criteria
@@ -802,7 +803,7 @@ def main(
     with fail_together():
         if config.uploads and state.is_main_process:
             check_upload(config, folder, run_log.say)
-    with failures_noted(folder):
+    with failures_noted(config, folder):
         uploader = run(config, state, folder, run_log, use_bf16, trainer_class)
 
     # 7. Upload: the other ranks are done
@@ -887,12 +888,6 @@ def run(
     run_log.finish()
     leave_process_group()
     return trainer.uploader
-
-
-def publish(config: TrainingConfig, folder: Path, run_log: RunLog) -> None:
-    """Uploads the final model of a finished run."""
-    address = upload(config, folder / "final_model", run_log.say)
-    store.update_status(folder, uploaded=address)
 
 
 if __name__ == "__main__":

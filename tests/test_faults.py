@@ -448,6 +448,34 @@ def test_a_full_disk_for_temporary_files_is_none_of_the_runs_own(config, monkeyp
         assert (run / "checkpoints" / "step-00000001" / name).exists()
 
 
+def stopped_in_a_child(config, monkeypatch, where: str) -> int:
+    """The exit status of a run in a process of its own that gets a SIGTERM where it calls something."""
+    monkeypatch.setattr(where, lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    if not (pid := os.fork()):
+        with contextlib.suppress(BaseException):
+            main(config)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_signal_before_the_first_step_is_a_preemption(config, monkeypatch, capfd):
+    where = "train_hebrew_asr_enhanced.GradualUnfreezeTrainer.load_data"
+    assert stopped_in_a_child(short(config), monkeypatch, where) == 128 + signal.SIGTERM
+    assert (status_of(config)["state"], status_of(config)["why"]) == ("preempted", "SIGTERM")
+    assert "stopped (SIGTERM), no checkpoint yet; the same command begins again\n" in capfd.readouterr().err
+
+
+def test_a_signal_during_the_last_upload_is_said(copied, hub, monkeypatch, capfd):
+    config = dataclasses.replace(copied, hf_repo_id="OzLabs/asr", skip_hf_upload=False)
+    with monkeypatch.context() as patched:
+        status = stopped_in_a_child(config, patched, "hebrew_asr.training.run_folder.upload")
+    assert status == 128 + signal.SIGTERM
+    assert (status_of(config)["state"], status_of(config)["why"]) == ("finished", "SIGTERM during the upload")
+    assert "(SIGTERM) during the upload to OzLabs/asr: the model is in" in capfd.readouterr().err
+    main(config)
+    assert status_of(config)["uploaded"] and status_of(config)["why"] is None
+
+
 def test_an_evaluation_file_that_vanishes_is_named_and_the_step_is_saved(config, tmp_path, monkeypatch):
     config, decode = short(config, eval_steps=1), utterances.decode_audio
     (gone,) = load_rows(config.eval_sources, config, for_training=False).column("recording")[:1]

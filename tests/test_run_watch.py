@@ -41,6 +41,25 @@ def wait_until(condition, seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
+def test_outside_of_training_a_signal_ends_the_process_and_none_of_its_workers(tmp_path):
+    noted = tmp_path / "noted"
+
+    def body() -> None:
+        with run_watch.ends_at_a_signal(noted.write_text):
+            worker = child(lambda: time.sleep(60))
+            os.kill(worker, signal.SIGTERM)
+            assert status(worker) == -signal.SIGTERM and not noted.exists()
+            with Watch(0, 1, 60, 60, print) as watch:
+                os.kill(os.getpid(), signal.SIGTERM)
+                wait_until(lambda: watch.stop)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with run_watch.ends_at_a_signal(noted.write_text):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    assert status(child(body)) == 128 + signal.SIGTERM and noted.read_text() == "SIGTERM"
+
+
 def watching(grace: float = 60, stall_minutes: float = 60, report=print):
     def body() -> None:
         with Watch(0, 1, grace, stall_minutes, report):

@@ -38,7 +38,16 @@ from hebrew_asr.processes import fail_together
 from hebrew_asr.start import is_under_torchrun, say_last
 from hebrew_asr.training.feed import Feed
 from hebrew_asr.training.moving_average import MovingAverage
-from hebrew_asr.training.run_folder import PATH, changes, find_checkpoint, first_line, note_failure, settle, way_on
+from hebrew_asr.training.run_folder import (
+    PATH,
+    changes,
+    find_checkpoint,
+    first_line,
+    note_failure,
+    settle,
+    way_on,
+    what_is_left,
+)
 from hebrew_asr.training.run_log import RunLog
 from hebrew_asr.training.settings import Settings
 from hebrew_asr.training.speed import Window
@@ -600,11 +609,10 @@ def ends_early(trainer: ResumableTrainer):
     if run_log.is_main:
         last = store.newest_name(trainer.writer.parent)
         where = f"checkpoint {last}" if last else "no checkpoint yet"
-        goes_on = "goes on from there" if last else "begins again"
         step, why = trainer.state.global_step, stop_name(trainer.stopped)
         facts = {"step": step, "why": why, "checkpoint": last}
         store.write_status(run_log.folder, "preempted", **facts, **uploader.facts())
-        line = f"stopped at step {step} ({why}), {where}; {trainer.way_on} {goes_on}"
+        line = f"stopped at step {step} ({why}), {what_is_left(trainer.config, run_log.folder)}"
         say_last(line) if is_under_torchrun() else run_log.say(line)
         if last and uploader.repo_id:
             is_there = uploader.drain(seconds) and uploader.uploaded == last

@@ -17,15 +17,16 @@ import torch.distributed
 from accelerate.utils import broadcast_object_list
 
 from hebrew_asr.checkpoints import store
-from hebrew_asr.checkpoints.hub import fetch_checkpoints
+from hebrew_asr.checkpoints.hub import fetch_checkpoints, upload
 from hebrew_asr.checkpoints.store import Checkpoint
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import put
 from hebrew_asr.model.stages import ever_trained
 from hebrew_asr.processes import fail_together
+from hebrew_asr.start import say_last
 from hebrew_asr.training.run_log import RunLog
 from hebrew_asr.training.settings import Settings
-from hebrew_asr.training.watch import take_lock
+from hebrew_asr.training.watch import ends_at_a_signal, take_lock
 
 PATH = re.compile(r"(train|eval)_sources\.\d+\.path: ")  # of `changes`: data that moved are the same data
 
@@ -91,6 +92,12 @@ def way_on(config: Settings, folder: Path) -> str:
     if config.resume == "never" or asked.parent.resolve() == (folder / "checkpoints").resolve():
         return f"the same command with --resume auto --output_dir {folder}"
     return "the same command"
+
+
+def what_is_left(config: Settings, folder: Path) -> str:
+    """Of a run that stops: its newest checkpoint, and the command that goes on from there."""
+    last, way = store.newest_name(folder / "checkpoints"), way_on(config, folder)
+    return f"checkpoint {last}; {way} goes on from there" if last else f"no checkpoint yet; {way} begins again"
 
 
 def check_same_run(config: Settings, folder: Path) -> None:
@@ -227,13 +234,33 @@ def first_line(error: BaseException | str) -> str:
 
 
 @contextlib.contextmanager
-def failures_noted(folder: Path):
-    """Says in status.json why a run failed."""
+def failures_noted(config: Settings, folder: Path):
+    """Says in status.json why a run failed, or which signal ended it before or after training, which hears its own."""
+
+    def stopped(why: str) -> None:
+        note_failure(folder, why, "preempted")
+        say_last(f"stopped ({why}), {what_is_left(config, folder)}")
+
     try:
-        yield
+        with ends_at_a_signal(stopped):
+            yield
     except Exception as error:
         note_failure(folder, first_line(error))
         raise
+
+
+def publish(config: Settings, folder: Path, run_log: RunLog) -> None:
+    """Uploads the final model of a finished run; a signal that ends the upload is said, also in status.json."""
+    model = folder / "final_model"
+
+    def stopped(why: str) -> None:
+        store.update_status(folder, why=f"{why} during the upload")
+        way = way_on(config, folder)
+        say_last(f"stopped ({why}) during the upload to {config.hf_repo_id}: the model is in {model}, {way} uploads it")
+
+    with ends_at_a_signal(stopped):
+        address = upload(config, model, run_log.say)
+    store.update_status(folder, uploaded=address, why=None)
 
 
 def note_failure(folder: Path, reason: str, state: str = "failed") -> None:

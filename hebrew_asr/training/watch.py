@@ -158,6 +158,32 @@ class Watch:
         os._exit(exit_status(self.stop) if self.stop else 1)
 
 
+@contextlib.contextmanager
+def ends_at_a_signal(note: Callable[[str], None]):
+    """A signal to stop ends the process at once within the block, after `note` of the signal's name.
+
+    For what comes before and after training, where nothing is to be saved. Where a Watch listens, it alone hears them.
+    """
+    process = os.getpid()
+
+    def end(number: int, _: Any) -> None:
+        if os.getpid() != process:  # a worker that was forked here, and that its own parent ends
+            signal.signal(number, signal.SIG_DFL)
+            return os.kill(os.getpid(), number)
+        note(stop_name(number))
+        os._exit(exit_status(number))
+
+    before = {s: signal.getsignal(s) for s in STOP_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is end:  # else Watch has heard one, and ignores others
+                signal.signal(number, handler)
+
+
 def exit_status(stop: int) -> int:
     """Of a run that a signal stopped, as schedulers and shells know it."""
     return 128 + (signal.SIGTERM if stop == LAUNCHER_ENDED else stop)
