@@ -381,7 +381,7 @@ def transcribe_set(
     left = [b for b in batches[rank::processes] if not all((p.number, p.place) in done for p in b)]
 
     def hear(batch: list[Piece]) -> list[tuple[Any, float | None]]:
-        waveforms = [decode_audio(rows[p.number]["audio"], p.start, p.end) for p in batch]
+        waveforms = [decode_audio(rows[p.number]["audio"], p.start, p.end, may_cancel=True) for p in batch]
         return [(model.features(waveform), estimated_snr(waveform)) for waveform in waveforms]
 
     if torch.cuda.is_available():
