@@ -19,6 +19,7 @@ import itertools
 from pathlib import Path
 
 from hebrew_asr.command_line import READERS, parse_config, read_options
+from hebrew_asr.console import escaped
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation.settings import TranscribeConfig
 from hebrew_asr.files import DEMO
@@ -95,11 +96,11 @@ def command(argv: list[str]) -> None:
     recordings, seconds, took = run(config)
     for recording in recordings:
         if recording.text and (is_demo or len(recordings) == 1):
-            print(f"{recording.file.name}: {recording.text}", flush=True)
-    print("\n".join(summary(recordings, seconds, took)), flush=True)
+            print(escaped(f"{recording.file.name}: {recording.text}"), flush=True)
+    print("\n".join(map(escaped, summary(recordings, seconds, took))), flush=True)
     where = config.output_dir or (clips if is_demo else "beside each recording")
-    print(f"written: {', '.join(sorted({*config.formats, 'json'}))}, {where}", flush=True)
-    if problems := [f"{recording.file}: {recording.problem}" for recording in recordings if recording.problem]:
+    print(escaped(f"written: {', '.join(sorted({*config.formats, 'json'}))}, {where}"), flush=True)
+    if problems := [escaped(f"{one.file}: {one.problem}") for one in recordings if one.problem]:
         more = f"\nand {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
         raise InputError("not transcribed:\n" + "\n".join(problems[:MOST_NAMED]) + more)
 

@@ -393,6 +393,44 @@ def test_a_json_that_was_corrected_makes_its_files_and_is_not_replaced(tmp_path,
     assert len(one_start) == 2 and text.read_text(encoding="utf-8").strip() == found.text != "מתוקן"
 
 
+def test_a_json_that_was_spoilt_is_its_recordings_problem(tmp_path, spoken, one_start):
+    clips = save(tmp_path, spoken, 6)
+    run(settings(tmp_path))
+    spoil = (
+        lambda content: content.pop("language"),
+        lambda content: content["segments"][0].pop("start"),
+        lambda content: content.update(segments=None),
+        lambda content: content["segments"][0]["words"][0].update(start="0"),
+        lambda content: content["segments"][0].update(text="\ud800", words=None),
+    )
+    for clip, change in zip(clips[1:], spoil, strict=True):
+        content = json.loads(clip.with_suffix(".json").read_text(encoding="utf-8"))
+        change(content)
+        clip.with_suffix(".json").write_text(json.dumps(content))
+    found, *_ = run(settings(tmp_path))
+    assert [one.problem is None for one in found] == [True] + [False] * 5 and len(one_start) == 6
+    assert "clip-1.json was changed and has no 'language'" in found[1].problem
+    assert "clip-2.json was changed and has no 'start'" in found[2].problem
+    found, *_ = run(settings(tmp_path, overwrite=True))
+    assert not any(one.problem for one in found) and len(one_start) == 11
+
+
+def test_names_and_transcripts_do_nothing_to_the_console(tmp_path, spoken, capsys):
+    clip = tmp_path / "a\x1b]0;title\x07\n\u202e.opus"
+    save(tmp_path, [spoken[11]], 1)[0].rename(clip)
+    argv = [str(tmp_path), "--demo", "--num_workers", "0", "--formats", "text"]
+    script.command(argv)
+    file = clip.with_suffix(".json")
+    file.write_text(file.read_text(encoding="utf-8").replace('"text": "', r'"text": "\u001b[31m'), encoding="utf-8")
+    (tmp_path / "b\x1b.wav").touch()
+    script.command([str(clip), *argv[1:]])
+    with pytest.raises(InputError) as raised:
+        script.command(argv)
+    said = capsys.readouterr().out + str(raised.value)
+    assert not {"\x1b", "\x07", "\u202e"} & set(said)
+    assert r"a\x1b]0;title\x07\n\u202e.opus: \x1b[31m" in said and r"b\x1b.wav: zero bytes" in said
+
+
 def test_names_that_would_meet_are_kept_apart(tmp_path, spoken):
     for folder in ("a", "b"):
         save(tmp_path / folder, spoken, 1)

@@ -193,7 +193,7 @@ def read_record(file: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     is_ours = isinstance(content, dict) and {"key", "files", "segments"} <= content.keys()
-    return content if is_ours else None
+    return content if is_ours and isinstance(content["files"], dict) else None
 
 
 def is_writable(folder: Path) -> bool:
@@ -312,7 +312,13 @@ def hear(job: Job, model: Transcriber, settings_key: str, config: TranscribeConf
             heard.kinds = sorted({*config.formats, "json"})
             is_kept = not (config.overwrite and in_the_way(job, ["json"], record))
             if record and record["key"] == heard.key and is_kept:
-                heard.record, heard.kinds = record, not_as_recorded(job, record, config)
+                try:
+                    _ = from_record(job, record).text
+                    heard.record, heard.kinds = record, not_as_recorded(job, record, config)
+                except (AttributeError, KeyError, TypeError, ValueError) as error:
+                    what = f"no {error}" if isinstance(error, KeyError) else f"a wrong value: {error}"
+                    heard.problem = f"{job.path('json')} was changed and has {what}; mend it, or --overwrite"
+                    return heard
             if not config.overwrite and (file := in_the_way(job, heard.kinds, record)):
                 heard.problem = f"{file} was not written by this command, or was changed since: move it, or --overwrite"
                 return heard
