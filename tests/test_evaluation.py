@@ -193,6 +193,60 @@ def test_what_cannot_be_measured_is_said_and_the_rest_measured(tmp_path, heldout
     assert "not measured: " in (tmp_path / "out" / "table.md").read_text()
 
 
+def of_config(path: str, value):
+    """Sets a field of config.json."""
+
+    def spoil(folder):
+        content = json.loads((folder / "config.json").read_text())
+        *parts, last = path.split(".")
+        place = content
+        for part in parts:
+            place = place[part]
+        place[last] = value
+        (folder / "config.json").write_text(json.dumps(content))
+
+    return spoil
+
+
+def of_file(name: str, content):
+    return lambda folder: (folder / name).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (of_config("text_config.vocab_size", 200), "weights are missing or of another size, .*embed_tokens"),
+        (of_config("quantization_config", {"quant_method": "fp8"}), "is of quantized weights"),
+        (of_config("text_config", None), "text_config is missing or no object"),
+        (of_config("text_config", [1]), "text_config is missing or no object"),
+        (of_config("text_config.num_attention_heads", 0), "describes no model|num_attention_heads is 0"),
+        (of_config("text_config.num_hidden_layers", 1_000_000), "num_hidden_layers is 1000000; it must be"),
+        (of_file("generation_config.json", {"max_new_tokens": "many"}), "cannot be loaded"),
+        (of_file("processor_config.json", []), "cannot be loaded"),
+        (of_file("tokenizer_config.json", []), "cannot be loaded"),
+        (of_file("adapter_config.json", {"peft_type": "LORA"}), "merge it first"),
+        (
+            lambda folder: (folder / "processor_config.json").write_text(
+                (folder / "processor_config.json").read_text().replace("128", "80")
+            ),
+            "feature_size of its processor is 80",
+        ),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_loaded_is_refused_in_a_sentence(tmp_path, spoil, message):
+    folder = Path(shutil.copytree(BASE, tmp_path / "spoilt"))
+    spoil(folder)
+    with pytest.raises(InputError, match=message) as problem:
+        load_speech_model(str(folder), Decoding(), torch.device("cpu"))
+    assert "\n" not in str(problem.value)
+
+
+def test_an_attention_that_a_checkpoint_names_is_not_taken(tmp_path):
+    folder = Path(shutil.copytree(BASE, tmp_path / "named"))
+    of_config("_attn_implementation", "flash_attention_2")(folder)
+    load_speech_model(str(folder), Decoding(), torch.device("cpu"))
+
+
 def test_forgetting_is_a_finding_and_a_gate_where_one_is_asked_for(tmp_path, heldout, model, processor, capsys):
     """A checkpoint whose language model was shaken forgets; the base, on itself, does not."""
     shaken = tmp_path / "shaken"

@@ -119,7 +119,8 @@ def files_of(name: str) -> dict[str, Any]:
 def load_by_kind(name: str, decoding: Decoding, device: torch.device) -> "QwenModel | PipelineModel":
     bf16 = decoding.dtype == "bfloat16" or (decoding.dtype == "auto" and runs_bf16(device))
     with checkpoint_problems(name):
-        kind = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+        folder = layouts.in_transformers_layout(name)
+        kind = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
         if kind == "qwen3_asr":
             return QwenModel(name, decoding, device, bf16)
         if kind not in MODEL_FOR_CTC_MAPPING_NAMES and kind not in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES:

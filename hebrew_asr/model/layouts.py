@@ -7,6 +7,7 @@ safetensors headers change: the data is copied as it is, in blocks. Nothing is u
 runs.
 """
 
+import copy
 import dataclasses
 import functools
 import json
@@ -95,7 +96,10 @@ def in_transformers_layout(name_or_path: str) -> str:
     into a folder of `$HF_HOME/hebrew_asr/layouts` that is named after the content of its files.
     """
     file = transformers.utils.cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False)
-    if file is None or _layout(read_json(Path(file))) != "thinker":
+    layout = None if file is None else _layout(config := read_json(Path(file)))
+    if layout == "transformers":
+        check_own(config, Path(file))
+    if layout != "thinker":
         return name_or_path
     folder = Path(file).parent
     if not Path(name_or_path).is_dir():
@@ -314,6 +318,25 @@ def check_sizes(config: dict[str, Any], file: Path) -> None:
     }.items():
         if wrong:
             raise InputError(f"{file}: {place}{why}")
+
+
+def check_own(config: dict[str, Any], file: Path) -> None:
+    """Raises InputError for a configuration in transformers' layout of which no model should be built."""
+    if config.get("quantization_config"):
+        raise InputError(f"{file} is of quantized weights: give the checkpoint that they were made from")
+    for part in SIZES:
+        if not isinstance(config.get(part), dict):
+            raise InputError(f"{file}: {part} is missing or no object")
+        layers = config[part].get(LAYERS[part], 1)
+        if type(layers) is not int or not 1 <= layers <= MOST_LAYERS:  # transformers makes lists of them
+            raise InputError(
+                f"{file}: {part}.{LAYERS[part]} is {layers!r}; it must be an integer of 1 to {MOST_LAYERS}"
+            )
+    try:
+        whole = transformers.Qwen3ASRConfig.from_dict(copy.deepcopy(config)).to_dict()
+    except Exception as error:  # the library raises many classes
+        raise InputError(f"{file} describes no model: {' '.join(str(error).split())}") from error
+    check_sizes(whole, file)
 
 
 def known_fields(config: dict[str, Any], kind: type[transformers.PreTrainedConfig]) -> dict[str, Any]:

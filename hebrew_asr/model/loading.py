@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import Qwen3ASRProcessor
 
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.attention import set_attention
+from hebrew_asr.model.frames import MEL_BINS
 from hebrew_asr.model.fused import fuse_where_it_runs
 from hebrew_asr.model.generation import end_with_turns
 from hebrew_asr.model.layouts import in_transformers_layout
@@ -23,7 +23,10 @@ from hebrew_asr.names import check_name
 def load_processor(name: str) -> Qwen3ASRProcessor:
     """The processor of a checkpoint (a folder or a Hub id, in either layout)."""
     with checkpoint_problems(name):
-        return transformers.AutoProcessor.from_pretrained(in_transformers_layout(name), trust_remote_code=False)
+        processor = transformers.AutoProcessor.from_pretrained(in_transformers_layout(name), trust_remote_code=False)
+        if (bins := processor.feature_extractor.feature_size) != MEL_BINS:
+            raise InputError(f"{name}: feature_size of its processor is {bins}, Qwen3-ASR has {MEL_BINS}")
+        return processor
 
 
 def load_model(
@@ -54,6 +57,8 @@ def load_model(
         model, loaded = SpeechModel.from_pretrained(
             folder,
             dtype=torch.bfloat16 if use_bf16 else torch.float32,
+            attn_implementation="sdpa",  # whatever the checkpoint names, which may be code of the Hub
+            ignore_mismatched_sizes=True,  # `check_whole` names them
             output_loading_info=True,
         )
         check_whole(name, loaded)
@@ -114,8 +119,18 @@ def checkpoint_problems(name: str):
         raise InputError(f"{name} is the folder of a run: name its model, {Path(name) / 'final_model'}")
     if Path(name).is_file():
         raise InputError(f"{name} is a file: name the folder of a checkpoint, with its config.json and weights")
+    if (Path(name) / "adapter_config.json").is_file():
+        raise InputError(
+            f"{name} holds an adapter (adapter_config.json), not a whole model: merge it first, with peft's"
+            " PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(FOLDER), copy the base's"
+            " processor and tokenizer into FOLDER, and name that"
+        )
     check_name(name, "model")
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"{name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    except InputError:
+        raise
+    except Exception as error:  # what a damaged or foreign file makes of the libraries is of many classes
+        said = next(iter(str(error).strip().splitlines()), "")
+        said = said if isinstance(error, OSError | ValueError) else f"{type(error).__name__} {said}"
+        raise InputError(f"{name} cannot be loaded: {said}") from error
