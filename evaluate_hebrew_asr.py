@@ -116,8 +116,12 @@ def parse(argv: list[str]) -> EvaluationConfig:
     if given.context and not given.system_turn:
         raise InputError("--context stands in the system turn: leave --system_turn false out")
     card = Path(given.model or "") / "README.md"
-    if given.update_card and (given.max_utterances or not given.model or not card.is_file()):
-        raise InputError("--update_card needs a local folder with a README.md as --model, and whole sets")
+    limits = (given.max_utterances, given.min_audio_length_seconds, given.max_audio_length_seconds, given.drop_silent)
+    if given.update_card and (any(limits) or not given.model or not card.is_file()):
+        raise InputError(
+            "--update_card needs a local folder with a README.md as --model, and whole sets: leave --max_utterances,"
+            " --min_audio_length_seconds, --max_audio_length_seconds and --drop_silent out"
+        )
     known = {one.name: one for one in (DEMO_SETS if is_demo else LEADERBOARD)}
     sets = [read_set(name, known) for name in given.sets]
     sets = sets or [dataclasses.replace(one, asked=is_demo) for one in known.values()]
@@ -163,7 +167,7 @@ from accelerate.utils import broadcast_object_list
 
 from hebrew_asr.data.rows import SpeechRows
 from hebrew_asr.evaluation.engines import decoding_for, open_engine, ways_of
-from hebrew_asr.evaluation.results import Cells, display_names, read_files, report, score_files
+from hebrew_asr.evaluation.results import Cells, display_names, open_folder, read_files, report, score_files
 from hebrew_asr.evaluation.sets import load_set
 from hebrew_asr.evaluation.transcription import Transcriber, transcribe_shares
 from hebrew_asr.processes import fail_together, join_processes, launch, leave_process_group, load_in_turn
@@ -175,10 +179,7 @@ def main(config: EvaluationConfig) -> None:
     state = join_processes(config.process_timeout_minutes)
     (folder,) = map(Path, broadcast_object_list([config.output_dir]))  # the time in it is the first process's
     with fail_together():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+        open_folder(folder)
 
     # 2. Sets: one that cannot be read does not stop the others
     cells = Cells()

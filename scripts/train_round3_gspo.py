@@ -186,7 +186,7 @@ def check_start(config: GspoConfig) -> None:
     name = config.model_name_or_path
     with checkpoint_problems(name):
         file = transformers.utils.cached_file(name, "README.md", _raise_exceptions_for_missing_entries=False)
-    settings = settings_of(Path(file).read_text(encoding="utf-8")) if file else None
+    settings = settings_of(Path(file).read_text(encoding="utf-8", errors="replace")) if file else None
     if settings is None:
         if config.any_checkpoint:
             return

@@ -478,6 +478,35 @@ def test_the_figures_land_in_the_model_card(tmp_path, heldout):
     values = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert values == {metric: round(found[metric]["value"], 2) for metric in ("wer", "cer")}
     assert card.data.license == "apache-2.0" and card.text.count("## Evaluation") == 1 and "Text." in card.text
+    assert str(tmp_path) not in (tuned / "README.md").read_text()  # the set's path is not the world's concern
+
+    before = (tuned / "README.md").read_bytes()
+    config.sets = [*config.sets, EvaluationSet("gone", Source(str(tmp_path / "client" / "calls")))]
+    with pytest.raises(InputError, match=r"not measured: .*the model's card is as it was"):
+        evaluation.main(config)
+    assert (tuned / "README.md").read_bytes() == before
+    for unreadable in (b"---\nlicense: [\n---\n# tuned\n", "---\nlicense: x\n---\nשלום".encode("cp1255")):
+        (tuned / "README.md").write_bytes(unreadable)
+        config.sets = config.sets[:1]
+        with pytest.raises(InputError, match=r"README.md cannot be read, so it has no figures"):
+            evaluation.main(config)
+        assert (tuned / "README.md").read_bytes() == unreadable
+
+
+def test_a_folder_of_something_else_is_left_as_it_is(tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"reference": "שלום", "hypothesis": "שלום"}\n')
+    for name, content in (("results.json", '{"accuracy": 1}'), ("table.md", "mine"), ("results.json", "[]")):
+        folder = tmp_path / f"{name}-{len(content)}"
+        folder.mkdir()
+        (folder / name).write_text(content)
+        with pytest.raises(InputError, match=f"{name} is of no evaluation"):
+            evaluation.score_files(evaluation.parse(["--score", str(pairs), "--output_dir", str(folder)]))
+        assert (folder / name).read_text() == content
+    with pytest.raises(InputError, match="cannot write to"):
+        evaluation.score_files(evaluation.parse(["--score", str(pairs), "--output_dir", str(pairs)]))
+    for _ in range(2):  # its own it writes again
+        evaluation.score_files(evaluation.parse(["--score", str(pairs), "--output_dir", str(tmp_path / "own")]))
 
 
 @pytest.mark.parametrize(

@@ -536,6 +536,8 @@ def test_a_checkpoint_that_writes_otherwise_is_refused(tmp_path):
     write_model_card(tmp_path, "x/y", "base", [], ["set"], final, 1, dataclasses.asdict(other), [])
     assert settings_of((tmp_path / "README.md").read_text())["text_rules"]["quote_style"] == "hebrew"
     assert settings_of("# another card") is None
+    for block in ('{"accuracy": 1}', "[1]", "{"):
+        assert settings_of(f"# another card\n\n## Training\n\n```json\n{block}\n```\n") is None
     config.model_name_or_path = str(tmp_path)
     with pytest.raises(InputError, match="was trained with text_rules"):
         check_start(config)

@@ -192,6 +192,8 @@ def settings_of(card: str) -> dict[str, Any] | None:
     """The settings in a model card that `write_model_card` wrote, or None for another README."""
     found = re.search(r"^## Training$.*?^```json$(.*?)^```$", card, re.MULTILINE | re.DOTALL)
     try:
-        return json.loads(found[1]) if found else None
+        settings = json.loads(found[1]) if found else None
     except ValueError:
         return None
+    is_ours = isinstance(settings, dict) and {"language", "text_rules"} <= set(settings)
+    return settings if is_ours else None

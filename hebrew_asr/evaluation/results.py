@@ -1,9 +1,11 @@
 """Results of an evaluation: files, card, report."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import yaml
 
 from hebrew_asr.data.audio import AudioError, decode_audio
 from hebrew_asr.data.rows import SpeechRows
@@ -29,6 +32,7 @@ from hebrew_asr.text.scoring import ErrorCounts, leaderboard_normalize
 from hebrew_asr.text.targets import refuse_control_tokens, spoken_language, without_prefix
 
 # ------------------------------------------------------------------------------------------------------------- Writing
+WRITTEN = ("results.json", "table.md", "evaluation.html", "utterances.parquet")
 UTTERANCE = pyarrow.schema(
     {
         **{name: pyarrow.string() for name in ("model", "set", "language", "recording", "reference", "hypothesis")},
@@ -42,13 +46,27 @@ UTTERANCE = pyarrow.schema(
 )
 
 
+def open_folder(folder: Path) -> None:
+    """Makes an evaluation's folder; raises InputError where it cannot, or what lies there is of no evaluation."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+    known: Any = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    is_ours = isinstance(known, dict) and {"sets", "models", "results"} <= set(known)
+    if foreign := [name for name in WRITTEN if (folder / name).exists() and not is_ours]:
+        raise InputError(f"{folder / foreign[0]} is of no evaluation: choose another --output_dir, or move it away")
+
+
 def write_files(
     folder: Path, results: dict[str, Any], records: list[dict], audio: Callable[[str, int], np.ndarray | None]
 ) -> None:
     table = pyarrow.Table.from_pylist(records, UTTERANCE)
-    pyarrow.parquet.write_table(table, folder / "utterances.parquet")
     content = json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False)
-    (folder / "results.json").write_text(content + "\n", encoding="utf-8")
+    (folder / "results.json").write_text(content + "\n", encoding="utf-8")  # first: by it the folder is known
+    pyarrow.parquet.write_table(table, folder / "utterances.parquet")
     (folder / "table.md").write_text(markdown_table(results), encoding="utf-8")
     write_page(folder / "evaluation.html", results, table, audio)
 
@@ -59,7 +77,7 @@ def card_results(results: dict[str, Any], model: str) -> list[huggingface_hub.Ev
     return [
         huggingface_hub.EvalResult(
             task_type="automatic-speech-recognition",
-            dataset_type=sets[found["set"]]["path"],
+            dataset_type=name_of(sets[found["set"]]),
             dataset_name=found["set"],
             dataset_config=sets[found["set"]]["config_name"],
             dataset_split=sets[found["set"]]["split"],
@@ -72,9 +90,21 @@ def card_results(results: dict[str, Any], model: str) -> list[huggingface_hub.Ev
     ]
 
 
+def name_of(one: dict[str, Any]) -> str:
+    """A set's id on the Hub; its name where it is of this machine, whose paths are nobody's concern."""
+    is_of_the_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", one["path"]) and not Path(one["path"]).exists()
+    return one["path"] if is_of_the_hub else one["name"]
+
+
 def update_card(folder: Path, results: dict[str, Any], model: str) -> None:
-    """Puts the figures into a model card's metadata, and the table at its end, in place of an earlier one."""
-    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    """Puts the figures into a model card's metadata, and the table at its end, in place of an earlier one.
+
+    Raises InputError for a card that cannot be read.
+    """
+    try:
+        card = huggingface_hub.ModelCard.load(folder / "README.md")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{folder}/README.md cannot be read, so it has no figures: {error}") from error
     card.data.eval_results, card.data.model_name = card_results(results, model), model
     before, _, after = card.text.partition("\n## Evaluation\n")
     _, next_heading, rest = after.partition("\n## ")
@@ -207,11 +237,6 @@ def report(config: EvaluationConfig, folder: Path, cells: Cells) -> None:
 
 def conclude(config: EvaluationConfig, folder: Path, results: dict[str, Any]) -> None:
     """Says what came out; raises InputError for what did not, and for a gate that was asked for and failed."""
-    if config.update_card:
-        card = Path(config.models[0]) / "README.md"
-        if not card.exists():
-            raise InputError(f"--update_card: {card} does not exist")
-        update_card(card.parent, results, results["models"][0]["name"])
     for line in lines_of(results):
         print(line, flush=True)
     print(f"written: {folder}/evaluation.html, results.json, utterances.parquet, table.md", flush=True)
@@ -227,6 +252,13 @@ def conclude(config: EvaluationConfig, folder: Path, results: dict[str, Any]) ->
         problems = [
             "nothing could be measured: " + "; ".join(f"{r['set']} ({r['reason']})" for r in results["results"])
         ]
+    if config.update_card and not missing and any(r["reason"] is None for r in results["results"]):
+        try:
+            update_card(Path(config.models[0]), results, results["models"][0]["name"])
+        except InputError as error:
+            problems.append(str(error))
+    elif config.update_card:
+        problems.append("the model's card is as it was, since not all was measured")
     if problems:
         raise InputError("; ".join(problems))
 
@@ -235,7 +267,7 @@ def conclude(config: EvaluationConfig, folder: Path, results: dict[str, Any]) ->
 def score_files(config: EvaluationConfig) -> None:
     """Scores JSONL files of pairs; several must have the same references, and are compared."""
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    open_folder(folder)
     names = display_names(config.score)
     one = EvaluationSet("transcripts", Source(config.score[0]))
     found, records = [], {}
