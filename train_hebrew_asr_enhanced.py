@@ -53,7 +53,7 @@ class TrainingConfig(Settings):
     """The one type of the final model's weights on disk."""
 
     # Data: the sources and filters are fields of DataConfig, in hebrew_asr/data/sources.py
-    dataloader_num_workers: int = 4
+    dataloader_num_workers: Annotated[int, Range(0)] = 4
     """Processes that decode and extract features, for each rank; 0: the training process itself."""
 
     # SpecAugment (Park et al. 2019, arXiv:1904.08779), on training batches only
@@ -109,7 +109,7 @@ class TrainingConfig(Settings):
     # Optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of layers and projector, AdamW for the rest (docs/recipes.md: where it won)."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Range(0)] = 0.01
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     ema_decay: Annotated[float, Between(0, 1)] | None = None
@@ -125,7 +125,7 @@ class TrainingConfig(Settings):
     """Give the model `language Hebrew<asr_text>` instead of letting it name the language itself."""
     generation_max_new_tokens: Annotated[int, Range(1)] | None = None
     """Tokens of a transcript at most; None: 64, and 12 for each second (a fast speaker's Hebrew has 8 a second)."""
-    num_logged_predictions: int = 5
+    num_logged_predictions: Annotated[int, Range(0)] = 5
     """References with their hypotheses that each evaluation prints and tracks."""
 
     # Tracking
@@ -182,7 +182,7 @@ class TrainingConfig(Settings):
     """Only try, on the GPUs given, how large tokens_per_micro_batch may be, and print it (docs/training.md)."""
     output_dir: str | None = None
     """None: a folder under runs/, named after the settings: the same for the same command."""
-    seed: int = 42
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 42
     """Of the order of the data, augmentation, masks and what is held out."""
     process_timeout_minutes: int = 60
     """How long processes wait for one another at the start, above all while the first one reads the corpora."""
@@ -801,6 +801,7 @@ def main(
                 publish(config, folder, run_log)
         return
     with fail_together():
+        run_log.check_tracker(config.tracker, config.wandb_project)
         if config.uploads and state.is_main_process:
             check_upload(config, folder, run_log.say)
     with failures_noted(config, folder):

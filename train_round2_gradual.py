@@ -19,7 +19,7 @@ from hebrew_asr.command_line import READERS, help_of, parse_config, split_option
 from hebrew_asr.data.sources import Source, WaveformAugmentation
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import DEMO
-from hebrew_asr.training.strategies import STRATEGIES, RecipeOptions, stages_of, with_replay
+from hebrew_asr.training.strategies import STRATEGIES, RecipeOptions, check_replayed, stages_of, with_replay
 
 if typing.TYPE_CHECKING:  # its imports take seconds
     from train_hebrew_asr_enhanced import TrainingConfig
@@ -66,6 +66,7 @@ def demo(strategy: str = "b_then_a") -> "TrainingConfig":
 def recipe(arguments: list[str]) -> "TrainingConfig":
     mine, others = split_options(arguments, RecipeOptions)
     given = parse_config(mine, DEMO_OPTIONS if "--demo" in others else RecipeOptions())
+    check_replayed(mine, given)
     if mine and any(argument.split("=")[0] == "--config" for argument in others):
         raise InputError(
             f"{mine[0]} and --config: the file has its stages and sources already, so leave one of them out"

@@ -58,7 +58,7 @@ class Range:
         return self.low <= number <= self.high and math.isfinite(number)
 
     def __str__(self) -> str:
-        return f"at least {self.low:g}" if self.high == float("inf") else f"{self.low:g} to {self.high:g}"
+        return f"at least {self.low:g}" if self.high == float("inf") else f"{self.low:g} to {self.high:.10g}"
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def parse_config(
             values.pop(field.name, None)
     for name, value in typed(given, defaults).items():
         nested = dataclasses.is_dataclass(getattr(defaults, name)) and any(o.startswith(f"{name}.") for o in given)
-        values[name] = values.get(name, {}) | value if nested else value
+        values[name] = (values.get(name) or {}) | value if nested else value
     config = adapt(replaced(defaults, values))
     if "--print_config" in argv:
         print(yaml.safe_dump(as_written(config), allow_unicode=True, sort_keys=False, width=120), end="")
@@ -172,7 +172,7 @@ def read_file(file: Path, defaults: Any, of_another: bool = False) -> dict[str, 
     if not isinstance(written, dict):
         raise InputError(f"{file} holds no settings: give the config.yaml of a run")
     names = [field.name for field in dataclasses.fields(defaults)]
-    unknown = [name for name in written if name not in names]
+    unknown = [str(name) for name in written if name not in names]
     if unknown and not of_another:
         raise InputError(f"{file}: there is no setting {unknown[0]!r}{meant(unknown[0], names)}")
     return {name: value for name, value in written.items() if name in names}

@@ -5,7 +5,9 @@ import typing
 import pytest
 import transformers
 from conftest import DEMO
+from test_corpora import wav
 
+from hebrew_asr.data.rows import load_rows
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.stages import LAYER, trains_in
 from hebrew_asr.training.strategies import STRATEGIES, RecipeOptions
@@ -17,7 +19,8 @@ def test_every_strategy_can_be_named_and_none_changes_another():
     assert set(named) == set(STRATEGIES)
     for name in named:
         recipe(["--demo", "--strategy", name])  # at 20 times the rates
-        config = recipe(["--strategy", name, "--nonspeech", "noise"])
+        noise = ["--nonspeech", "noise"] if STRATEGIES[name].replay_nonspeech else []
+        config = recipe(["--strategy", name, *noise])
         config.check(processes=8)
         assert config.stages == STRATEGIES[name].stages and config.num_epochs == config.stages[-1].last_epoch
         assert config.optimizer == ("muon" if name == "muon_with_replay" else "adamw")
@@ -50,6 +53,9 @@ def test_replay_takes_its_shares_from_the_sources():
     [
         (["--replay_nonspeech", "0.1"], "needs --nonspeech"),
         (["--strategy", "all_with_replay"], "or leave it out: --replay_nonspeech 0"),
+        (["--strategy", "all", "--english", "en"], "--english names what is replayed.*add --replay_english 0.1"),
+        (["--nonspeech.path=noise", "--replay_english", "0.1"], "--nonspeech names what is replayed"),
+        (["--strategy", "all_with_replay", "--replay_english", "0", "--english", "en"], "--english names what is"),
         (["--replay_english", "0.1", "--train_sources", '[{"path": "a"}, {"path": "b"}]'], "a probability for each"),
         (["--strategy", "everything"], "b_then_a"),
         (["--strategy", "all", "--config", "x.yaml"], "leave one of them out"),
@@ -58,3 +64,11 @@ def test_replay_takes_its_shares_from_the_sources():
 def test_a_recipe_that_cannot_be_is_refused(arguments, said):
     with pytest.raises(InputError, match=said):
         recipe(arguments)
+
+
+def test_recordings_without_speech_need_no_table(tmp_path):
+    for number in range(3):
+        wav(tmp_path / "noise" / f"{number}.wav", 1 + number / 10)
+    config = recipe(["--demo", "--strategy", "all_with_replay", "--nonspeech", str(tmp_path / "noise")])
+    rows = load_rows(config.train_sources[-1:], config, for_training=True)
+    assert len(rows) == 3 and set(rows.column("text")) == {""} and set(rows.column("language")) == {"None"}

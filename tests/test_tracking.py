@@ -101,6 +101,26 @@ def test_a_final_model_with_more_errors_than_the_start_is_worse():
     )
 
 
+@pytest.mark.parametrize(
+    ("project", "name", "value", "said"),
+    [
+        ("my-team/qwen3-asr", "WANDB_MODE", "offline", "Invalid project name 'my-team/qwen3-asr'"),
+        ("x" * 140, "WANDB_MODE", "offline", "exceeded 128 characters"),
+        ("asr", "WANDB_BASE_URL", "wandb.mycompany.com", "WANDB_BASE_URL: Input should be a valid URL"),
+        ("asr", "WANDB_RESUME", "yes", "WANDB_RESUME: Input should be 'allow'"),
+        ("asr", "WANDB_RUN_ID", "a/b", "Run ID cannot contain"),
+    ],
+)
+def test_what_wandb_would_refuse_is_one_message_at_the_start(tmp_path, monkeypatch, project, name, value, said):
+    log = run_log.RunLog(tmp_path, rank=0)
+    log.check_tracker("wandb", "asr")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"W&B refuses its settings: .*{said}") as problem:
+        log.check_tracker("wandb", project)
+    assert "\n" not in str(problem.value)
+    log.check_tracker("none", project)
+
+
 def test_the_switches_of_wandb_are_heard(monkeypatch):
     for name, value, tracker in (
         ("WANDB_MODE", "disabled", "none"),

@@ -150,7 +150,7 @@ def table_rows(source: Source) -> datasets.Dataset:
         if not table.rows:
             raise InputError(f"{path}: it has no rows")
         column = text_column(source, [*table.columns, *(["text"] if "messages" in table.columns else [])], files[0])
-    elif source.text_column != "":
+    elif source.text_column != "" and source.has_speech:
         raise InputError(
             f"{folder}: no parquet files, no saved dataset, no table (metadata.csv, .tsv or .jsonl). Without"
             ' transcripts the audio itself can be transcribed: scripts/pseudo_label.py, or `text_column: ""`'
@@ -221,6 +221,8 @@ def text_column(source: Source, columns: list[str], file: Path | None = None) ->
         return None
     wanted = [source.text_column] if source.text_column else tables.TEXT_COLUMNS
     found = [name for name in wanted if name in columns]
+    if not found and not source.has_speech:
+        return None
     if not found:
         raise InputError(
             f"{file or source.path}: no column {' or '.join(wanted)}, there are {', '.join(columns)}. Name the"

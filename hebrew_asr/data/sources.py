@@ -95,7 +95,7 @@ class DataConfig:
     confirm_share: Annotated[float, Range(0, 0.9)] = 0.0
     """Share of the evaluation set, whole recordings, that chooses nothing: the final model is measured on it once, at
     the end (`confirm/wer`). The WER that chose a checkpoint is too low: it is the lowest of several, by chance too."""
-    max_eval_utterances: int | None = 2000
+    max_eval_utterances: Annotated[int, Range(0)] | None = 2000
     """At most so many utterances are evaluated, taken evenly over the set; None: all."""
     text_rules: TextRules = field(default_factory=TextRules)
     """How targets are written; scoring has rules of its own."""
@@ -135,7 +135,7 @@ class DataConfig:
     """Training data is read while it is trained on, for corpora that do not fit the disk."""
     steps_per_epoch: int | None = None
     """Steps of an epoch when streaming: how many utterances there are is not known then."""
-    preprocessing_num_workers: int = 8
+    preprocessing_num_workers: Annotated[int, Range(0)] = 8
     """Processes that read headers and transcripts at the start, and the audio in `--prepare`."""
     prepared_dir: str | None = None
     """Where `--prepare` keeps what it heard; None: beside a local corpus, in the cache of `datasets` for the Hub's."""

@@ -66,6 +66,21 @@ class RunLog:
         self.tracker_id: list[str] | None = None  # which tracker, and what it calls the run
         self.files = {name: Appended(folder / name) for name in (METRICS, SKIPPED, f"dropped-{rank}.txt")}
 
+    def check_tracker(self, name: str, project: str) -> None:
+        """Raises InputError for a project or a variable that W&B does not take, as its own settings check them."""
+        if not self.is_main or tracker_here(name) != "wandb":
+            return
+        library = importlib.import_module("wandb")
+        try:
+            library.Settings(project=project).update_from_env_vars(dict(os.environ))
+            return
+        except library.errors.Error as error:
+            problem = str(error)
+        except ValueError as error:  # pydantic's, whose end has the value, which may be a key
+            setting, why = str(error).splitlines()[1:3]
+            problem = f"WANDB_{setting.upper()}: {why.strip().partition(' [')[0]}"
+        raise InputError(f"W&B refuses its settings: {problem}. Change that, or give --tracker none")
+
     def start_tracker(self, name: str, project: str, run_name: str, settings: dict[str, Any], tags: list[str]) -> None:
         """Opens the dashboard: wandb (offline without an account or a network), trackio (local), or none."""
         name = tracker_here(name)

@@ -70,11 +70,28 @@ def stages_of(strategy: str) -> list[Stage]:
     return [dataclasses.replace(one, learning_rates=dict(one.learning_rates)) for one in STRATEGIES[strategy].stages]
 
 
-def with_replay(sources: list[Source], options: RecipeOptions) -> list[Source]:
-    """The sources with what is replayed beside them; their own shares shrink by as much."""
+def shares_of(options: RecipeOptions) -> tuple[float, float]:
+    """Shares of an epoch that are English, and without speech."""
     strategy = STRATEGIES[options.strategy]
     english = strategy.replay_english if options.replay_english is None else options.replay_english
     nonspeech = strategy.replay_nonspeech if options.replay_nonspeech is None else options.replay_nonspeech
+    return english, nonspeech
+
+
+def check_replayed(given: list[str], options: RecipeOptions) -> None:
+    """Raises InputError for recordings to replay, named on the command line, of which the share is 0."""
+    names = {argument.partition("=")[0].partition(".")[0] for argument in given}
+    for name, share in zip(("english", "nonspeech"), shares_of(options), strict=True):
+        if f"--{name}" in names and not share:
+            raise InputError(
+                f"--{name} names what is replayed, of which this recipe has no share: add --replay_{name} 0.1 for a"
+                f" tenth of an epoch, or leave --{name} out"
+            )
+
+
+def with_replay(sources: list[Source], options: RecipeOptions) -> list[Source]:
+    """The sources with what is replayed beside them; their own shares shrink by as much."""
+    english, nonspeech = shares_of(options)
     if nonspeech and options.nonspeech is None:
         raise InputError(
             f"{nonspeech:.0%} of an epoch without speech needs --nonspeech, recordings in which nobody speaks; or leave"
