@@ -244,7 +244,8 @@ def test_a_checkpoint_that_cannot_be_loaded_is_refused_in_a_sentence(tmp_path, s
 def test_an_attention_that_a_checkpoint_names_is_not_taken(tmp_path):
     folder = Path(shutil.copytree(BASE, tmp_path / "named"))
     of_config("_attn_implementation", "flash_attention_2")(folder)
-    load_speech_model(str(folder), Decoding(), torch.device("cpu"))
+    loaded = load_speech_model(str(folder), Decoding(), torch.device("cpu")).model
+    assert {loaded.config.text_config._attn_implementation, loaded.config.audio_config._attn_implementation} == {"sdpa"}
 
 
 def test_forgetting_is_a_finding_and_a_gate_where_one_is_asked_for(tmp_path, heldout, model, processor, capsys):

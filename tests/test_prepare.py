@@ -178,8 +178,10 @@ def test_an_error_of_reading_is_not_kept(tmp_path, monkeypatch):
         def refuse(*_):
             raise ReadError("cannot be read now: Input/output error")
 
-        patched.setattr(prepare_corpora, "evaluation_sounds", lambda *_: FingerprintIndex())
         patched.setattr(prepare_corpora, "decode_audio", refuse)
+        with pytest.raises(InputError, match="cannot be read now: Input/output error"):  # of what is held out
+            prepare(config, 1, print)
+        patched.setattr(prepare_corpora, "evaluation_sounds", lambda *_: FingerprintIndex())
         with pytest.raises(InputError, match="cannot be read now: Input/output error"):
             prepare(config, 1, print)
     prepare(config, 1, print)

@@ -40,12 +40,18 @@ AT_ONCE = 32  # pieces that a process listens to before it reports
 PART = 2048  # pieces of one file; an interruption loses at most so many
 
 
+def waveform_of(piece: dict[str, Any]) -> np.ndarray:
+    """A piece of audio, decoded; raises AudioError, and InputError for a file whose state is not to be remembered."""
+    try:
+        return decode_audio(piece["audio"], piece["start"], piece["end"])
+    except ReadError as error:
+        raise InputError(f"{piece['recording']}: {error}. Mend that and give the same command again") from error
+
+
 def listen(piece: dict[str, Any]) -> tuple[float, str, bytes]:
     """Seconds as decoded, the problem or "", and the fingerprint of a piece of audio."""
     try:
-        waveform = decode_audio(piece["audio"], piece["start"], piece["end"])
-    except ReadError as error:  # not to be remembered as broken
-        raise InputError(f"{piece['recording']}: {error}. Mend that and give the same command again") from error
+        waveform = waveform_of(piece)
     except AudioError as error:
         return piece["seconds"], str(error), b""
     seconds = len(waveform) / SAMPLE_RATE
@@ -87,9 +93,8 @@ def evaluation_sounds(heldout: SpeechRows, workers: int) -> FingerprintIndex:
     """The evaluation set's fingerprints, by the recordings' names; clipped or short, what decodes has one."""
 
     def sound(number: int) -> bytes:
-        piece = heldout[number]
         try:
-            waveform = decode_audio(piece["audio"], piece["start"], piece["end"])
+            waveform = waveform_of(heldout[number])
         except AudioError:  # held out of training: whether it can be heard, the run's start finds
             return b""
         return fingerprint(np.nan_to_num(waveform)).tobytes()
