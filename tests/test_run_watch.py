@@ -41,12 +41,28 @@ def wait_until(condition, seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
+READY = os.pipe()
+
+
+def started(body) -> int:
+    """A child that has written to READY: a signal that comes while Python forks is forgotten."""
+    pid = child(body)
+    os.read(READY[0], 1)
+    return pid
+
+
+def waiting() -> None:
+    os.write(READY[1], b"x")
+    while True:  # in short sleeps: one that begins just after a signal came does not end before its time
+        time.sleep(0.01)
+
+
 def test_outside_of_training_a_signal_ends_the_process_and_none_of_its_workers(tmp_path):
     noted = tmp_path / "noted"
 
     def body() -> None:
         with run_watch.ends_at_a_signal(noted.write_text):
-            worker = child(lambda: time.sleep(60))
+            worker = started(waiting)
             os.kill(worker, signal.SIGTERM)
             assert status(worker) == -signal.SIGTERM and not noted.exists()
             with Watch(0, 1, 60, 60, print) as watch:
@@ -63,20 +79,9 @@ def test_outside_of_training_a_signal_ends_the_process_and_none_of_its_workers(t
 def watching(grace: float = 60, stall_minutes: float = 60, report=print):
     def body() -> None:
         with Watch(0, 1, grace, stall_minutes, report):
-            os.write(READY[1], b"x")
-            while True:  # the main thread never looks
-                time.sleep(0.01)
+            waiting()  # the main thread never looks
 
     return body
-
-
-READY = os.pipe()
-
-
-def started(body) -> int:
-    pid = child(body)
-    os.read(READY[0], 1)
-    return pid
 
 
 def test_a_signal_is_heard_and_the_launchers_second_one_is_the_same():
