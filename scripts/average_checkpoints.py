@@ -144,7 +144,8 @@ def take(
         config,
         shown_as=final,
         final={f"final/{name}": result[name] for name in ("utterances", "wer_raw")}
-        | {f"final/{name}": result[name]["value"] for name in ("wer", "cer")},
+        | {f"final/{name}": result[name]["value"] for name in ("wer", "cer")}
+        | {f"final/wer_{name}": result["wer"][name] for name in ("low", "high")},
         origin=average.origin,
     )
     for path in (*unfinished.iterdir(), unfinished):

@@ -113,7 +113,14 @@ def test_transcripts_and_rates_are_those_of_a_user_whatever_the_batch(tmp_path, 
     assert "few" in page and "data:audio/ogg;base64," in page
 
 
-@pytest.mark.parametrize("ends", [{}, {"eos_token_id": 7, "pad_token_id": 9}])
+@pytest.mark.parametrize(
+    "ends",
+    [
+        {},
+        {"repetition_penalty": 5.0, "no_repeat_ngram_size": 2},
+        {"eos_token_id": 7, "pad_token_id": 9},
+    ],
+)
 def test_a_transcript_ends_with_its_turn_whatever_the_generation_config_says(tmp_path, heldout, ends):
     shutil.copytree(BASE, tmp_path / "foreign")
     (tmp_path / "foreign" / "generation_config.json").write_text(json.dumps(ends))

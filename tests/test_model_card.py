@@ -3,6 +3,8 @@
 import io
 import re
 import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -12,7 +14,9 @@ import transformers
 from test_transcribe import encode
 
 from hebrew_asr.checkpoints.model_card import settings_of, write_model_card
+from hebrew_asr.errors import InputError
 from hebrew_asr.files import DEMO
+from hebrew_asr.training.run_report import describe_result
 
 RATE = 16_000
 
@@ -37,6 +41,14 @@ def clip():
     (file,) = (DEMO / "heldout").glob("*.parquet")
     audio = pyarrow.parquet.read_table(file).slice(0, 1)["audio"][0].as_py()["bytes"]
     return soundfile.read(io.BytesIO(audio), dtype="float32")[0]
+
+
+def test_a_card_that_the_disk_does_not_take_is_one_sentence(place, config):
+    folder = place / "not there" / "final_model"
+    final = {f"final/{name}": 12.0 for name in ("wer", "cer", "wer_raw", "utterances")}
+    trainer: Any = SimpleNamespace(config=config, run_log=None, final_folder=folder, final_origin="Weights.")
+    with pytest.raises(InputError, match=r"the card of .*final_model cannot be written \(.*make room, then the same"):
+        describe_result(trainer, final)
 
 
 def run_snippet(place, monkeypatch, capsys, file: str) -> str:

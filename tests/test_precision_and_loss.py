@@ -237,7 +237,7 @@ def test_the_model_kept_is_the_best_and_the_one_reported(config, monkeypatch, tm
         weights[key] = {name: p.detach().clone() for name, p in model.named_parameters()}
         return evaluate(self, *args, **kwargs)
 
-    def score(references, hypotheses):
+    def score(references, hypotheses, recordings):
         counts = {"utterances": 11, "empty_predictions": 0, "cer": 1.0, "wer_raw": 1.0}
         return {"wer": next(wers), **counts}
 

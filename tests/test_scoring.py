@@ -3,12 +3,15 @@
 import random
 import time
 import unicodedata
+from types import SimpleNamespace
+from typing import Any
 
 import hebrew
 import jiwer
 import numpy as np
 import pytest
 
+from hebrew_asr.text.intervals import error_rate_interval
 from hebrew_asr.text.scoring import (
     DELETED,
     ErrorCounts,
@@ -18,6 +21,7 @@ from hebrew_asr.text.scoring import (
     score,
     whisper_basic_normalizer,
 )
+from hebrew_asr.training.measuring import Output, pool
 
 REMOVED = "\u061c\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff\"'"
 
@@ -183,6 +187,25 @@ def test_a_loop_repeats_and_what_people_say_twice_does_not(text, expected):
 def test_an_empty_hypothesis_counts_as_all_deletions():
     result = score(["אחת שתיים", "שלוש ארבע"], ["אחת שתיים", ""])
     assert (result["wer"], result["wer_nonempty"], result["empty_predictions"]) == (50.0, 0.0, 1)
+
+
+def test_the_interval_is_over_recordings_where_utterances_share_enough_of_them():
+    """What one recording gets wrong, it gets wrong as a whole: as utterances of their own they would seem certain."""
+    references, names = ["אחת שתיים שלוש"] * 60 + ["..."], [f"recording {i // 5}" for i in range(60)] + ["another"]
+    hypotheses = ["אחת שתיים שלוש" if i // 5 % 3 else "אחת שתיים ארבע" for i in range(60)] + ["אחת"]
+    errors, words = [int(not i // 5 % 3) for i in range(60)], [3] * 60
+    alone, together = error_rate_interval(errors, words), error_rate_interval(errors, words, names[:60])
+    assert together.high - together.low > 1.5 * (alone.high - alone.low)
+    few, each = names[:40] + ["same"] * 21, [str(i) for i in range(61)]
+    for given, expected in ((names, together), (None, alone), (few, alone), (each, alone)):
+        found = score(references, hypotheses, given)
+        assert (found["wer"], found["wer_low"], found["wer_high"]) == (expected.value, expected.low, expected.high)
+    rows: Any = SimpleNamespace(column={"reference": references, "recording": names}.__getitem__)
+    heard = [(row, Output(hypotheses[row], None, 1.0, 1)) for row in reversed(range(61))]
+    run_log: Any = SimpleNamespace(note_full_memory=lambda halved, names: None)
+    metrics, *texts = pool(heard, 0, rows, None, run_log)
+    assert (metrics["wer_low"], metrics["wer_high"]) == (together.low, together.high)
+    assert texts == [references, hypotheses]
 
 
 def test_no_reference_with_a_word_is_an_error():

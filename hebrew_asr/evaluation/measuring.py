@@ -9,7 +9,7 @@ from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation.settings import EvaluationSet
 from hebrew_asr.evaluation.transcription import Transcribed, Transcript
 from hebrew_asr.text import error_classes
-from hebrew_asr.text.intervals import MIN_RECORDINGS, Interval, compare, error_rate_interval, verdict
+from hebrew_asr.text.intervals import Interval, by_recording, compare, error_rate_interval, verdict
 from hebrew_asr.text.scoring import ErrorCounts, count_utterance, repeats
 
 FORGOTTEN = 5.0  # points: what is worse by more is called forgotten
@@ -86,7 +86,7 @@ def summarize(records: list[dict[str, Any]], one: EvaluationSet) -> dict[str, An
     for r in scored:
         total += ErrorCounts(*(r[one.name] for one in dataclasses.fields(ErrorCounts)))
     errors, words = counted(scored)
-    recordings = clusters(scored)
+    recordings = by_recording([r["recording"] for r in scored])
     classes = [json.loads(r["error_classes"]) for r in scored]
     return found | {
         "words": total.words,
@@ -113,12 +113,6 @@ def counted(records: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
     return errors, [r["words"] for r in records]
 
 
-def clusters(records: list[dict[str, Any]]) -> list[str] | None:
-    """The recordings, where several utterances share one and there are enough of them for an interval."""
-    names = [r["recording"] for r in records]
-    return names if MIN_RECORDINGS <= len(set(names)) < len(names) else None
-
-
 def compare_models(records: dict[tuple[str, str], list[dict]], models: list[str], name: str) -> list[dict[str, Any]]:
     """The first model against each of the others on one set, utterance by utterance."""
     found = []
@@ -130,7 +124,7 @@ def compare_models(records: dict[tuple[str, str], list[dict]], models: list[str]
         if not first:
             continue
         (errors, words), (others, _) = counted(first), counted(second)
-        result = compare(errors, others, words, clusters(first))
+        result = compare(errors, others, words, by_recording([r["recording"] for r in first]))
         found.append(
             {"first": models[0], "second": other, "set": name, "difference": limits(result.difference)}
             | {"probability_first_better": float(result.first_better), "verdict": verdict(result, models[0], other)}

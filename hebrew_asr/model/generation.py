@@ -40,17 +40,22 @@ def new_token_limit(seconds: float) -> int:
     return 64 + math.ceil(12 * seconds)
 
 
-def end_with_turns(model: Qwen3ASRForConditionalGeneration, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+def decode_plainly(model: Qwen3ASRForConditionalGeneration, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
     """Has `generate` stop at the tokens that end a turn, and pad with <|im_end|>, as Qwen3-ASR's own checkpoints do.
 
     Some checkpoints name other tokens in their generation_config, or none: what they write after the turn would be
-    part of the transcript. Raises InputError for a tokenizer without <|im_end|>.
+    part of the transcript. What else it has (a penalty, tokens to suppress) would be obeyed unsaid, and goes; the
+    number of tokens stays. Raises InputError for a tokenizer without <|im_end|>.
     """
     known = tokenizer.get_vocab()
     if END_OF_TURN not in known:
         raise InputError(f"the tokenizer of {tokenizer.name_or_path} has no {END_OF_TURN}: take Qwen3-ASR's own")
-    model.generation_config.eos_token_id = [known[end] for end in (END_OF_TEXT, END_OF_TURN) if end in known]
-    model.generation_config.pad_token_id = known[END_OF_TURN]
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=False,
+        eos_token_id=[known[end] for end in (END_OF_TEXT, END_OF_TURN) if end in known],
+        pad_token_id=known[END_OF_TURN],
+        max_new_tokens=model.generation_config.max_new_tokens,
+    )
 
 
 def generate(
@@ -63,7 +68,7 @@ def generate(
     """Transcribes a batch of the collator from its prompts alone; returns (batch, new tokens).
 
     Each row ends at its own limit of new tokens, so that no transcript depends on what else is in the batch, or before
-    it, at the ends of `end_with_turns`. At a temperature above 0 it samples, from all tokens, with torch's global
+    it, at the ends of `decode_plainly`. At a temperature above 0 it samples, from all tokens, with torch's global
     generator.
 
     Features are cast to the type of the encoder's first convolution, and everything runs under autocast when any

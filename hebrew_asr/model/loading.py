@@ -13,7 +13,7 @@ from hebrew_asr.errors import InputError
 from hebrew_asr.model.attention import set_attention
 from hebrew_asr.model.frames import MEL_BINS
 from hebrew_asr.model.fused import fuse_where_it_runs
-from hebrew_asr.model.generation import end_with_turns
+from hebrew_asr.model.generation import decode_plainly
 from hebrew_asr.model.layouts import in_transformers_layout
 from hebrew_asr.model.loss import SpeechModel
 from hebrew_asr.model.stages import Stage, check_stages, ever_trained
@@ -62,7 +62,7 @@ def load_model(
             output_loading_info=True,
         )
         check_whole(name, loaded)
-        end_with_turns(model, transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        decode_plainly(model, transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     set_attention(model, attention, use_bf16)
     fuse_where_it_runs(model)
     check_stages(model, stages)

@@ -44,6 +44,11 @@ import numpy as np
 MIN_RECORDINGS = 10
 
 
+def by_recording(recordings: Sequence[str]) -> Sequence[str] | None:
+    """Each utterance's recording, where several share one and there are enough of them for an interval."""
+    return recordings if MIN_RECORDINGS <= len(set(recordings)) < len(recordings) else None
+
+
 @dataclass(frozen=True)
 class Interval:
     """An error rate in percent, or a difference of two in points, with the limits of its confidence interval."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jiwer
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
-from hebrew_asr.text.intervals import error_rate_interval
+from hebrew_asr.text.intervals import by_recording, error_rate_interval
 
 ZERO_WIDTH_AND_BIDI = "\u061c\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
 # Vowel points as the package `hebrew`, which the leaderboard calls, defines them: meteg (U+05BD), rafe (U+05BF) and
@@ -145,12 +145,15 @@ def repeats(text: str) -> bool:
     return False
 
 
-def score(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
+def score(
+    references: Sequence[str], hypotheses: Sequence[str], recordings: Sequence[str] | None = None
+) -> dict[str, float]:
     """Corpus-level WER and CER in percent, with what a reader needs to trust them.
 
     Args:
         references: what was said, one text an utterance.
         hypotheses: what was written, in the same order; an empty one counts as all deletions.
+        recordings: what each utterance is from; the interval is then over these, where `by_recording` finds enough.
 
     Returns:
         `wer` and `cer` on normalised text, `wer_low` and `wer_high` (the 95 % interval of `wer`), `wer_raw` on the text
@@ -163,8 +166,8 @@ def score(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, flo
     """
     total, nonempty, raw = ErrorCounts(), ErrorCounts(), ErrorCounts()
     empty_predictions = empty_references = 0
-    errors, words = [], []
-    for reference, hypothesis in zip(references, hypotheses, strict=True):
+    errors, words, names = [], [], []
+    for reference, hypothesis, name in zip(references, hypotheses, recordings or references, strict=True):
         utterance = count_utterance(reference, hypothesis)
         if utterance.counts is None or utterance.raw_counts is None:
             empty_references += 1
@@ -172,6 +175,7 @@ def score(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, flo
         total += utterance.counts
         errors.append(utterance.counts.errors)
         words.append(utterance.counts.words)
+        names.append(name)
         raw += utterance.raw_counts
         if utterance.hypothesis:
             nonempty += utterance.counts
@@ -179,7 +183,7 @@ def score(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, flo
             empty_predictions += 1
     if not total.words:
         raise ValueError("no reference holds a word after normalisation, so there is no error rate")
-    interval = error_rate_interval(errors, words)
+    interval = error_rate_interval(errors, words, by_recording(names) if recordings else None)
     return {
         "wer": total.wer,
         "wer_low": interval.low,

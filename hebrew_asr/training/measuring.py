@@ -58,7 +58,8 @@ def pool(
     run_log.note_full_memory(halved + sum(others), [rows[row]["recording"] for row in failed])
     tokens = sum(output.tokens for _, output in heard)
     metrics = {"loss": sum(output.nats * output.tokens for _, output in heard) / max(1, tokens)}
-    metrics |= score(references, hypotheses)
+    names = rows.column("recording")
+    metrics |= score(references, hypotheses, [names[row] for row, _ in heard])
     metrics["out_of_memory"] = len(failed)
     if language is not None:
         expected = [own or language for own in rows.column("language")]

@@ -35,15 +35,14 @@ def report_data(folder: Path, data: TrainingData, eval_rows: SpeechRows, config:
 
 
 def describe_result(trainer: ResumableTrainer, final: dict[str, float]) -> None:
-    """The model card, the curves, and the verdict's lines."""
+    """The model card, the curves, and the verdict's lines; InputError when the disk does not take the card."""
     config, run_log, folder = trainer.config, trainer.run_log, trainer.final_folder
-    write_card_of_run(
-        folder,
-        config,
-        shown_as=folder,
-        final=final,
-        origin=trainer.final_origin,
-    )
+    try:
+        write_card_of_run(folder, config, shown_as=folder, final=final, origin=trainer.final_origin)
+    except OSError as error:
+        raise InputError(
+            f"the card of {folder} cannot be written ({error}): make room, then the same command goes on"
+        ) from error
     try:
         draw_curves(run_log.rows, trainer.stage_ends, trainer.panels, folder.parent / "curves.png")
     except OSError as error:
