@@ -62,8 +62,8 @@ class TrainingConfig(Settings):
     """Widest time mask in mel frames of 10 ms."""
     freq_mask_param: Annotated[int, Range(0, MEL_BINS)] = 27
     """Widest frequency mask in mel bins (of 128)."""
-    num_time_masks: int = 2
-    num_freq_masks: int = 2
+    num_time_masks: Annotated[int, Range(0)] = 2
+    num_freq_masks: Annotated[int, Range(0)] = 2
     mask_value: float = 0.0
     """What masked features become."""
     max_time_mask_share: Annotated[float, Range(0, 1)] = 0.2
@@ -86,7 +86,7 @@ class TrainingConfig(Settings):
     """As transformers.get_scheduler has them."""
     warmup_ratio: Annotated[float, Range(0, 1)] = 0.1
     """Share of the run's steps; 0: warmup_steps is used instead."""
-    warmup_steps: int = 500
+    warmup_steps: Annotated[int, Range(0)] = 500
     """Steps, where warmup_ratio is 0."""
     layerwise_lr_decay_rate: Annotated[float, Range(0, 1)] = 1.0
     """Each layer of llm_top and audio_top trains this much slower than the one above it; 1.0: all alike."""
@@ -110,7 +110,7 @@ class TrainingConfig(Settings):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of layers and projector, AdamW for the rest (docs/recipes.md: where it won)."""
     weight_decay: Annotated[float, Range(0)] = 0.01
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Between(0)] = 1.0
     """Gradients are clipped to this norm."""
     ema_decay: Annotated[float, Between(0, 1)] | None = None
     """Keep an exponential moving average of what trains (0.999 spans about 1,000 steps; fp32, beside the weights), and
@@ -147,9 +147,9 @@ class TrainingConfig(Settings):
     """Steps from one checkpoint to the next. Also when the WER is the lowest so far, and at the end of each stage."""
     save_total_limit: Annotated[int, Range(1)] = 2
     """So many of the newest checkpoints are kept, and the one of the lowest WER."""
-    preemption_grace_seconds: float = 25
+    preemption_grace_seconds: Annotated[float, Range(0)] = 25
     """From a signal to stop to the end of the processes, with a checkpoint or without; torchrun itself gives 30."""
-    stall_timeout_minutes: float = 10
+    stall_timeout_minutes: Annotated[float, Between(0)] = 10
     """A process that makes no progress for so long while training ends the run."""
     max_bad_steps: Annotated[int, Range(1)] = 3
     """Steps in a row without a finite gradient after which the run goes back to the last checkpoint."""
@@ -184,7 +184,7 @@ class TrainingConfig(Settings):
     """None: a folder under runs/, named after the settings: the same for the same command."""
     seed: Annotated[int, Range(0, 2**32 - 1)] = 42
     """Of the order of the data, augmentation, masks and what is held out."""
-    process_timeout_minutes: int = 60
+    process_timeout_minutes: Annotated[int, Range(1)] = 60
     """How long processes wait for one another at the start, above all while the first one reads the corpora."""
 
     def gradient_accumulation_steps(self, processes: int) -> float:

@@ -35,8 +35,7 @@ Config = TypeVar("Config", bound="DataclassInstance")
 WIDTH = 110  # columns of the help
 YES, NO = ("1", "true", "t", "yes", "y", "on"), ("0", "false", "f", "no", "n", "off")  # of environment variables
 NOT_OPTIONS = {  # what other trainers call an option, and where it is here
-    "learning_rate": ": the learning rates are in --stages, one for each component",
-    "lr": ": the learning rates are in --stages, one for each component",
+    "gradient_accumulation_steps": ": it follows from --target_effective_batch and the number of processes",
     "per_device_train_batch_size": " (did you mean --target_effective_batch, or --tokens_per_micro_batch?)",
     "num_train_epochs": " (did you mean --num_epochs?)",
     "fp16": " (did you mean --bf16?)",
@@ -205,8 +204,7 @@ def options_of(argv: list[str], defaults: Any) -> dict[str, str]:
     for option, words in options_and_words(argv):
         name, _, part = option.partition(".")
         if name not in names and option != "config":
-            hint = NOT_OPTIONS.get(name) or meant(name, [*names, "config", "help"], "--")
-            raise InputError(f"there is no option --{option}{hint}")
+            raise InputError(f"there is no option --{option}{instead(name, names)}")
         if part and part not in (parts := parts_of(hints[name])):
             raise InputError(f"there is no option --{option}{meant(part, parts, f'--{name}.')}")
         if not part:
@@ -313,6 +311,19 @@ def parser_of(hint: Any) -> jsonargparse.ArgumentParser:
 def refusal(option: str, value: Any, error: Exception, hint: Any) -> str:
     """One sentence for what jsonargparse refused."""
     item = item_of(hint)
+    if isinstance(error, ValueError):  # of the field's own class, which says what is wrong
+        return f"--{option}: {error}"
+    fields: Any = value
+    with contextlib.suppress(yaml.YAMLError):
+        fields = yaml.safe_load(value) if isinstance(value, str) else value
+    found = re.search(r'key "value\.(\w+)"', str(error))
+    if item and found and isinstance(fields, dict) and found[1] in fields:
+        return refusal(f"{option}.{found[1]}", fields[found[1]], error, hint_of(found[1], item))
+    for one in fields if item and isinstance(fields, list) else []:
+        try:
+            parser_of(item).parse_object({"value": one}, defaults=False)
+        except (jsonargparse.ArgumentError, ValueError, TypeError) as problem:
+            return refusal(option, one, problem, item)
     if item and (found := re.search(r"option '(\w+)'", str(error), re.IGNORECASE)):
         near = meant(found[1], parts_of(item))
         return f"--{option}: {item.__name__} has no {found[1]!r}{near}, it has {listed(item)}"
@@ -380,8 +391,17 @@ def takes(hint: Any) -> str:
         return " or ".join(kinds) + (" or null" if type(None) in arguments else "")
     if origin is list:
         return f"a list of {arguments[0].__name__} ({listed(arguments[0])})" if item_of(inner) else "a list"
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    numbers: dict[Any, str] = {int: "a whole number", float: "a number", dict[str, float]: "numbers by name, as JSON"}
+    names = numbers | {bool: "true or false", str: "a text"}
     return names.get(inner, f"{listed(inner)} as JSON" if item_of(inner) else str(inner)) + or_none
+
+
+def instead(option: str, names: list[str]) -> str:
+    """What is here in place of an option that there is not."""
+    words = option.split("_")
+    if "stages" in names and "scheduler" not in words and ("lr" in words or "learning_rate" in option):
+        return ": the learning rates are in --stages, one for each component"
+    return NOT_OPTIONS.get(option) or meant(option, [*names, "config", "help"], "--")
 
 
 def meant(name: str, names: list[str], before: str = "") -> str:

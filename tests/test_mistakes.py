@@ -184,6 +184,21 @@ def flat(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -> str:
         ("--bf16 fp16", "--bf16 takes true or false or null, got fp16"),
         ("--fp16", "did you mean --bf16"),
         ("--learning_rate 1e-4", "the learning rates are in --stages"),
+        ("--learning_rate_projector 1e-4", "the learning rates are in --stages"),
+        ("--encoder_lr 1e-4", "the learning rates are in --stages"),
+        ("--lr_scheduler cosine", "did you mean --lr_scheduler_type?"),
+        ("--gradient_accumulation_steps 8", "it follows from --target_effective_batch"),
+        ("--max_grad_norm 0", "must be above 0, got 0"),
+        ("--max_grad_norm -1", "must be above 0, got -1"),
+        ("--num_time_masks -1", "at least 0, got -1"),
+        ("--stall_timeout_minutes 0", "must be above 0, got 0"),
+        ("--max_audio_length_seconds 0", "at least 0.1, got 0"),
+        ("--min_audio_length_seconds 9 --max_audio_length_seconds 8", "must be less than max_audio_length_seconds (8)"),
+        ("--max_broken_share 5", "0 to 1, got 5"),
+        ("--plan_hours_of_audio 0", "must be above 0, got 0"),
+        ("--waveform_augmentation.speeds [0]", "one or more factors between 0.5 and 2"),
+        ("--waveform_augmentation.noise_folder nothere", "nothere: no such folder"),
+        ('--text_rules {"quote_style":"x"}', "--text_rules.quote_style takes ascii, hebrew or keep, got x"),
         ("--epochs 3", "did you mean --num_epochs"),
         ("--gpus 2", "--nproc_per_node=N"),
         ("--device cuda", "CUDA_VISIBLE_DEVICES"),
@@ -207,6 +222,7 @@ def flat(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -> str:
         ("--language Hebrw", "did you mean Hebrew?"),
         ("--resume runs/nothere", "it takes auto, never, hub, or a checkpoint"),
         ("--model_name_or_path RUN", "is the folder of a run: name its model, "),
+        ("--model_name_or_path EMPTY", "is no checkpoint: it has no config.json; did you mean "),
         ("--model_name_or_path FILE", "is a file: name the folder of a checkpoint"),
         ("--model_name_or_path ./nothere", "./nothere: no such folder or file"),
         ("--output_dir FILE", "is a file: choose another --output_dir"),
@@ -222,10 +238,13 @@ def test_a_mistake_is_one_message_last_on_the_screen(tmp_path, monkeypatch, capf
     (tmp_path / "data").mkdir()
     (tmp_path / "run" / "final_model").mkdir(parents=True)
     (tmp_path / "file").touch()
+    (tmp_path / "models" / "tuned").mkdir(parents=True)
+    (tmp_path / "models" / "tuned" / "config.json").touch()
     sources = {
         "FLAT": lambda: flat(tmp_path, lambda waveform: waveform).replace("}]", ', "split": "test"}]'),
         "SILENT": lambda: flat(tmp_path, lambda waveform: 0 * waveform),
         "CLIPPED": lambda: flat(tmp_path, lambda waveform: np.clip(99 * waveform, -1, 1)),
+        "EMPTY": lambda: str(tmp_path / "models"),
         "RUN": lambda: str(tmp_path / "run"),
         "FILE": lambda: str(tmp_path / "file"),
     }

@@ -107,33 +107,33 @@ class DataConfig:
     of these lists one that is spoken. In a stream always the text before. What is left has an empty turn."""
 
     # Filters of training utterances; evaluation sets keep whatever has text and decodes
-    min_audio_length_seconds: float = 0.3
-    max_audio_length_seconds: float = 30.0
+    min_audio_length_seconds: Annotated[float, Range(0)] = 0.3
+    max_audio_length_seconds: Annotated[float, Range(0.1)] = 30.0
     """Longer rows are cut between their timestamps; without timestamps they are dropped."""
-    min_characters_per_second: float = 1.0
-    max_characters_per_second: float = 40.0
+    min_characters_per_second: Annotated[float, Range(0)] = 1.0
+    max_characters_per_second: Annotated[float, Range(0)] = 40.0
     min_quality_score: float | None = None
     """Lowest `metadata.quality_score`, where a row has one."""
     require_hebrew: bool = True
     """Of a transcript in Hebrew: one without a Hebrew letter is dropped."""
     drop_duplicates: bool = True
     """Drop the same audio bytes a second time, in the same source or another."""
-    leak_min_words: int = 4
+    leak_min_words: Annotated[int, Range(1)] = 4
     """A training utterance with the same words as an evaluation utterance is dropped, if these are at least so many."""
     audit_scores: str | None = None
     """Scores that scripts/audit_corpus.py wrote; with drop_worst_share, the transcripts that are most likely wrong are
     dropped."""
     drop_worst_share: float = 0.0
     """Share of the audited utterances."""
-    max_broken_share: float = 0.05
+    max_broken_share: Annotated[float, Range(0, 1)] = 0.05
     """More unreadable rows than this share of a source end the run before it starts."""
-    max_dropped_share: float = 0.2
+    max_dropped_share: Annotated[float, Range(0, 1)] = 0.2
     """More than this share of a source's hours dropped as too long, silent or clipped end the run before it starts."""
     keep_flags: list[str] = field(default_factory=list)
     """Rows whose `extra_data` has a flag (skipped, noisy, multiple_speakers, …) are dropped, but for these flags."""
     streaming: bool = False
     """Training data is read while it is trained on, for corpora that do not fit the disk."""
-    steps_per_epoch: int | None = None
+    steps_per_epoch: Annotated[int, Range(1)] | None = None
     """Steps of an epoch when streaming: how many utterances there are is not known then."""
     preprocessing_num_workers: Annotated[int, Range(0)] = 8
     """Processes that read headers and transcripts at the start, and the audio in `--prepare`."""
@@ -151,6 +151,10 @@ class DataConfig:
             raise InputError("nobody speaks in eval_sources, so there is no error rate: name a set with speech")
         if not 0 <= self.drop_worst_share < 1 or (self.audit_scores is None) != (self.drop_worst_share == 0):
             raise InputError("audit_scores and drop_worst_share (above 0, below 1) go together: give both or neither")
+        for what in ("audio_length_seconds", "characters_per_second"):
+            low, high = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
+            if low >= high:
+                raise InputError(f"min_{what} ({low:g}) must be less than max_{what} ({high:g})")
         if self.no_system_prob + self.prev_context_prob > 1:
             raise InputError(
                 "no_system_prob and prev_context_prob are shares of the utterances: together at most 1, not"
@@ -172,7 +176,7 @@ class DataConfig:
     def _check_streaming(self) -> None:
         needed = {
             "eval_sources (nothing can be held out of a stream)": bool(self.eval_sources),
-            "steps_per_epoch (at least 1)": (self.steps_per_epoch or 0) >= 1,
+            "steps_per_epoch": self.steps_per_epoch is not None,
             "a probability for each of its sources": len(self.train_sources) == 1
             or all(source.probability for source in self.train_sources),
             "audit_scores left out": self.audit_scores is None,
@@ -215,6 +219,8 @@ class WaveformAugmentation:
 @lru_cache
 def audio_files(folder: str) -> dict[str, float]:
     """A folder's audio files, each with its seconds; raises a ValueError that names the first that cannot be read."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder")
     files = sorted(str(file) for file in Path(folder).rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
     if not files:
         raise ValueError(f"{folder}: no audio files ({', '.join(sorted(AUDIO_SUFFIXES))}) in it")

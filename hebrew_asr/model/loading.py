@@ -125,6 +125,11 @@ def checkpoint_problems(name: str):
             " PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(FOLDER), copy the base's"
             " processor and tokenizer into FOLDER, and name that"
         )
+    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+        inside = sorted(str(config.parent) for config in Path(name).glob("*/config.json"))
+        raise InputError(
+            f"{name} is no checkpoint: it has no config.json" + (f"; did you mean {inside[0]}?" if inside else "")
+        )
     check_name(name, "model")
     try:
         yield

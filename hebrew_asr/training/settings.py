@@ -7,7 +7,7 @@ The fields themselves, with their meanings and defaults, stand in TrainingConfig
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from hebrew_asr.command_line import Range
+from hebrew_asr.command_line import Between, Range
 from hebrew_asr.data.sources import DataConfig, WaveformAugmentation
 from hebrew_asr.errors import InputError
 from hebrew_asr.model.stages import Stage
@@ -24,11 +24,11 @@ class PlanSettings:
     """Only print what the run will need: memory, hours, cost. Needs no GPU and downloads nothing."""
     plan_device: Literal["A100-40GB", "A100-80GB", "H100", "H200", "L40S", "4090"] = "A100-40GB"
     plan_devices: Annotated[int, Range(1)] = 8
-    plan_hours_of_audio: float | None = None
+    plan_hours_of_audio: Annotated[float, Between(0)] | None = None
     """Of an epoch; None: from the corpora where they are local, else 350."""
-    plan_mean_seconds: float = 6.0
+    plan_mean_seconds: Annotated[float, Between(0)] = 6.0
     """Of an utterance, where the corpora are not read."""
-    plan_price_per_hour: float | None = None
+    plan_price_per_hour: Annotated[float, Range(0)] | None = None
     """Of one device; None: no cost is printed."""
 
 
