@@ -192,7 +192,11 @@ class Measured:
         return run / "-".join(["evaluation", *([] if self.on == "test" else [self.on]), str(self.beams)])
 
     def is_done(self, run: Path) -> bool:
-        return (self.folder(run) / "utterances.parquet").exists()
+        """Where nothing could be measured there are files all the same, and the last of them is table.md."""
+        folder = self.folder(run)
+        if not (folder / "table.md").exists():
+            return False
+        return all(one["reason"] is None for one in json.loads((folder / "results.json").read_text())["results"])
 
 
 TEST = Measured()
@@ -202,7 +206,7 @@ def train_and_measure(
     folder: Path, config: TrainingConfig, how: Measured = TEST, data: Path | None = None, lora_rank: int | None = None
 ) -> None:
     """Does what is not done yet, in this process; `data` has the sets to choose by."""
-    if not (folder / "seconds.json").exists():
+    if not (folder / "seconds.json").exists() or not (folder / "last").exists():
         shutil.rmtree(folder / "run", ignore_errors=True)  # half a run has half a time
         adapted = adapters(lora_rank, folder / "last") if lora_rank else contextlib.nullcontext()
         with adapted, lean(), measured() as spent:

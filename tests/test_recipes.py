@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import re
 import sys
 from unittest import mock
@@ -108,3 +109,18 @@ def test_a_change_that_can_be_detected_is_found_in_four_cases_of_five():
         error = recipes_real.PER_ERROR / np.sqrt(2) * np.sqrt((differences**2).sum()) / ours.sum()
         found.append(np.log(ours.sum() / theirs.sum()) / error > 1.96)
     assert np.mean(found) == pytest.approx(0.8, abs=0.06)
+
+
+def test_a_run_of_which_nothing_could_be_measured_is_not_done(tmp_path):
+    folder = recipes.TEST.folder(tmp_path)
+    folder.mkdir(parents=True)
+    for files, reasons, is_done in (
+        (["results.json"], [None], False),
+        (["results.json", "utterances.parquet"], [None], False),
+        (["results.json", "utterances.parquet", "table.md"], ["cannot be loaded", None], False),
+        (["results.json", "utterances.parquet", "table.md"], [None, None], True),
+    ):
+        for file in files:
+            (folder / file).touch()
+        (folder / "results.json").write_text(json.dumps({"results": [{"reason": reason} for reason in reasons]}))
+        assert recipes.TEST.is_done(tmp_path) is is_done, (files, reasons)
