@@ -15,14 +15,17 @@ if __name__ == "__main__":  # the imports take seconds
     begin()
 
 import io
-import itertools
+import typing
 from pathlib import Path
+from typing import Any
 
-from hebrew_asr.command_line import READERS, parse_config, read_options
+from hebrew_asr.command_line import NO, READERS, YES, parse_config, read_options
 from hebrew_asr.console import escaped
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation.settings import TranscribeConfig
 from hebrew_asr.files import DEMO
+
+HINTS = typing.get_type_hints(TranscribeConfig)
 
 
 def demo() -> TranscribeConfig:
@@ -30,10 +33,33 @@ def demo() -> TranscribeConfig:
 
 
 def parse(argv: list[str]) -> TranscribeConfig:
-    """Reads the command line, whose words before the first option are paths; raises InputError."""
-    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    options = argv[len(words) :]
-    return parse_config([*(["--paths", *words] if words else []), *options], TranscribeConfig(), demo, __doc__)
+    """Reads the command line, where words that no option takes are paths; raises InputError."""
+    paths: list[str] = []
+    options: list[str] = []
+    hint: Any = None  # of the option whose words come now
+    is_path = True  # as if --paths came first
+    for word in argv:
+        if word.startswith("-"):
+            name, equals, value = word.removeprefix("--").partition("=")
+            is_path = name == "paths"
+            if is_path:
+                paths += [value] if equals else []
+            else:
+                options.append(word)
+                hint = None if equals or name in ("demo", "print_config") else HINTS.get(name, str)
+        elif is_path or not takes_word(hint, word):
+            paths.append(word)
+        else:
+            options.append(word)
+            hint = hint if typing.get_origin(hint) is list else None
+    return parse_config([*(["--paths", *paths] if paths else []), *options], TranscribeConfig(), demo, __doc__)
+
+
+def takes_word(hint: Any, word: str) -> bool:
+    """Whether an option of a type takes a word that follows it, which else is a path; None: it takes no more."""
+    if hint is bool:
+        return word.lower() in (*YES, *NO)
+    return hint is not None and (typing.get_origin(hint) is not list or not Path(word).exists())
 
 
 if __name__ == "__main__":

@@ -390,7 +390,9 @@ def takes(hint: Any) -> str:
         kinds = [takes(one) for one in arguments if one is not type(None)]
         return " or ".join(kinds) + (" or null" if type(None) in arguments else "")
     if origin is list:
-        return f"a list of {arguments[0].__name__} ({listed(arguments[0])})" if item_of(inner) else "a list"
+        is_choice = typing.get_origin(arguments[0]) is typing.Literal
+        kind = f" of {arguments[0].__name__} ({listed(arguments[0])})" if item_of(inner) else ""
+        return "a list" + (f" of {takes(arguments[0])}" if is_choice else kind) + or_none
     numbers: dict[Any, str] = {int: "a whole number", float: "a number", dict[str, float]: "numbers by name, as JSON"}
     names = numbers | {bool: "true or false", str: "a text"}
     return names.get(inner, f"{listed(inner)} as JSON" if item_of(inner) else str(inner)) + or_none

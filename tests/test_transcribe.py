@@ -609,6 +609,23 @@ def test_settings_that_cannot_mean_anything_are_refused(argv, message):
         script.command(argv)
 
 
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("a.wav b.wav --model m", {"paths": ["a.wav", "b.wav"], "model": "m"}),
+        ("--model m a.wav b.wav", {"paths": ["a.wav", "b.wav"], "model": "m"}),
+        ("a.wav --num_beams=4 b.wav --paths c.wav", {"paths": ["a.wav", "b.wav", "c.wav"], "num_beams": 4}),
+        ("--overwrite a.wav --word_times false b.wav", {"paths": ["a.wav", "b.wav"], "overwrite": True}),
+        ("--demo a.wav", {"paths": ["a.wav"], "num_workers": 0}),
+        ("--formats vtt srt FOLDER --model m", {"formats": ["vtt", "srt"], "model": "m"}),
+    ],
+)
+def test_recordings_may_stand_before_and_after_options(tmp_path, words, expected):
+    config = script.parse([str(tmp_path) if word == "FOLDER" else word for word in words.split()])
+    expected = {"paths": [str(tmp_path)]} | expected
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
 def test_the_function_takes_languages_by_their_english_names(tmp_path, spoken, one_start):
     with pytest.raises(InputError, match=r"language is 'hebrew', must be a name like English.*Hebrew"):
         transcribe(save(tmp_path, spoken, 1), str(DEMO / "tuned"), language="hebrew")

@@ -46,7 +46,7 @@ class TranscribeConfig(Decoding):
 
     # Recordings
     paths: list[str] = field(default_factory=list)
-    """Files of sound or video, and folders with all that is in them; as words before the first option too."""
+    """Files of sound or video, and folders with all that is in them; also as words that no option takes."""
     model: str | None = None
     """A folder, a Hub id, or the URL of an endpoint."""
     channel: Annotated[int, Range(0)] | None = None
