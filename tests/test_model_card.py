@@ -1,6 +1,7 @@
 """The README.md of a final model: its snippet as a user runs it, and nothing of this machine."""
 
 import io
+import itertools
 import re
 import shutil
 from types import SimpleNamespace
@@ -13,9 +14,10 @@ import soundfile
 import transformers
 from test_transcribe import encode
 
-from hebrew_asr.checkpoints.model_card import settings_of, write_model_card
+from hebrew_asr.checkpoints.model_card import renamed, settings_of, write_model_card
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import DEMO
+from hebrew_asr.training.run_folder import name_in_card
 from hebrew_asr.training.run_report import describe_result
 
 RATE = 16_000
@@ -41,6 +43,25 @@ def clip():
     (file,) = (DEMO / "heldout").glob("*.parquet")
     audio = pyarrow.parquet.read_table(file).slice(0, 1)["audio"][0].as_py()["bytes"]
     return soundfile.read(io.BytesIO(audio), dtype="float32")[0]
+
+
+def test_a_card_goes_with_its_model_to_another_repository(place, tmp_path):
+    """As if it had been written for it; what its user wrote instead stays."""
+    final = {f"final/{name}": 12.0 for name in ("wer", "cer", "wer_raw", "utterances")}
+    settings = {"eval_prefill_language": False, "language": "Hebrew", "text_rules": {"quote_style": "hebrew"}}
+    cards = {}
+    for name in (str(place / "final_model"), "OzLabs/hebrew", "OzLabs/hebrew-2"):
+        write_model_card(tmp_path, name, "Qwen/Qwen3-ASR-1.7B-hf", [], ["set"], final, "Weights.", settings, [])
+        cards[name] = (tmp_path / "README.md").read_text()
+    for before, after in itertools.permutations(list(cards)[1:], 2):
+        assert renamed(cards[before], after) == cards[after]
+    (local, hub), lines = (cards[name] for name in list(cards)[:2]), []
+    for card, expected in ((local, hub), ("# Mine\n", "# Mine\n"), (local + "\nMy words.", hub + "\nMy words.")):
+        (tmp_path / "README.md").write_text(card)
+        name_in_card(tmp_path / "README.md", "OzLabs/hebrew", lines.append)
+        assert (tmp_path / "README.md").read_text() == expected
+    name_in_card(tmp_path, "OzLabs/hebrew", lines.append)
+    assert [line.split(":")[0] for line in lines] == ["warning"]
 
 
 def test_a_card_that_the_disk_does_not_take_is_one_sentence(place, config):

@@ -188,6 +188,18 @@ def write_card_of_run(folder: Path, config: CardSettings, shown_as: Path, final:
     )
 
 
+def renamed(card: str, model_id: str) -> str:
+    """A card that `write_model_card` wrote, for a model that goes to this repository; another README as it is."""
+    found = re.search(r'^model_id, file, longest = "(.+?)"', card, re.MULTILINE)
+    if settings_of(card) is None or not found or found[1] == model_id:
+        return card
+    about, training, settings = card.partition("\n## Training\n")
+    titles = rf"^(# |- name: ){re.escape(found[1].split('/')[-1])}$"
+    about = re.sub(titles, lambda title: title[1] + model_id.split("/")[-1], about, flags=re.MULTILINE)
+    about = re.sub(rf"(?<![\w./-]){re.escape(found[1])}(?![\w./-])", lambda _: model_id, about)
+    return about + training + settings
+
+
 def settings_of(card: str) -> dict[str, Any] | None:
     """The settings in a model card that `write_model_card` wrote, or None for another README."""
     found = re.search(r"^## Training$.*?^```json$(.*?)^```$", card, re.MULTILINE | re.DOTALL)

@@ -221,7 +221,7 @@ def audio_files(folder: str) -> dict[str, float]:
     """A folder's audio files, each with its seconds; raises a ValueError that names the first that cannot be read."""
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such folder")
-    files = sorted(str(file) for file in Path(folder).rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
+    files = tables.audio_files(Path(folder))
     if not files:
         raise ValueError(f"{folder}: no audio files ({', '.join(sorted(AUDIO_SUFFIXES))}) in it")
     seconds = {}

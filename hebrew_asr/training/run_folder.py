@@ -17,7 +17,9 @@ import torch.distributed
 from accelerate.utils import broadcast_object_list
 
 from hebrew_asr.checkpoints import store
+from hebrew_asr.checkpoints.final import CARD
 from hebrew_asr.checkpoints.hub import fetch_checkpoints, upload
+from hebrew_asr.checkpoints.model_card import renamed
 from hebrew_asr.checkpoints.store import Checkpoint
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import put
@@ -259,8 +261,19 @@ def publish(config: Settings, folder: Path, run_log: RunLog) -> None:
         say_last(f"stopped ({why}) during the upload to {config.hf_repo_id}: the model is in {model}, {way} uploads it")
 
     with ends_at_a_signal(stopped):
+        name_in_card(model / CARD, config.hf_repo_id or "", run_log.say)
         address = upload(config, model, run_log.say)
     store.update_status(folder, uploaded=address, why=None)
+
+
+def name_in_card(file: Path, repo_id: str, say: Callable[[str], None]) -> None:
+    """Writes the repository into a card that was written for another one, or before one was named."""
+    try:
+        card = file.read_text(encoding="utf-8") if file.exists() else ""
+        if (changed := renamed(card, repo_id)) != card:
+            put(file, changed)
+    except (OSError, UnicodeDecodeError) as error:
+        say(f"warning: {file} may name another repository than {repo_id}: {error}")
 
 
 def note_failure(folder: Path, reason: str, state: str = "failed") -> None:
