@@ -72,13 +72,17 @@ def recipe(arguments: list[str]) -> "TrainingConfig":
             f"{mine[0]} and --config: the file has its stages and sources already, so leave one of them out"
         )
 
-    def with_what_is_replayed(config: "TrainingConfig") -> "TrainingConfig":
+    chosen = functools.partial(demo, given.strategy)
+    stages = (chosen() if "--demo" in others else round2(given.strategy)).stages
+
+    def completed(config: "TrainingConfig") -> "TrainingConfig":
         config.train_sources = with_replay(config.train_sources, given)
+        if config.stages == stages:  # the strategy's own, whose last one lasts as long as the run
+            config.stages[-1].last_epoch = max(config.num_epochs, stages[-1].last_epoch)
         return config
 
     about = f"{__doc__}\n{help_of(RecipeOptions())}"
-    chosen = functools.partial(demo, given.strategy)
-    return parse_config(others, round2(given.strategy), chosen, about, adapt=with_what_is_replayed)
+    return parse_config(others, round2(given.strategy), chosen, about, adapt=completed)
 
 
 if __name__ == "__main__":

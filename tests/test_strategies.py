@@ -27,6 +27,19 @@ def test_every_strategy_can_be_named_and_none_changes_another():
     assert recipe([]) == round2()
 
 
+def test_more_epochs_are_those_of_a_strategys_last_stage():
+    def last_epochs(*arguments: str) -> list[int]:
+        config = recipe(list(arguments))
+        config.check(processes=2)
+        return [stage.last_epoch for stage in config.stages]
+
+    assert last_epochs("--num_epochs", "8") == [2, 8] and last_epochs("--num_epochs", "3") == [2, 5]
+    assert last_epochs("--demo", "--strategy", "muon_with_replay", "--num_epochs", "5") == [5]
+    own = '[{"name": "A", "last_epoch": 5, "learning_rates": {"projector": 1e-4}}]'
+    with pytest.raises(InputError, match="ends at epoch 5"):
+        last_epochs("--num_epochs", "8", "--stages", own)
+
+
 def test_everything_means_every_layer_of_both_towers():
     stage, model_config = STRATEGIES["all"].stages[0], transformers.AutoConfig.from_pretrained(DEMO / "base")
     model = transformers.Qwen3ASRForConditionalGeneration(model_config)
