@@ -15,14 +15,15 @@ if __name__ == "__main__":  # the imports take seconds
     begin()
 
 import io
+import os
 import typing
 from pathlib import Path
 from typing import Any
 
-from hebrew_asr.command_line import NO, READERS, YES, parse_config, read_options
+from hebrew_asr.command_line import NO, READERS, YES, dash, parse_config, read_options
 from hebrew_asr.console import escaped
 from hebrew_asr.errors import InputError
-from hebrew_asr.evaluation.settings import TranscribeConfig
+from hebrew_asr.evaluation.settings import FORMATS, Format, TranscribeConfig
 from hebrew_asr.files import DEMO
 
 HINTS = typing.get_type_hints(TranscribeConfig)
@@ -34,12 +35,13 @@ def demo() -> TranscribeConfig:
 
 def parse(argv: list[str]) -> TranscribeConfig:
     """Reads the command line, where words that no option takes are paths; raises InputError."""
+    name = ""
     paths: list[str] = []
     options: list[str] = []
     hint: Any = None  # of the option whose words come now
     is_path = True  # as if --paths came first
     for word in argv:
-        if word.startswith("-"):
+        if word.startswith("--") or word == "-h":
             name, equals, value = word.removeprefix("--").partition("=")
             is_path = name == "paths"
             if is_path:
@@ -50,16 +52,23 @@ def parse(argv: list[str]) -> TranscribeConfig:
         elif is_path or not takes_word(hint, word):
             paths.append(word)
         else:
+            if hint is None:
+                raise InputError(f"there is no file or folder {word!r}, and --{name} takes no more{dash([word])}")
             options.append(word)
             hint = hint if typing.get_origin(hint) is list else None
     return parse_config([*(["--paths", *paths] if paths else []), *options], TranscribeConfig(), demo, __doc__)
 
 
 def takes_word(hint: Any, word: str) -> bool:
-    """Whether an option of a type takes a word that follows it, which else is a path; None: it takes no more."""
+    """Whether a word after an option of a type is the option's, or a recording that is there.
+
+    What is neither is left with the option, which refuses it. `hint` None: the option has all that it takes.
+    """
+    if not os.path.lexists(word):
+        return True
     if hint is bool:
         return word.lower() in (*YES, *NO)
-    return hint is not None and (typing.get_origin(hint) is not list or not Path(word).exists())
+    return word in FORMATS if hint == list[Format] else hint is not None
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ class Measured:
         return run / "-".join(["evaluation", *([] if self.on == "test" else [self.on]), str(self.beams)])
 
     def is_done(self, run: Path) -> bool:
-        """Where nothing could be measured there are files all the same, and the last of them is table.md."""
+        """Where nothing could be measured there are files all the same; table.md comes after what is read here."""
         folder = self.folder(run)
         if not (folder / "table.md").exists():
             return False
@@ -207,7 +207,8 @@ def train_and_measure(
 ) -> None:
     """Does what is not done yet, in this process; `data` has the sets to choose by."""
     if not (folder / "seconds.json").exists() or not (folder / "last").exists():
-        shutil.rmtree(folder / "run", ignore_errors=True)  # half a run has half a time
+        for old in (folder / "run", *folder.glob("evaluation*")):  # half a run has half a time
+            shutil.rmtree(old, ignore_errors=True)
         adapted = adapters(lora_rank, folder / "last") if lora_rank else contextlib.nullcontext()
         with adapted, lean(), measured() as spent:
             training.main(config)

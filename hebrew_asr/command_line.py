@@ -267,7 +267,7 @@ def typed(given: dict[str, str], defaults: Any) -> dict[str, Any]:
         name, _, part = option.partition(".")
         hint = hint_of(option, type(defaults))
         parser = parser_of(hint)
-        with contextlib.suppress(yaml.YAMLError):
+        with contextlib.suppress(yaml.YAMLError, ValueError):  # 2026-02-30 is no date
             refuse_classes(yaml.safe_load(text), f"--{option}")
         try:
             value = parser.parse_args([f"--value={text}"], defaults=False).as_dict()["value"]
@@ -314,7 +314,7 @@ def refusal(option: str, value: Any, error: Exception, hint: Any) -> str:
     if isinstance(error, ValueError):  # of the field's own class, which says what is wrong
         return f"--{option}: {error}"
     fields: Any = value
-    with contextlib.suppress(yaml.YAMLError):
+    with contextlib.suppress(yaml.YAMLError, ValueError):
         fields = yaml.safe_load(value) if isinstance(value, str) else value
     found = re.search(r'key "value\.(\w+)"', str(error))
     if item and found and isinstance(fields, dict) and found[1] in fields:
@@ -342,6 +342,8 @@ def check_ranges(config: Any) -> None:
         if dataclasses.is_dataclass(value):
             check_ranges(value)
         elif value is not None and typing.get_origin(inner) is typing.Annotated:
+            if not math.isfinite(value):
+                raise InputError(f"{name} must be a finite number, got {value}")
             if value not in inner.__metadata__[0]:
                 raise InputError(f"{name} must be {inner.__metadata__[0]}, got {value}")
         elif typing.get_origin(inner) is typing.Literal and value not in typing.get_args(inner):
@@ -400,8 +402,9 @@ def takes(hint: Any) -> str:
 
 def instead(option: str, names: list[str]) -> str:
     """What is here in place of an option that there is not."""
-    words = option.split("_")
-    if "stages" in names and "scheduler" not in words and ("lr" in words or "learning_rate" in option):
+    words = option.replace("-", "_").split("_")
+    is_rate = "lr" in words or {"learning", "rate"} <= set(words)
+    if "stages" in names and is_rate and {"scheduler", "schedule", "decay", "warmup"}.isdisjoint(words):
         return ": the learning rates are in --stages, one for each component"
     return NOT_OPTIONS.get(option) or meant(option, [*names, "config", "help"], "--")
 

@@ -50,13 +50,16 @@ def test_a_card_goes_with_its_model_to_another_repository(place, tmp_path):
     final = {f"final/{name}": 12.0 for name in ("wer", "cer", "wer_raw", "utterances")}
     settings = {"eval_prefill_language": False, "language": "Hebrew", "text_rules": {"quote_style": "hebrew"}}
     cards = {}
-    for name in (str(place / "final_model"), "OzLabs/hebrew", "OzLabs/hebrew-2"):
-        write_model_card(tmp_path, name, "Qwen/Qwen3-ASR-1.7B-hf", [], ["set"], final, "Weights.", settings, [])
-        cards[name] = (tmp_path / "README.md").read_text()
-    for before, after in itertools.permutations(list(cards)[1:], 2):
-        assert renamed(cards[before], after) == cards[after]
-    (local, hub), lines = (cards[name] for name in list(cards)[:2]), []
-    for card, expected in ((local, hub), ("# Mine\n", "# Mine\n"), (local + "\nMy words.", hub + "\nMy words.")):
+    for base in (str(place / "final_model"), "OzLabs/hebrew"):
+        for name in (str(place / "final_model"), "OzLabs/hebrew", "OzLabs/hebrew-2"):
+            write_model_card(tmp_path, name, base, ["OzLabs/hebrew"], ["set"], final, "Weights.", settings, [])
+            cards[base, name] = (tmp_path / "README.md").read_text()
+    for (base, before), (other, after) in itertools.permutations(cards, 2):
+        if base == other and "/final_model" not in after:
+            assert renamed(cards[base, before], after) == cards[base, after]
+    (local, hub), lines = (cards[key] for key in list(cards)[:2]), []
+    named = local.replace("- name: final_model", "- name: RUN/final_model")  # as the evaluation's --update_card does
+    for card, expected in ((named, hub), ("# Mine\n", "# Mine\n"), (local + "\nMy words.", hub + "\nMy words.")):
         (tmp_path / "README.md").write_text(card)
         name_in_card(tmp_path / "README.md", "OzLabs/hebrew", lines.append)
         assert (tmp_path / "README.md").read_text() == expected

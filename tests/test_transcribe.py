@@ -612,18 +612,32 @@ def test_settings_that_cannot_mean_anything_are_refused(argv, message):
 @pytest.mark.parametrize(
     "words, expected",
     [
-        ("a.wav b.wav --model m", {"paths": ["a.wav", "b.wav"], "model": "m"}),
+        ("new.wav b.wav --model m", {"paths": ["new.wav", "b.wav"], "model": "m"}),
         ("--model m a.wav b.wav", {"paths": ["a.wav", "b.wav"], "model": "m"}),
         ("a.wav --num_beams=4 b.wav --paths c.wav", {"paths": ["a.wav", "b.wav", "c.wav"], "num_beams": 4}),
         ("--overwrite a.wav --word_times false b.wav", {"paths": ["a.wav", "b.wav"], "overwrite": True}),
         ("--demo a.wav", {"paths": ["a.wav"], "num_workers": 0}),
-        ("--formats vtt srt FOLDER --model m", {"formats": ["vtt", "srt"], "model": "m"}),
+        ("--formats vtt json a.wav --model m", {"paths": ["a.wav"], "formats": ["vtt", "json"], "model": "m"}),
+        ("a.wav --formats json --seed -5 b.wav", {"paths": ["a.wav", "b.wav"], "formats": ["json"], "seed": -5}),
+        ("--model m nothere.wav", "there is no file or folder 'nothere.wav', and --model takes no more"),
+        ("a.wav --model m –formats srt", "there is no file or folder '–formats'.*two hyphens, not a dash"),
+        ("a.wav --context hot words", "there is no file or folder 'words', and --context takes no more"),
+        ("a.wav --overwrite maybe", "--overwrite takes true or false, got maybe"),
+        ("a.wav --formats srt nothere.wav", "--formats takes a list of text, json, srt, vtt or tsv, got "),
+        ("a.wav --channel -1 b.wav", "channel must be at least 0, got -1"),
     ],
 )
-def test_recordings_may_stand_before_and_after_options(tmp_path, words, expected):
-    config = script.parse([str(tmp_path) if word == "FOLDER" else word for word in words.split()])
-    expected = {"paths": [str(tmp_path)]} | expected
-    assert {name: getattr(config, name) for name in expected} == expected
+def test_recordings_may_stand_before_and_after_options(tmp_path, monkeypatch, words, expected):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.wav", "b.wav", "c.wav"):
+        (tmp_path / name).touch()
+    (tmp_path / "json").mkdir()  # of earlier transcripts, and none that is meant
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            script.parse(words.split())
+    else:
+        config = script.parse(words.split())
+        assert {name: getattr(config, name) for name in expected} == expected
 
 
 def test_the_function_takes_languages_by_their_english_names(tmp_path, spoken, one_start):

@@ -193,11 +193,16 @@ def renamed(card: str, model_id: str) -> str:
     found = re.search(r'^model_id, file, longest = "(.+?)"', card, re.MULTILINE)
     if settings_of(card) is None or not found or found[1] == model_id:
         return card
-    about, training, settings = card.partition("\n## Training\n")
-    titles = rf"^(# |- name: ){re.escape(found[1].split('/')[-1])}$"
-    about = re.sub(titles, lambda title: title[1] + model_id.split("/")[-1], about, flags=re.MULTILINE)
-    about = re.sub(rf"(?<![\w./-]){re.escape(found[1])}(?![\w./-])", lambda _: model_id, about)
-    return about + training + settings
+    old, short = re.escape(found[1]), model_id.split("/")[-1]
+    for where, name in (
+        (r"(?<=^- name: ).*$", short),  # of the metadata, whose other names are further in
+        (rf"(?<=^# ){re.escape(found[1].split('/')[-1])}$", short),
+        (rf'(?<=^model_id, file, longest = "){old}(?=")', model_id),
+        (rf"(?<=^uv run transcribe_hebrew_asr.py FILE_OR_FOLDER --model ){old}$", model_id),
+        (rf"(?<=`vllm serve ){old}(?=`)", model_id),
+    ):
+        card = re.sub(where, lambda _, name=name: name, card, count=1, flags=re.MULTILINE)
+    return card
 
 
 def settings_of(card: str) -> dict[str, Any] | None:

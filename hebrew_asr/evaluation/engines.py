@@ -97,8 +97,10 @@ class CTranslate2Model:
             raise InputError(f"{name}: only Qwen3-ASR takes a context, and is sampled from")
         self.decoding = decoding
         self.dtype = {"auto": "float16" if device.type == "cuda" else "float32"}.get(decoding.dtype, decoding.dtype)
-        with checkpoint_problems(name):
-            folder = Path(name if Path(name).is_dir() else faster_whisper.download_model(name))
+        folder = Path(name)
+        if not folder.is_dir():
+            with checkpoint_problems(name):
+                folder = Path(faster_whisper.download_model(name))
         if missing := [file for file in ("config.json", "tokenizer.json") if not (folder / file).is_file()]:
             raise InputError(
                 f"{name} has no {' and no '.join(missing)}: convert the Whisper it came from again, with --copy_files"

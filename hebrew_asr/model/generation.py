@@ -14,6 +14,7 @@ from hebrew_asr.model.precision import mixed_precision, to_encoder
 from hebrew_asr.model.prompts import END_OF_TEXT, END_OF_TURN
 
 T = TypeVar("T")
+MAX_NEW_TOKENS = 512  # as Qwen3-ASR's own checkpoints have it; `generate` here has limits of its own
 Batch = dict[str, Any]  # tensors or lists of as many rows
 
 
@@ -45,7 +46,7 @@ def decode_plainly(model: Qwen3ASRForConditionalGeneration, tokenizer: transform
 
     Some checkpoints name other tokens in their generation_config, or none: what they write after the turn would be
     part of the transcript. What else it has (a penalty, tokens to suppress) would be obeyed unsaid, and goes; the
-    number of tokens stays. Raises InputError for a tokenizer without <|im_end|>.
+    number of new tokens stays. Raises InputError for a tokenizer without <|im_end|>.
     """
     known = tokenizer.get_vocab()
     if END_OF_TURN not in known:
@@ -54,7 +55,7 @@ def decode_plainly(model: Qwen3ASRForConditionalGeneration, tokenizer: transform
         do_sample=False,
         eos_token_id=[known[end] for end in (END_OF_TEXT, END_OF_TURN) if end in known],
         pad_token_id=known[END_OF_TURN],
-        max_new_tokens=model.generation_config.max_new_tokens,
+        max_new_tokens=model.generation_config.max_new_tokens or MAX_NEW_TOKENS,
     )
 
 

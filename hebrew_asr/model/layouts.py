@@ -28,6 +28,7 @@ from transformers.models.qwen3_asr.configuration_qwen3_asr import Qwen3ASREncode
 
 from hebrew_asr.errors import InputError
 from hebrew_asr.files import digest, sha256, whole_or_nothing
+from hebrew_asr.model.generation import MAX_NEW_TOKENS
 
 Layout = Literal["transformers", "thinker"]
 
@@ -444,7 +445,7 @@ def generation_config(source: Path, special: dict[str, Any]) -> dict[str, Any]:
     given = read_json(file) if file.exists() else {}
     kept = {name: value for name, value in given.items() if name not in SAMPLING}
     if type(kept.get("max_new_tokens")) is not int or kept["max_new_tokens"] < 1:
-        kept["max_new_tokens"] = 512
+        kept["max_new_tokens"] = MAX_NEW_TOKENS
     return kept | {"do_sample": False, "eos_token_id": special["eos"], "pad_token_id": special["pad"]}
 
 

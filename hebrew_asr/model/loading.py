@@ -10,6 +10,7 @@ import transformers
 from transformers import Qwen3ASRProcessor
 
 from hebrew_asr.errors import InputError
+from hebrew_asr.files import UNFINISHED
 from hebrew_asr.model.attention import set_attention
 from hebrew_asr.model.frames import MEL_BINS
 from hebrew_asr.model.fused import fuse_where_it_runs
@@ -126,10 +127,10 @@ def checkpoint_problems(name: str):
             " processor and tokenizer into FOLDER, and name that"
         )
     if Path(name).is_dir() and not (Path(name) / "config.json").exists():
-        inside = sorted(str(config.parent) for config in Path(name).glob("*/config.json"))
-        raise InputError(
-            f"{name} is no checkpoint: it has no config.json" + (f"; did you mean {inside[0]}?" if inside else "")
-        )
+        inside = [config.parent for config in sorted(Path(name).glob("*/config.json"))]
+        whole = [str(folder) for folder in inside if UNFINISHED not in folder.name]  # the last is a run's newest
+        newest = f"; did you mean {whole[-1]}?" if whole else ""
+        raise InputError(f"{name} is no checkpoint: it has no config.json{newest}")
     check_name(name, "model")
     try:
         yield
