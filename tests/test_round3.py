@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import math
 import random
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -539,6 +540,7 @@ def test_a_checkpoint_that_writes_otherwise_is_refused(tmp_path):
     for block in ('{"accuracy": 1}', "[1]", "{"):
         assert settings_of(f"# another card\n\n## Training\n\n```json\n{block}\n```\n") is None
     config.model_name_or_path = str(tmp_path)
+    shutil.copy(DEMO / "tuned" / "config.json", tmp_path)
     with pytest.raises(InputError, match="was trained with text_rules"):
         check_start(config)
 
