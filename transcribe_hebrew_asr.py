@@ -49,23 +49,18 @@ def parse(argv: list[str]) -> TranscribeConfig:
             else:
                 options.append(word)
                 hint = None if equals or name in ("demo", "print_config") else HINTS.get(name, str)
-        elif is_path or not takes_word(hint, word):
+        elif is_path or (os.path.lexists(word) and not takes_word(hint, word)):
             paths.append(word)
-        else:
-            if hint is None:
-                raise InputError(f"there is no file or folder {word!r}, and --{name} takes no more{dash([word])}")
+        elif hint is None:
+            raise InputError(f"there is no file or folder {word!r}, and --{name} takes no more{dash([word])}")
+        else:  # what does not suit the option is refused with it
             options.append(word)
             hint = hint if typing.get_origin(hint) is list else None
     return parse_config([*(["--paths", *paths] if paths else []), *options], TranscribeConfig(), demo, __doc__)
 
 
 def takes_word(hint: Any, word: str) -> bool:
-    """Whether a word after an option of a type is the option's, or a recording that is there.
-
-    What is neither is left with the option, which refuses it. `hint` None: the option has all that it takes.
-    """
-    if not os.path.lexists(word):
-        return True
+    """Whether a word that is a path too belongs to an option of this type before it; None: it has all that it takes."""
     if hint is bool:
         return word.lower() in (*YES, *NO)
     return word in FORMATS if hint == list[Format] else hint is not None

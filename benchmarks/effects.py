@@ -70,7 +70,6 @@ from hebrew_asr.evaluation.settings import LEADERBOARD, EvaluationConfig, Evalua
 from hebrew_asr.model.loss import IGNORED_LABEL
 from hebrew_asr.model.packing import places_of
 from hebrew_asr.model.stages import COMPONENTS, Stage
-from hebrew_asr.text.intervals import by_recording
 from hebrew_asr.training.run_log import curve
 from train_hebrew_asr_enhanced import TrainingConfig
 
@@ -504,7 +503,7 @@ def read(options: Options, run: Run) -> dict[str, Any]:
     for name in dict.fromkeys(row["set"] for row in rows):
         mine = [row for row in rows if row["set"] == name and row["words"]]
         errors, words = measuring_module.counted(mine)
-        sets[name] = {"errors": errors, "words": words, "recordings": by_recording([r["recording"] for r in mine])}
+        sets[name] = {"errors": errors, "words": words, "recordings": measuring_module.clusters(mine)}
     return {
         "variant": run.variant.name,
         "seed": run.seed,

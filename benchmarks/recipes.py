@@ -48,13 +48,12 @@ from benchmarks.recipes_real import lines_of_real
 from hebrew_asr.data.sources import Source
 from hebrew_asr.errors import InputError
 from hebrew_asr.evaluation import results as results_module
-from hebrew_asr.evaluation.measuring import counted
+from hebrew_asr.evaluation.measuring import clusters, counted
 from hebrew_asr.evaluation.settings import DEMO_SETS, Decoding, EvaluationConfig
 from hebrew_asr.files import digest
 from hebrew_asr.model.roofline import DEVICES
 from hebrew_asr.model.stages import Stage
 from hebrew_asr.processes import launch
-from hebrew_asr.text.intervals import by_recording
 from hebrew_asr.training.plan import ASSUMED_HOURS
 from hebrew_asr.training.strategies import STRATEGIES, everything, with_replay
 from train_hebrew_asr_enhanced import TrainingConfig
@@ -241,7 +240,7 @@ def found_in(folder: Path, how: Measured = TEST) -> dict[str, Any]:
     for name in SPEECH:
         mine = [record for record in records if record["set"] == name and record["words"]]
         errors, words = counted(mine)
-        sets[name] = {"errors": errors, "words": words, "recordings": by_recording([r["recording"] for r in mine])}
+        sets[name] = {"errors": errors, "words": words, "recordings": clusters(mine)}
     silent = [not record["hypothesis"].strip() for record in records if record["set"] == "non-speech"]
     logged = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return {

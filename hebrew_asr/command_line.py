@@ -54,7 +54,7 @@ class Range:
     high: float = float("inf")
 
     def __contains__(self, number: float) -> bool:
-        return self.low <= number <= self.high and math.isfinite(number)
+        return self.low <= number <= self.high
 
     def __str__(self) -> str:
         return f"at least {self.low:g}" if self.high == float("inf") else f"{self.low:g} to {self.high:.10g}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from hebrew_asr.data.rows import SpeechRows
@@ -86,7 +87,7 @@ def summarize(records: list[dict[str, Any]], one: EvaluationSet) -> dict[str, An
     for r in scored:
         total += ErrorCounts(*(r[one.name] for one in dataclasses.fields(ErrorCounts)))
     errors, words = counted(scored)
-    recordings = by_recording([r["recording"] for r in scored])
+    recordings = clusters(scored)
     classes = [json.loads(r["error_classes"]) for r in scored]
     return found | {
         "words": total.words,
@@ -113,6 +114,10 @@ def counted(records: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
     return errors, [r["words"] for r in records]
 
 
+def clusters(records: list[dict[str, Any]]) -> Sequence[str] | None:
+    return by_recording([record["recording"] for record in records])
+
+
 def compare_models(records: dict[tuple[str, str], list[dict]], models: list[str], name: str) -> list[dict[str, Any]]:
     """The first model against each of the others on one set, utterance by utterance."""
     found = []
@@ -124,7 +129,7 @@ def compare_models(records: dict[tuple[str, str], list[dict]], models: list[str]
         if not first:
             continue
         (errors, words), (others, _) = counted(first), counted(second)
-        result = compare(errors, others, words, by_recording([r["recording"] for r in first]))
+        result = compare(errors, others, words, clusters(first))
         found.append(
             {"first": models[0], "second": other, "set": name, "difference": limits(result.difference)}
             | {"probability_first_better": float(result.first_better), "verdict": verdict(result, models[0], other)}
